@@ -1,0 +1,59 @@
+"""The helper that the distributed tests stand on."""
+
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from lctw_megatron.errors import InputError
+from tests.distributed import run_distributed
+
+
+def sum_of_ranks(offset: torch.Tensor) -> tuple[torch.Tensor, str]:
+    total = offset + dist.get_rank()
+    dist.all_reduce(total)
+    return total, os.environ["RANK"] + os.environ["OMP_NUM_THREADS"]
+
+
+def fail_on_rank_one() -> None:
+    if dist.get_rank() == 1:
+        raise InputError("the mistake of rank 1")
+    dist.barrier()
+
+
+def hang_on_rank_one() -> None:
+    if dist.get_rank() == 1:
+        time.sleep(1000)
+
+
+def die_on_rank_one() -> None:
+    if dist.get_rank() == 1:
+        os._exit(7)
+    dist.barrier()
+
+
+def test_returns_the_result_of_every_rank_in_order() -> None:
+    results = run_distributed(sum_of_ranks, 3, torch.tensor([10]))
+    assert [int(total) for total, _ in results] == [33, 33, 33]
+    assert [environment for _, environment in results] == ["01", "11", "21"]
+
+
+def test_raises_the_exception_that_came_first_with_its_traceback() -> None:
+    with pytest.raises(InputError, match="the mistake of rank 1") as caught:
+        run_distributed(fail_on_rank_one, 2)
+    note = "".join(caught.value.__notes__)
+    assert "on rank 1 of 2" in note and "fail_on_rank_one" in note
+
+
+def test_a_hanging_rank_is_a_timeout() -> None:
+    start = time.monotonic()
+    with pytest.raises(TimeoutError, match=r"ranks \[.*1\] of 2"):
+        run_distributed(hang_on_rank_one, 2, timeout=6)
+    assert time.monotonic() - start < 30
+
+
+def test_a_rank_that_dies_is_named() -> None:
+    with pytest.raises(RuntimeError, match="rank 1 died with exit code 7"):
+        run_distributed(die_on_rank_one, 2)

@@ -1,0 +1,155 @@
+"""The house keeps its order: what lies where, what imports what, what every command answers."""
+
+import ast
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "lctw_megatron"
+TOOLS = sorted((ROOT / "tools").glob("*.py"))
+
+TOP_LEVEL = {
+    "pyproject.toml",
+    "README.md",
+    "recipes",
+    "lctw_megatron",
+    "tools",
+    "configs",
+    "tests",
+    "Makefile",
+    "LICENSE",
+    "CHANGELOG.md",
+}
+
+# Part of the package -> the parts it may import (besides itself). Arrows point one way.
+_EVERYWHERE = {"errors", "atomic", "progress"}
+_LOW = {"config", "data"} | _EVERYWHERE
+_MIDDLE = {"scoring", "weighting", "model", "platform"} | _LOW
+_HIGH = {"training", "evaluation", "conversion"} | _MIDDLE
+MAY_IMPORT = {
+    "config": _EVERYWHERE,
+    "data": {"config"} | _EVERYWHERE,
+    "weighting": _LOW,
+    "platform": {"config"} | _EVERYWHERE,
+    "scoring": _MIDDLE,
+    "model": _MIDDLE,
+    "training": _HIGH,
+    "evaluation": _HIGH,
+    "conversion": _HIGH,
+    "launch": _HIGH,
+}
+
+# Nothing below may need a GPU library or megatron-core: preprocessing and the maths run anywhere.
+WITHOUT_MEGATRON = ["config", "data", "weighting", "launch", "scoring/windows.py"]
+GPU_LIBRARIES = {"megatron", "transformer_engine", "apex"}
+
+
+def project_files() -> list[str]:
+    """Every file that is part of the project: tracked, or new and not ignored."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip(f"not a git checkout: {listed.stderr.strip()}")
+    return [name for name in listed.stdout.splitlines() if (ROOT / name).exists()]
+
+
+def imported_modules(path: Path) -> Iterator[str]:
+    """Dotted names of all modules that ``path`` imports anywhere."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_the_top_level_holds_what_a_newcomer_expects_and_nothing_else():
+    found = {name.split("/")[0] for name in project_files()}
+    visible = {name for name in found if not name.startswith(".")}
+    assert visible <= TOP_LEVEL, f"not at the top level: {visible - TOP_LEVEL}"
+    assert visible >= TOP_LEVEL - {"recipes", "tools"}, f"missing: {TOP_LEVEL - visible}"
+
+
+def test_a_file_is_one_idea():
+    for name in project_files():
+        path = ROOT / name
+        assert path.name != "utils.py", f"{name}: name the file after its idea"
+        if path.suffix == ".py":
+            lines = len(path.read_text().splitlines())
+            assert lines <= 600, f"{name} has {lines} lines; 300 is a room, 600 a hall"
+
+
+def test_no_file_knows_the_machine_it_was_written_on():
+    homes = re.compile("/(?:" + "root|home" + r")/\w")
+    for name in project_files():
+        path = ROOT / name
+        if path.suffix in {".py", ".md", ".yaml", ".toml", ".sbatch", ".sh", ""}:
+            found = homes.search(path.read_text(errors="ignore"))
+            assert not found, f"{name}: {found and found.group()}"
+
+
+def test_arrows_between_the_parts_point_one_way():
+    for part, allowed in MAY_IMPORT.items():
+        for path in (PACKAGE / part).rglob("*.py"):
+            for module in imported_modules(path):
+                names = module.split(".")
+                assert names[0] not in {"tools", "tests"}, f"{path} imports {module}"
+                if names[0] == "lctw_megatron" and len(names) > 1:
+                    assert names[1] in allowed | {part}, f"{path} imports {module}"
+
+
+def test_every_part_of_the_package_has_its_place_in_the_order():
+    parts = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
+    assert parts == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("part", WITHOUT_MEGATRON)
+def test_data_and_maths_need_no_megatron(part):
+    paths = [PACKAGE / part] if part.endswith(".py") else sorted((PACKAGE / part).rglob("*.py"))
+    assert paths
+    for path in paths:
+        for module in imported_modules(path):
+            assert module.split(".")[0] not in GPU_LIBRARIES, f"{path} imports {module}"
+
+
+def test_the_readme_and_the_makefile_agree():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z][a-z-]*):", makefile, re.MULTILINE))
+    assert targets >= {"quickstart", "test", "test-all", "test-next", "lint"}
+    readme = (ROOT / "README.md").read_text()
+    named = set(re.findall(r"^\$? ?make ([a-z-]+)|`make ([a-z-]+)`", readme, re.MULTILINE))
+    named = {first or second for first, second in named}
+    assert named <= targets, f"README names make targets that do not exist: {named - targets}"
+    described = set(re.findall(r"^#   make ([a-z-]+)", makefile, re.MULTILINE))
+    assert described == targets - {"help"}
+
+
+@pytest.mark.parametrize("tool", TOOLS, ids=lambda path: path.name)
+def test_no_tool_takes_the_name_of_a_module(tool):
+    # Python puts tools/ first on the path: tools/inspect.py would break every import of inspect.
+    assert tool.stem not in sys.stdlib_module_names
+    assert importlib.util.find_spec(tool.stem) is None
+
+
+def test_every_tool_explains_itself():
+    def answer(tool: Path) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+        command = [sys.executable, str(tool), "--help"]
+        return subprocess.run(
+            command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=120
+        )
+
+    with ThreadPoolExecutor(2) as pool:
+        for tool, result in zip(TOOLS, pool.map(answer, TOOLS), strict=True):
+            assert result.returncode == 0, f"{tool.name} --help: {result.stderr}"
+            assert result.stdout.startswith("usage: "), tool.name
+            assert "--debug" in result.stdout, f"{tool.name} --help does not mention --debug"
