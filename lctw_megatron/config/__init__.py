@@ -1,0 +1,1 @@
+"""The schema of a run and how recipes are read."""

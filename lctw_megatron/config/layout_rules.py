@@ -1,0 +1,159 @@
+"""Which parallel sizes fit a model, a sequence length, a batch and a number of ranks.
+
+Pure arithmetic, no GPU and no process group, so that ``--dry-run`` can refuse a layout for 512
+ranks on a laptop.
+"""
+
+from dataclasses import dataclass
+
+from lctw_megatron.config.schema import LayoutConfig, ModelConfig, RunConfig
+from lctw_megatron.errors import InputError
+
+VOCABULARY_MULTIPLE = 128
+"""The embedding and the head are padded to a multiple of this under every layout, so that
+checkpoints of all layouts have the same shapes (and Tensor Cores like it).
+"""
+
+
+@dataclass(frozen=True)
+class LayoutSizes:
+    """What follows from a layout. ``None`` needs the number of ranks, which is not known."""
+
+    world_size: int | None
+    data: int | None
+    """Data-parallel ranks: world_size / (tensor x pipeline x context)."""
+    model_ranks: int
+    """Ranks that hold one copy of the model and work on the same sequences: TP x PP x CP."""
+    micro_batches: int | None
+    """Forward passes of one data-parallel rank in one optimizer step."""
+    layers_per_chunk: int
+    """Layers of one model chunk; a pipeline rank holds `virtual_pipeline` chunks."""
+    chunks: int
+    """Model chunks on each pipeline rank."""
+    tokens_per_rank: int
+    """Tokens of one sequence on one context-parallel rank: S / CP."""
+
+
+def padded_vocabulary(vocab_size: int) -> int:
+    """``vocab_size`` rounded up to the padding of the embedding and the head."""
+    return -(-vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+def check_layout(run: RunConfig, world_size: int | None = None) -> LayoutSizes:
+    """Check every rule that the known numbers allow and return the derived sizes.
+
+    With ``world_size`` None the rules about data parallelism are left out; with
+    ``model.vocab_size`` None (it comes from the tokenizer) the rule about the vocabulary is.
+    Raises InputError naming the rule that is broken and its numbers.
+    """
+    layout = run.layout
+    _check_switches(layout)
+    check_model(run.model, layout)
+    _check_sequence(run.data.sequence_length, layout)
+    data, micro_batches = _check_batch(run, world_size)
+    chunks = layout.virtual_pipeline or 1
+    return LayoutSizes(
+        world_size=world_size,
+        data=data,
+        model_ranks=layout.tensor * layout.pipeline * layout.context,
+        micro_batches=micro_batches,
+        layers_per_chunk=run.model.num_layers // (layout.pipeline * chunks),
+        chunks=chunks,
+        tokens_per_rank=run.data.sequence_length // layout.context,
+    )
+
+
+def _must_divide(number: int, number_name: str, divisor: int, divisor_name: str) -> None:
+    if number % divisor:
+        raise InputError(
+            f"{number_name} ({number}) must be divisible by {divisor_name} ({divisor})"
+        )
+
+
+def _check_switches(layout: LayoutConfig) -> None:
+    if layout.sequence and layout.tensor == 1:
+        raise InputError(
+            "layout.sequence: true splits norms over the tensor-parallel ranks and needs "
+            "layout.tensor > 1, found 1"
+        )
+    if layout.virtual_pipeline and layout.virtual_pipeline > 1 and layout.pipeline == 1:
+        raise InputError(
+            f"layout.virtual_pipeline {layout.virtual_pipeline} needs layout.pipeline > 1, found 1"
+        )
+
+
+def check_model(model: ModelConfig, layout: LayoutConfig) -> None:
+    """Refuse tensor and pipeline sizes that the model's shape cannot be split into. InputError."""
+    heads, groups = model.num_attention_heads, model.num_query_groups
+    _must_divide(heads, "model.num_attention_heads", groups or heads, "model.num_query_groups")
+    if model.kv_channels is None:
+        _must_divide(model.hidden_size, "model.hidden_size", heads, "model.num_attention_heads")
+    tensor = layout.tensor
+    _must_divide(heads, "model.num_attention_heads", tensor, "layout.tensor")
+    if groups:
+        _must_divide(groups, "model.num_query_groups", tensor, "layout.tensor")
+    _must_divide(model.hidden_size, "model.hidden_size", tensor, "layout.tensor")
+    _must_divide(model.ffn_hidden_size, "model.ffn_hidden_size", tensor, "layout.tensor")
+    if model.vocab_size:
+        padded = padded_vocabulary(model.vocab_size)
+        name = f"model.vocab_size {model.vocab_size} padded to a multiple of {VOCABULARY_MULTIPLE}"
+        _must_divide(padded, name, tensor, "layout.tensor")
+    _must_divide(
+        model.num_layers,
+        "model.num_layers",
+        layout.pipeline * (layout.virtual_pipeline or 1),
+        "layout.pipeline x layout.virtual_pipeline"
+        if layout.virtual_pipeline
+        else "layout.pipeline",
+    )
+
+
+def _check_sequence(sequence_length: int, layout: LayoutConfig) -> None:
+    if layout.context > 1:  # two zigzag chunks a rank
+        _must_divide(
+            sequence_length, "data.sequence_length", 2 * layout.context, "2 x layout.context"
+        )
+    if layout.sequence:
+        _must_divide(
+            sequence_length // layout.context,
+            "data.sequence_length / layout.context",
+            layout.tensor,
+            "layout.tensor (layout.sequence is on)",
+        )
+
+
+def _check_batch(run: RunConfig, world_size: int | None) -> tuple[int | None, int | None]:
+    """Data-parallel ranks and micro batches, if the number of ranks is known."""
+    layout, training = run.layout, run.training
+    _must_divide(
+        training.global_batch_size,
+        "training.global_batch_size",
+        training.micro_batch_size,
+        "training.micro_batch_size",
+    )
+    if world_size is None:
+        return None, None
+    model_ranks = layout.tensor * layout.pipeline * layout.context
+    _must_divide(
+        world_size,
+        "number of ranks",
+        model_ranks,
+        "layout.tensor x layout.pipeline x layout.context",
+    )
+    data = world_size // model_ranks
+    _must_divide(
+        training.global_batch_size,
+        "training.global_batch_size",
+        training.micro_batch_size * data,
+        f"training.micro_batch_size x the {data} data-parallel ranks",
+    )
+    micro_batches = training.global_batch_size // (training.micro_batch_size * data)
+    # megatron-core's interleaved schedule raises on this (schedules.py, "dependency bubbles").
+    if layout.virtual_pipeline and layout.virtual_pipeline > 1:
+        _must_divide(
+            micro_batches,
+            "micro batches of a step",
+            layout.pipeline,
+            "layout.pipeline (layout.virtual_pipeline is on)",
+        )
+    return data, micro_batches

@@ -1,0 +1,288 @@
+"""Recipe files: reading, composing, overriding, resolving.
+
+A recipe file is YAML with the fields of ``schema.RecipeFile``. Short forms:
+
+- ``model``, ``layout``, ``weighting`` and ``cluster`` may name a fragment: ``model: llama3_8b`` is
+  configs/models/llama3_8b.yaml; a name that ends in .yaml is a file. ``{base: llama3_8b,
+  rope_theta: 15.3e6}`` is a fragment with changes; any other mapping is the section itself.
+- ``data.train: PREFIX`` is one token dataset of weight 1; a list of prefixes is a blend.
+- ``runs`` maps run names to changes of the shared sections. A mapping changes the fields it names;
+  a fragment (a name, or a mapping with ``base``) takes the place of the shared section.
+- ``start`` names another run, whose newest checkpoint is taken when this one begins, or a
+  checkpoint folder.
+
+Paths in a recipe are relative to the current directory, so that commands are run from one place
+(the project root for the shipped recipes) and say so by failing elsewhere.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from lctw_megatron.config.complaints import build, check_values, nearest
+from lctw_megatron.config.rules import check_evaluation, check_run, check_scoring
+from lctw_megatron.config.schema import (
+    ClusterConfig,
+    LayoutConfig,
+    ModelConfig,
+    Recipe,
+    RecipeFile,
+    RunConfig,
+    RunSections,
+    WeightingConfig,
+)
+from lctw_megatron.config.yaml_text import parse_yaml, parse_yaml_mapping, to_yaml
+from lctw_megatron.errors import InputError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+# Section of a recipe -> folder of its fragments in configs/, and what they hold.
+FRAGMENTS: dict[str, tuple[str, type[BaseModel]]] = {
+    "model": ("models", ModelConfig),
+    "layout": ("layouts", LayoutConfig),
+    "weighting": ("weightings", WeightingConfig),
+    "cluster": ("clusters", ClusterConfig),
+}
+
+# Folders that the stages put beside the runs' folders in OUTPUT_DIR.
+_TAKEN_RUN_NAMES = {"report", "launch"}
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe and check every run of it. ``overrides`` are ``--set`` texts, applied in order.
+
+    An override of a shared section reaches every run, ``runs.NAME.section.field=value`` one run.
+    Raises InputError naming the file (or the override), the field and what would be right.
+    """
+    where = str(path)
+    values = parse_yaml_mapping(path)
+    runs = values.pop("runs", None) or {"main": {}}
+    if not isinstance(runs, dict):
+        raise InputError(f"{where}: runs is {runs!r}, expected run names with their sections")
+    for name in runs:
+        _check_run_name(name, where)
+    shared, _ = _expand(values, where)
+    check_values(RecipeFile, shared, where)
+    shared_run = {key: shared.pop(key) for key in list(shared) if key in RunSections.model_fields}
+    complete = {}
+    for name, changes in runs.items():
+        if not isinstance(changes or {}, dict):
+            raise InputError(f"{where}: runs.{name} is {changes!r}, expected its sections")
+        own, whole = _expand(changes or {}, where)
+        check_values(RunSections, own, where, f"runs.{name}")
+        base = {key: value for key, value in shared_run.items() if key not in whole}
+        complete[name] = _merge(base, own)
+    for text in overrides:
+        _override(shared, complete, text)
+    recipe = build(Recipe, {**shared, "runs": complete}, where)
+    _check_recipe(recipe, where)
+    return recipe
+
+
+def run_names(recipe: Recipe) -> list[str]:
+    """The runs in the order the recipe names them."""
+    return list(recipe.runs)
+
+
+def run_dir(recipe: Recipe, name: str) -> str:
+    """The folder of a run: checkpoints/, metrics and the resolved config."""
+    return f"{recipe.output_dir}/{name}"
+
+
+def checkpoints_of(recipe: Recipe, source: str) -> str:
+    """The checkpoint folder that ``source`` stands for: a run of the recipe or a folder itself."""
+    return f"{run_dir(recipe, source)}/checkpoints" if source in recipe.runs else source
+
+
+def resolve_run(
+    recipe: Recipe,
+    run_name: str | None = None,
+    checkpoint_model: Callable[[str], ModelConfig] | None = None,
+) -> RunConfig:
+    """One run with every value in place; ``run_name`` may be None when there is only one.
+
+    A run whose model section lacks required fields takes the rest from what it starts from: from
+    the run of that name, or from ``checkpoint_model(folder)``. Raises InputError.
+    """
+    if run_name is None:
+        if len(recipe.runs) > 1:
+            raise InputError(f"which run? Choose one with --run: {', '.join(recipe.runs)}")
+        run_name = next(iter(recipe.runs))
+    if run_name not in recipe.runs:
+        raise InputError(f"no run {run_name} in this recipe; {nearest(run_name, recipe.runs)}")
+    values = dict(recipe.runs[run_name])
+    values["model"] = _model_values(recipe, run_name, checkpoint_model)
+    if values.get("start"):
+        values["start"] = checkpoints_of(recipe, values["start"])
+    values |= {"name": run_name, "run_dir": run_dir(recipe, run_name)}
+    where = f"run {run_name}"
+    run = build(RunConfig, values, where)
+    try:
+        check_run(run)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    return run
+
+
+def load_run(path: str | Path) -> RunConfig:
+    """The run config saved in the file ``path`` by ``dump_yaml``."""
+    return build(RunConfig, parse_yaml_mapping(path), str(path))
+
+
+def dump_yaml(section: BaseModel) -> str:
+    """A section as YAML that ``load_run`` (for a RunConfig) reads back equal."""
+    return to_yaml(section.model_dump(mode="json"))
+
+
+def parse_override(text: str) -> tuple[list[str], Any]:
+    """``a.b=c`` as (["a", "b"], value of c in YAML). Raises InputError."""
+    path, equals, value = text.partition("=")
+    parts = path.strip().split(".")
+    if not equals or not all(parts):
+        raise InputError(f"--set {text}: expected section.field=value")
+    return parts, parse_yaml(value, f"--set {text}")
+
+
+def load_fragment(section: str, name: str, where: str) -> dict[str, Any]:
+    """The values of fragment ``name`` of ``section``; ``where`` asked for it."""
+    folder, kind = FRAGMENTS[section]
+    path = Path(name) if name.endswith(".yaml") else CONFIGS / folder / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(file.stem for file in (CONFIGS / folder).glob("*.yaml"))
+        raise InputError(
+            f"{where}: {section}: no fragment {name} in configs/{folder}; {nearest(name, known)}"
+            if path.parent == CONFIGS / folder
+            else f"{where}: {section}: no such file: {name}"
+        )
+    values = parse_yaml_mapping(path)
+    check_values(kind, values, str(path))
+    return values
+
+
+def _expand(values: dict[str, Any], where: str) -> tuple[dict[str, Any], set[str]]:
+    """``values`` with fragments read in, and the sections that were fragments."""
+    expanded, whole = dict(values), set()
+    for section in FRAGMENTS.keys() & values.keys():
+        value = values[section]
+        if isinstance(value, str):
+            value = {"base": value}
+        if value is None:
+            expanded[section] = {}
+        elif isinstance(value, dict) and "base" in value:
+            changes = {key: inner for key, inner in value.items() if key != "base"}
+            expanded[section] = _merge(load_fragment(section, str(value["base"]), where), changes)
+            whole.add(section)
+    return expanded, whole
+
+
+def _merge(base: Any, changes: Any) -> Any:
+    """``changes`` over ``base``: mappings field by field, anything else replaced. Copies."""
+    if not isinstance(base, dict) or not isinstance(changes, dict):
+        return deepcopy(changes)
+    merged = deepcopy(base)
+    for key, value in changes.items():
+        merged[key] = _merge(merged.get(key), value)
+    return merged
+
+
+def _override(shared: dict[str, Any], runs: dict[str, dict[str, Any]], text: str) -> None:
+    """Apply one ``--set`` text to the recipe's values in place."""
+    where = f"--set {text}"
+    path, value = parse_override(text)
+    targets = [shared]
+    own_path = path
+    if path[0] == "runs":
+        if len(path) < 3:
+            raise InputError(f"{where}: expected runs.NAME.section.field=value")
+        if path[1] not in runs:
+            raise InputError(f"{where}: no run {path[1]}; {nearest(path[1], runs)}")
+        targets, own_path = [runs[path[1]]], path[2:]
+    elif path[0] in RunSections.model_fields:
+        targets = list(runs.values())
+    nested: Any = value
+    for part in reversed(own_path):
+        nested = {part: nested}
+    nested, whole = _expand(nested, where)
+    check_values(RecipeFile if targets[0] is shared else RunSections, nested, where)
+    for target in targets:
+        for section in whole:
+            target.pop(section, None)
+        target.update(_merge(target, nested))
+
+
+def _check_run_name(name: str, where: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name in _TAKEN_RUN_NAMES:
+        taken = ", ".join(sorted(_TAKEN_RUN_NAMES))
+        raise InputError(
+            f"{where}: runs.{name}: a run is named with letters, digits, _ and -, not {taken}"
+        )
+
+
+def _check_recipe(recipe: Recipe, where: str) -> None:
+    """Check what runs say about each other, then every run whose model is known by now."""
+    try:
+        for name in recipe.runs:
+            _check_start(recipe, name)
+        if recipe.scoring:
+            _check_source(recipe, recipe.scoring.scorer, "scoring.scorer")
+            check_scoring(recipe.scoring)
+        if recipe.evaluation:
+            if recipe.evaluation.key_checkpoint:
+                key = recipe.evaluation.key_checkpoint
+                _check_source(recipe, key, "evaluation.key_checkpoint")
+            check_evaluation(recipe.evaluation)
+        for name in recipe.runs:
+            if _missing_model_fields(recipe, name) and recipe.runs[name].get("start"):
+                continue  # resolve_run checks it once the checkpoint's model is at hand
+            resolve_run(recipe, name)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+def _check_start(recipe: Recipe, name: str) -> None:
+    """Refuse a start that is neither a run nor a path, and runs that start from each other."""
+    chain = [name]
+    while start := recipe.runs[chain[-1]].get("start"):
+        _check_source(recipe, start, f"run {chain[-1]}: start")
+        if start not in recipe.runs:
+            return
+        if start in chain:
+            raise InputError(f"runs start from each other: {' <- '.join([*chain, start])}")
+        chain.append(start)
+
+
+def _check_source(recipe: Recipe, source: str, field: str) -> None:
+    if source not in recipe.runs and "/" not in source and not Path(source).exists():
+        hint = nearest(source, recipe.runs)
+        raise InputError(f"{field} is {source}, neither a run nor a checkpoint folder; {hint}")
+
+
+def _missing_model_fields(recipe: Recipe, name: str) -> list[str]:
+    model = recipe.runs[name].get("model") or {}
+    fields = ModelConfig.model_fields.items()
+    return [key for key, field in fields if field.is_required() and key not in model]
+
+
+def _model_values(
+    recipe: Recipe, name: str, checkpoint_model: Callable[[str], ModelConfig] | None
+) -> dict[str, Any]:
+    """The run's model section, completed from what the run starts from."""
+    values = recipe.runs[name].get("model") or {}
+    missing = _missing_model_fields(recipe, name)
+    start = recipe.runs[name].get("start")
+    if not missing:
+        return values
+    if start in recipe.runs:
+        return _merge(_model_values(recipe, start, checkpoint_model), values)
+    if start and checkpoint_model:
+        # The positions are the checkpoint's own affair; this run's default is its sequence length.
+        inherited = checkpoint_model(start).model_dump(exclude={"max_position_embeddings"})
+        return _merge(inherited, values)
+    raise InputError(
+        f"run {name}: model.{missing[0]} is missing; name a model (`model: llama3_8b`), give its "
+        "fields, or start from a checkpoint"
+    )

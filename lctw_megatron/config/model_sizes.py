@@ -1,0 +1,45 @@
+"""How many parameters the parts of a model have. Pure arithmetic on a ModelConfig."""
+
+from dataclasses import dataclass
+
+from lctw_megatron.config.schema import ModelConfig
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """One transformer layer. Tensor parallelism splits all of it but the norms."""
+
+    query: int
+    """Width of the queries, and of the attention's output: heads x head width."""
+    key_value: int
+    """Width of the keys, and of the values: query groups x head width."""
+    matrices: int
+    """Parameters of the seven projections (query, key, value, output; gate, up, down)."""
+    biases: int
+    norms: int
+
+
+def layer_sizes(model: ModelConfig) -> LayerSizes:
+    """The sizes of one layer of ``model``."""
+    heads = model.num_attention_heads
+    width = model.kv_channels or model.hidden_size // heads
+    query, key_value = heads * width, (model.num_query_groups or heads) * width
+    hidden = model.hidden_size
+    return LayerSizes(
+        query=query,
+        key_value=key_value,
+        matrices=hidden * (2 * query + 2 * key_value) + 3 * hidden * model.ffn_hidden_size,
+        biases=query + 2 * key_value if model.qkv_bias else 0,
+        norms=2 * hidden + (2 * width if model.qk_norm else 0),
+    )
+
+
+def parameters(model: ModelConfig) -> int:
+    """All parameters, without the padding of the vocabulary; embedding and head once if tied."""
+    layer = layer_sizes(model)
+    embeddings = 1 if model.tie_word_embeddings else 2
+    return (
+        embeddings * (model.vocab_size or 0) * model.hidden_size
+        + model.num_layers * (layer.matrices + layer.biases + layer.norms)
+        + model.hidden_size
+    )

@@ -1,0 +1,59 @@
+"""Settings that contradict each other, apart from the parallel sizes (``layout_rules.py``)."""
+
+from lctw_megatron.config.layout_rules import check_layout
+from lctw_megatron.config.schema import EvaluationConfig, RunConfig, ScoringConfig
+from lctw_megatron.errors import InputError
+
+
+def check_run(run: RunConfig) -> None:
+    """Refuse a run whose settings contradict each other, whatever the number of ranks.
+
+    Raises InputError naming the rule and the numbers.
+    """
+    weighting, sequence_length = run.weighting, run.data.sequence_length
+    if weighting.mode == "self" and weighting.scheme not in ("uniform", "position"):
+        for field in ("window", "stride"):
+            if getattr(weighting, field) is None:
+                raise InputError(
+                    f"weighting.{field} is missing; weighting.mode: self scores its own windows "
+                    "and needs weighting.window and weighting.stride"
+                )
+    _check_windows("weighting", weighting.window, weighting.stride, sequence_length)
+    training = run.training
+    if training.min_lr > training.lr:
+        raise InputError(f"training.min_lr {training.min_lr} is above training.lr {training.lr}")
+    positions = run.model.max_position_embeddings
+    if positions and positions < sequence_length:
+        raise InputError(
+            f"model.max_position_embeddings {positions} is smaller than data.sequence_length "
+            f"{sequence_length}; leave it out, and the sequence length is written on export"
+        )
+    check_layout(run, None)
+
+
+def check_scoring(scoring: ScoringConfig) -> None:
+    """Refuse windows that do not fit together. Raises InputError."""
+    _check_windows("scoring", scoring.window, scoring.stride, scoring.sequence_length)
+
+
+def check_evaluation(evaluation: EvaluationConfig) -> None:
+    """Refuse windows that do not fit together. Raises InputError."""
+    _check_windows("evaluation", evaluation.window, evaluation.stride, evaluation.sequence_length)
+    for field in ("stride", "key_checkpoint"):
+        if getattr(evaluation, field) is not None and evaluation.window is None:
+            raise InputError(f"evaluation.{field} does nothing without evaluation.window")
+
+
+def _check_windows(
+    section: str, window: int | None, stride: int | None, sequence_length: int | None
+) -> None:
+    if window and stride and stride > window:
+        raise InputError(
+            f"{section}.stride {stride} is larger than {section}.window {window}: the tokens "
+            "between two windows would never be scored; choose a stride of at most the window"
+        )
+    if window and sequence_length and window >= sequence_length:
+        raise InputError(
+            f"{section}.window {window} is not shorter than the sequence length {sequence_length}: "
+            "both contexts would be the same; choose a smaller window"
+        )

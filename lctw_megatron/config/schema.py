@@ -1,0 +1,358 @@
+"""The one schema of a run: what every field means, its default and its limits.
+
+A *recipe* (``Recipe``) describes one experiment from corpus to report and may hold several training
+runs that share their sections. ``RunConfig`` is one of those runs, fully resolved: it is what
+training reads, what ``--dry-run`` prints and what is saved with every run and checkpoint.
+``load.py`` says how recipe files are written and read.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown fields are errors, values do not change after parsing."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+class PrepareConfig(Section):
+    """From a corpus to a token dataset (``tools/preprocess.py``)."""
+
+    inputs: list[str]
+    """Files, folders or globs: jsonl, txt, parquet; plain, .gz or .zst. `stdlib` is the installed
+    Python standard library, modules joined per package."""
+    output_prefix: str
+    """Where PREFIX.bin, .idx and .json are written."""
+    tokenizer: str | None = None
+    """A SentencePiece .model file or a Hugging Face tokenizer folder."""
+    train_sentencepiece: Positive | None = None
+    """Train a SentencePiece model with this vocabulary on the corpus instead."""
+    validation_documents: Annotated[int, Field(ge=0)] = 0
+    """Hold out this many documents, evenly spaced, as PREFIX-validation (also as jsonl text)."""
+    max_bytes: Positive | None = None
+    """Use no more than this many bytes of the corpus (whole documents)."""
+    text_field: str = "text"
+    """The field of a jsonl line or the column of a parquet file that holds the text."""
+    skip_bad: bool = False
+    """Count broken lines instead of stopping at the first."""
+    workers: Positive = 2
+    """Processes that tokenise."""
+
+
+class Corpus(Section):
+    """One token dataset of a blend."""
+
+    prefix: str
+    weight: Annotated[float, Field(gt=0)] = 1.0
+
+
+class DataConfig(Section):
+    """What a run trains on."""
+
+    train: list[Corpus]
+    """Token datasets, blended by weight."""
+    validation: list[Corpus] = []
+    """Token datasets whose plain loss is measured every `training.eval_interval` steps."""
+    sequence_length: Positive = 1024
+    """S: input tokens of one sequence."""
+    packing: Literal["chunk", "pack"] = "chunk"
+    """chunk: S-token chunks of one document. pack: pieces of several documents, best fit, with a
+    document mask between them."""
+    tails: Literal["drop", "keep"] = "keep"
+    """What happens in chunk mode to the last, shorter chunk of a document: dropped (its targets are
+    never trained on) or padded (its padding is computed for nothing). The loader prints both
+    prices."""
+    scores: str = "short_loss"
+    """Name of the sidecar, PREFIX.<scores>.bin, that frozen weighting reads."""
+    index_cache: str | None = None
+    """Folder for the packed sequence indices; default: `index_cache` beside each dataset."""
+    shuffle: bool = True
+    """Shuffle sequences anew every epoch, from the run's seed."""
+
+    @field_validator("train", "validation", mode="before")
+    @classmethod
+    def _prefixes_are_corpora(cls, value: Any) -> Any:
+        """A prefix, or a list of prefixes, is short for corpora of equal weight."""
+        items = [value] if isinstance(value, str | dict | Corpus) else value
+        if not isinstance(items, list):
+            return items
+        return [{"prefix": item} if isinstance(item, str) else item for item in items]
+
+
+class RopeScaling(Section):
+    """The `rope_type: llama3` frequency scaling of Hugging Face configs."""
+
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: Positive = 8192
+
+
+class ModelConfig(Section):
+    """A decoder-only transformer: RoPE, RMSNorm, SwiGLU, grouped-query attention."""
+
+    architecture: Literal["llama", "mistral", "qwen2", "qwen3"] = "llama"
+    """Which Hugging Face architecture this exports to."""
+    num_layers: Positive
+    hidden_size: Positive
+    ffn_hidden_size: Positive
+    num_attention_heads: Positive
+    num_query_groups: Positive | None = None
+    """Key/value heads; default: as many as attention heads."""
+    kv_channels: Positive | None = None
+    """Width of one head; default: hidden_size / num_attention_heads."""
+    vocab_size: Positive | None = None
+    """True vocabulary (padding to a multiple of 128 is added inside); default: the tokenizer's."""
+    max_position_embeddings: Positive | None = None
+    """Written to the exported config; default: the sequence length trained with."""
+    rope_theta: Annotated[float, Field(gt=0)] = 10000.0
+    rope_scaling: RopeScaling | None = None
+    layernorm_epsilon: float = 1e-5
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    """Bias on the query, key and value projections (Qwen2)."""
+    qk_norm: bool = False
+    """RMSNorm on queries and keys, per head (Qwen3)."""
+    init_method_std: float = 0.02
+    hidden_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    attention_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    attention: Literal["auto", "te", "sdpa"] = "auto"
+    """te: TransformerEngine's layers and attention. sdpa: torch's. auto: te where a GPU has it."""
+
+
+class LayoutConfig(Section):
+    """The parallel sizes. Data parallelism is what is left of the world size."""
+
+    tensor: Positive = 1
+    """TP: each layer's matrices are split over this many ranks."""
+    sequence: bool = False
+    """SP: norms and residuals are split over the TP ranks too. Needs tensor > 1."""
+    pipeline: Positive = 1
+    """PP: stages of consecutive layers."""
+    virtual_pipeline: Positive | None = None
+    """VPP: model chunks on each pipeline rank (interleaved schedule). Needs pipeline > 1."""
+    context: Positive = 1
+    """CP: every sequence is split over this many ranks, zigzag."""
+    recompute: Literal["none", "selective", "mlp", "full"] = "none"
+    """Activations recomputed in the backward pass: none; the core attention (with context > 1 this
+    drops the gathered keys and values); the MLP, which at long context is most of the memory and
+    little of the time; or whole layers."""
+    loss_block_rows: Positive = 1024
+    """Rows of logits that exist at a time in the loss."""
+
+
+class WeightingConfig(Section):
+    """Scores (a scheme and where the short losses come from) and post-processing: weighting/."""
+
+    scheme: str = "uniform"
+    """uniform, dense, sparse, longce, ppmi, npmi, rho, position or custom."""
+    mode: Literal["frozen", "self"] = "frozen"
+    """frozen: short losses from the sidecar. self: the training model scores its own windows."""
+    interpolation: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Lambda: the final weight is lambda + (1 - lambda) * weight."""
+    keep_fraction: Fraction | None = None
+    """Kappa: the share of the targets of a sequence that sparse, ppmi, npmi and rho keep."""
+    max_weight: Annotated[float, Field(gt=0)] | None = None
+    """Gamma: longce's upper bound."""
+    shift: Annotated[float, Field(gt=0)] | None = None
+    """s: ppmi and npmi subtract log s."""
+    unscored: Literal["zero", "one"] = "zero"
+    """Targets without a short loss: zero = score 0, then weighted like any other (lambda under
+    dense); one = weight 1, outside the normalisation."""
+    function: str | None = None
+    """custom: import path `package.module:function`."""
+    window: Positive | None = None
+    """self: K, the tokens the short context sees. frozen: checked against the sidecar if given."""
+    stride: Positive | None = None
+    """self: distance between windows. frozen: checked against the sidecar if given."""
+    tokens_per_forward: Positive = 16384
+    """self: the scoring forward takes as many windows at once as fit into this many tokens."""
+
+
+class TrainingConfig(Section):
+    """The loop, the optimizer and the checkpoints."""
+
+    steps: Positive
+    global_batch_size: Positive = 8
+    """Sequences of one optimizer step, over all data-parallel ranks."""
+    micro_batch_size: Positive = 1
+    """Sequences of one forward pass of one data-parallel rank."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    lr: Annotated[float, Field(gt=0)] = 2e-5
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: Annotated[int, Field(ge=0)] = 20
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    clip_grad: Annotated[float, Field(ge=0)] = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+    log_interval: Positive = 1
+    eval_interval: Positive | None = None
+    eval_sequences: Positive = 32
+    """Sequences of the validation data measured each time."""
+    save_interval: Positive | None = None
+    """Steps between checkpoints; the last step is always saved."""
+    async_save: bool = False
+    """Write checkpoints in a background process while training goes on."""
+    keep_last: Positive = 2
+    """Newest checkpoints kept."""
+    keep_every: Positive | None = None
+    """Checkpoints at multiples of this are kept for ever."""
+    near_distance: Positive | None = None
+    """The metrics call a target near if its token last occurred at most this many tokens before,
+    far if farther back, first_seen if never; default: the weighting's window, else S / 4."""
+    tensorboard: bool = True
+    nonfinite_budget: Annotated[int, Field(ge=0)] = 0
+    """Steps with a non-finite loss or gradient that are skipped before training stops."""
+    distributed_timeout_minutes: Positive = 30
+    """A collective that hangs longer ends the job."""
+
+
+class ScoringConfig(Section):
+    """From a token dataset and a scorer to a sidecar (``tools/score.py``)."""
+
+    scorer: str
+    """A run of this recipe or a checkpoint folder."""
+    window: Positive
+    """K: tokens the short-context model sees."""
+    stride: Positive
+    """Distance between windows, at most K."""
+    sequence_length: Positive | None = None
+    """Windows restart at every multiple of this too; default: only at documents."""
+    name: str = "short_loss"
+    score_first_window: bool = False
+    """Score the first K targets too, where both contexts are the same."""
+    tokens_per_forward: Positive = 16384
+    precision: Literal["fp32", "bf16"] = "fp32"
+    tensor: Positive = 1
+    """Tensor-parallel ranks that share one scorer."""
+    pipeline: Positive = 1
+    """Pipeline stages that share one scorer."""
+    shards: Positive = 1
+    """Independent jobs the work is split into on a cluster."""
+
+
+class EvaluationConfig(Section):
+    """Held-out probes of every exported run (``tools/evaluate_model.py``), and their report."""
+
+    data: str
+    """Prefix of the held-out token dataset."""
+    sequence_length: Positive | None = None
+    """Default: the run's."""
+    max_sequences: Positive = 32
+    window: Positive | None = None
+    """Tokens of the short context of LongPPL and of the gain from long context; without it neither
+    is measured."""
+    stride: Positive | None = None
+    """Distance between short windows; default: a quarter of the window."""
+    near: Positive | None = None
+    """A target is near if its token last stood at most this many tokens back; default: the window,
+    else a quarter of the sequence."""
+    key_checkpoint: str | None = None
+    """The run of this recipe, or the checkpoint folder, that picks LongPPL's key tokens for all
+    runs; default: each run for itself."""
+    note: str | None = None
+    """What a reader of the report must know."""
+    verify_exports: bool = False
+    """Compare every exported folder with its checkpoint: all tensors, and the logits of
+    transformers in float32. Takes the memory of two such models.
+    """
+
+
+class ClusterConfig(Section):
+    """Site settings of a SLURM cluster (fragments in configs/clusters/)."""
+
+    model_config = ConfigDict(coerce_numbers_to_str=True)  # environment: {OMP_NUM_THREADS: 1}
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    nodes: Positive = 1
+    gpus_per_node: Annotated[int, Field(ge=0)] = 8
+    """0 trains on the CPU with gloo."""
+    tasks_per_node: Positive | None = None
+    """Ranks of one node; default: its GPUs."""
+    cpus_per_task: Positive | None = None
+    """CPU cores of each rank."""
+    time_limit: str = "24:00:00"
+    signal_seconds: Positive = 300
+    """SIGTERM reaches the ranks this long before the time limit."""
+    modules: list[str] = []
+    environment: dict[str, str] = {}
+    """Exported in every job (NCCL variables, caches)."""
+    setup: list[str] = []
+    """Shell lines run before the command, e.g. activating an environment."""
+    container: str | None = None
+    """Put before the command, e.g. `apptainer exec --nv image.sif`."""
+    srun: list[str] = []
+    """Further options of srun, e.g. `--container-image=image.sqsh` (Pyxis)."""
+    sbatch: list[str] = []
+    """Further #SBATCH lines, without the `#SBATCH`."""
+
+
+class RunConfig(Section):
+    """One training run, fully resolved."""
+
+    name: str
+    run_dir: str
+    """Checkpoints, metrics and the resolved config go here."""
+    start: str | None = None
+    """Weights to start from: a checkpoint folder of ours (imported or trained); default: random."""
+    seed: int = 1234
+    data: DataConfig
+    model: ModelConfig
+    layout: LayoutConfig = LayoutConfig()
+    weighting: WeightingConfig = WeightingConfig()
+    training: TrainingConfig
+
+
+class RunSections(Section):
+    """What a run may set; beside `runs` in a recipe file, what all its runs share."""
+
+    start: str | None = None
+    """A run of the recipe, whose newest checkpoint is taken, or a checkpoint folder."""
+    seed: int = 1234
+    data: DataConfig | None = None
+    model: ModelConfig | None = None
+    """May be missing or partial in a run that starts from a checkpoint, which carries its own."""
+    layout: LayoutConfig = LayoutConfig()
+    weighting: WeightingConfig = WeightingConfig()
+    training: TrainingConfig | None = None
+
+
+class RecipeFile(RunSections):
+    """One experiment, from corpus to report, as it is written; ``load.py`` has the short forms."""
+
+    name: str
+    output_dir: str
+    """Every run writes to OUTPUT_DIR/<run name>."""
+    prepare: PrepareConfig | None = None
+    scoring: ScoringConfig | None = None
+    evaluation: EvaluationConfig | None = None
+    cluster: ClusterConfig | None = None
+    runs: dict[str, RunSections] = {}
+    """Run name to what this run changes in the sections that all runs share. Without `runs` there
+    is one run, `main`."""
+
+
+class Recipe(Section):
+    """A recipe as ``load_recipe`` returns it: shared sections merged into every run."""
+
+    name: str
+    output_dir: str
+    prepare: PrepareConfig | None = None
+    scoring: ScoringConfig | None = None
+    evaluation: EvaluationConfig | None = None
+    cluster: ClusterConfig | None = None
+    runs: dict[str, dict[str, Any]]
+    """Run name to all its sections as plain values; ``resolve_run`` makes a RunConfig of one."""

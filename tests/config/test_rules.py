@@ -1,0 +1,72 @@
+"""Windows that cannot work are refused with their numbers."""
+
+import pytest
+
+from lctw_megatron.config.rules import check_evaluation, check_run, check_scoring
+from lctw_megatron.config.schema import EvaluationConfig, ScoringConfig
+from lctw_megatron.errors import InputError
+from tests.config.test_layout_rules import run_config
+
+
+def weighted(**weighting):
+    values = run_config().model_dump()
+    values["weighting"] = weighting
+    return type(run_config()).model_validate(values)
+
+
+@pytest.mark.parametrize(
+    ("weighting", "rule"),
+    [
+        ({"window": 64, "stride": 65}, "weighting.stride 65 is larger than weighting.window 64"),
+        ({"scheme": "dense", "mode": "self", "stride": 32}, "weighting.window is missing"),
+        ({"scheme": "dense", "mode": "self", "window": 32}, "weighting.stride is missing"),
+        (
+            {"scheme": "dense", "mode": "self", "window": 1024, "stride": 32},
+            "weighting.window 1024 is not shorter than the sequence length 1024",
+        ),
+    ],
+)
+def test_windows_that_do_not_fit_are_refused(weighting, rule):
+    with pytest.raises(InputError, match=rule):
+        check_run(weighted(**weighting))
+
+
+def test_windows_that_fit_are_accepted():
+    check_run(weighted(scheme="dense", mode="self", window=1023, stride=1023))
+    check_run(weighted(scheme="uniform", mode="self"))
+    check_run(weighted(scheme="dense"))
+
+
+def test_scoring_windows_follow_the_same_rules():
+    fitting = {"scorer": "base", "window": 128, "stride": 96}
+    check_scoring(ScoringConfig(**fitting))
+    check_scoring(ScoringConfig(**fitting, sequence_length=129))
+    with pytest.raises(InputError, match="scoring.stride 129"):
+        check_scoring(ScoringConfig(**fitting | {"stride": 129}))
+    with pytest.raises(InputError, match="scoring.window 128 is not shorter"):
+        check_scoring(ScoringConfig(**fitting, sequence_length=128))
+
+
+def test_evaluation_windows_follow_the_same_rules_and_are_needed():
+    check_evaluation(EvaluationConfig(data="held-out", window=64, stride=64, sequence_length=65))
+    for wrong, rule in [
+        ({"window": 64, "stride": 65}, "evaluation.stride 65 is larger"),
+        ({"window": 64, "sequence_length": 64}, "evaluation.window 64 is not shorter"),
+        ({"stride": 65}, "evaluation.stride does nothing without evaluation.window"),
+        ({"key_checkpoint": "base"}, "key_checkpoint does nothing without evaluation.window"),
+    ]:
+        with pytest.raises(InputError, match=rule):
+            check_evaluation(EvaluationConfig(data="held-out", **wrong))
+
+
+def test_positions_cover_the_sequence_and_the_rates_are_ordered():
+    check_run(run_config(model__max_position_embeddings=1024))
+    with pytest.raises(InputError, match="max_position_embeddings 1023 is smaller than data.seq"):
+        check_run(run_config(model__max_position_embeddings=1023))
+    with pytest.raises(InputError, match="training.min_lr 1.0 is above training.lr"):
+        check_run(run_config(training__min_lr=1.0))
+
+
+def test_the_parallel_sizes_are_checked_too():
+    with pytest.raises(InputError, match="layout.pipeline"):
+        check_run(run_config(layout__pipeline=3))
