@@ -1,0 +1,120 @@
+"""PREFIX.json: what a token dataset is, and PREFIX.<name>.json: what a sidecar is."""
+
+import contextlib
+import json
+import os
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from lctw_megatron.atomic import write_json
+from lctw_megatron.errors import InputError
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class TokenizerIdentity(_Strict):
+    """Which tokenizer made the tokens, and what it put around every document."""
+
+    kind: Literal["sentencepiece", "huggingface"]
+    path: str
+    """Where it was. Not compared: the digest is the identity."""
+    digest: str
+    """blake2b-128 of the content of the tokenizer's files."""
+    vocab_size: int
+    """One more than the largest id."""
+    bos_id: int | None
+    eos_id: int | None
+    add_bos: bool
+    """Every stored document begins with BOS; pieces and windows must, too."""
+    add_eos: bool
+    """Every stored document ends with EOS."""
+
+
+class TokenManifest(_Strict):
+    """Of PREFIX.bin and PREFIX.idx."""
+
+    format: Literal["lctw-megatron tokens 1"] = "lctw-megatron tokens 1"
+    fingerprint: str
+    """blake2b-128 of the .bin bytes followed by the int32 lengths."""
+    sample_digest: str
+    """See ``fingerprint.sample_digest``; compared at every open."""
+    documents: int
+    tokens: int
+    dtype: str
+    tokenizer: TokenizerIdentity
+    source: dict[str, Any]
+    """Where the text came from."""
+
+
+class SidecarManifest(_Strict):
+    """Of PREFIX.<name>.bin and .idx: one float32 per token of PREFIX, NaN = not scored."""
+
+    format: Literal["lctw-megatron sidecar 1"] = "lctw-megatron sidecar 1"
+    fingerprint: str
+    sample_digest: str
+    dtype: Literal["float32"] = "float32"
+    values: int
+    scored: int
+    """Values that are not NaN."""
+    min: float | None
+    """Of the scored values, in nats, as are mean and max; null if there are none."""
+    mean: float | None
+    max: float | None
+    tokens_fingerprint: str
+    """Fingerprint of the token dataset that was scored."""
+    tokenizer_digest: str
+    window: int
+    """K: tokens the scorer saw at once."""
+    stride: int
+    """Distance between windows."""
+    sequence_length: int | None
+    """Windows restarted at every multiple of this too; null: only at documents."""
+    score_first_window: bool
+    """Whether the first K targets of a document (or region) were scored as well."""
+    min_context: int | None
+    """Fewest tokens of context a scored target had; null if none was scored."""
+    mean_context: float | None
+    scorer: dict[str, Any]
+    """Checkpoint path, weights digest, whatever else identifies the model."""
+
+
+def manifest_path(prefix: str) -> str:
+    return prefix + ".json"
+
+
+Manifest = TypeVar("Manifest", TokenManifest, SidecarManifest)
+
+
+def read_manifest(prefix: str, kind: type[Manifest]) -> Manifest:
+    """Read PREFIX.json. FileNotFoundError if there is none, InputError if it is not one of ours."""
+    path = manifest_path(prefix)
+    with open(path, "rb") as file:
+        text = file.read()
+    try:
+        return kind.model_validate(json.loads(text))
+    except ValueError as error:  # broken JSON, broken UTF-8 or ValidationError
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            reason = f"{where}: {first['msg']}"
+        else:
+            reason = str(error)
+        expected = kind.model_fields["format"].default
+        raise InputError(
+            f"{path}: not a manifest of the format {expected!r} ({reason}); was another file "
+            f"given, or was it changed by hand?"
+        ) from None
+
+
+def write_manifest(prefix: str, manifest: TokenManifest | SidecarManifest) -> None:
+    """Write PREFIX.json, atomically."""
+    write_json(manifest_path(prefix), manifest.model_dump())
+
+
+def remove_manifest(prefix: str) -> None:
+    """Before the files it describes change: a dataset without manifest is not finished."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(manifest_path(prefix))

@@ -1,0 +1,81 @@
+"""From the samples of one data-parallel rank to the tensors of one context-parallel rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from lctw_megatron.config.schema import DataConfig
+from lctw_megatron.data import zigzag
+from lctw_megatron.data.batch import IGNORE, Sample, collate, cut_batch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Which part of each global batch is wanted."""
+
+    micro_batch_size: int
+    dp_rank: int = 0
+    dp_size: int = 1
+    cp_rank: int = 0
+    cp_size: int = 1
+
+    @property
+    def sequences_at_once(self) -> int:
+        """Sequences of one microbatch of all data-parallel ranks."""
+        return self.micro_batch_size * self.dp_size
+
+    def rows(self, microbatch: int) -> range:
+        """The rows of the global batch in this rank's microbatch.
+
+        Microbatch 0 of rank 0, of rank 1, ...; microbatch 1 of rank 0, ...: for any number of ranks
+        all of them together make the same global batch.
+        """
+        first = (microbatch * self.dp_size + self.dp_rank) * self.micro_batch_size
+        return range(first, first + self.micro_batch_size)
+
+
+@dataclass
+class Counts:
+    """Positions of whole sequences, before cutting for context parallelism."""
+
+    targets: int = 0
+    padding: int = 0
+    unscored: int = 0
+    """Targets without a usable short loss, where short losses are read."""
+
+    def add(self, other: Counts) -> None:
+        self.targets += other.targets
+        self.padding += other.padding
+        self.unscored += other.unscored
+
+
+class Microbatch(NamedTuple):
+    tensors: dict[str, Tensor]
+    counts: Counts
+
+
+def make_microbatch(samples: Sequence[Sample], data: DataConfig, rank: Rank) -> Microbatch:
+    """Collate, count, cut for context parallelism and, last of all, make tensors."""
+    import torch
+
+    batch = collate(samples, with_boundaries=data.packing == "pack")
+    live = batch["labels"] != IGNORE
+    counts = Counts(targets=int(live.sum()), padding=int((~live).sum()))
+    if "short_loss" in batch:
+        counts.unscored = int((live & np.isnan(batch["short_loss"])).sum())
+    part = cut_batch(batch, rank.cp_rank, rank.cp_size)
+    # Whole sequences too: self-scoring cuts them into windows, metrics look for occurrences.
+    part |= {f"sequence_{name}": batch[name] for name in ("tokens", "labels")}
+    return Microbatch({name: torch.from_numpy(array) for name, array in part.items()}, counts)
+
+
+def check_cut(data: DataConfig, cp_size: int) -> None:
+    """Refuse at the start what ``zigzag.cut`` would refuse at the first batch."""
+    zigzag.cut(np.empty(data.sequence_length, dtype=np.int8), 0, cp_size, dim=0)

@@ -1,0 +1,118 @@
+"""One corpus of a blend, opened: its tokens, its sequences and, if wanted, its short losses."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lctw_megatron.config.schema import Corpus, DataConfig
+from lctw_megatron.data.batch import PieceData, Sample, assemble, usable_scores
+from lctw_megatron.data.sequence_cache import cached_index
+from lctw_megatron.data.sequences import Piece
+from lctw_megatron.data.sidecar import Sidecar
+from lctw_megatron.data.token_dataset import TokenDataset
+from lctw_megatron.errors import InputError
+
+
+class SequenceSource:
+    """Sequences of one token dataset, by number.
+
+    ``scores`` is the name of the sidecar to read, None for none; ``window`` and ``stride`` are what
+    it must have been made with, None for anything. ``vocab_size`` is the model's; None takes the
+    tokenizer's.
+    """
+
+    def __init__(
+        self,
+        prefix: str,
+        data: DataConfig,
+        *,
+        scores: str | None = None,
+        window: int | None = None,
+        stride: int | None = None,
+        vocab_size: int | None = None,
+    ) -> None:
+        self.prefix = prefix
+        self.dataset = TokenDataset(prefix)
+        self.tokenizer = self.dataset.manifest.tokenizer
+        self.sidecar = Sidecar(self.dataset, scores) if scores is not None else None
+        if self.sidecar is not None:
+            self.sidecar.check(window, stride, data.sequence_length, data.packing)
+            if self.sidecar.manifest.window >= data.sequence_length:
+                raise InputError(
+                    f"{self.sidecar.prefix}: scored with window {self.sidecar.manifest.window}, "
+                    f"but data.sequence_length is {data.sequence_length}: the short context must "
+                    "be shorter; score with a smaller window or train longer sequences"
+                )
+        self._sequence_length = data.sequence_length
+        self._vocab_size = vocab_size or self.tokenizer.vocab_size
+        self._bos_id = self.tokenizer.bos_id if self.tokenizer.add_bos else None
+        self.index, self.price = cached_index(
+            self.dataset, data.sequence_length, data.packing, data.tails, data.index_cache
+        )
+        if not len(self.index):
+            longest = int(self.dataset.lengths.max()) if len(self.dataset.lengths) else 0
+            raise InputError(
+                f"{prefix}: no sequence of data.sequence_length={data.sequence_length} "
+                f"(data.packing={data.packing}, data.tails={data.tails}): the longest document has "
+                f"{longest} tokens; shorten the sequences, or set data.tails=keep or "
+                "data.packing=pack"
+            )
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def read(self, sequence: int) -> Sample:
+        """One sequence, assembled. Raises InputError for a damaged sidecar or a token id beyond
+        the vocabulary."""
+        pieces = [self._read(piece) for piece in self.index.pieces(sequence)]
+        return assemble(pieces, self._sequence_length, self._bos_id)
+
+    def _read(self, piece: Piece) -> PieceData:
+        document, offset, length = piece
+        tokens = self.dataset.get(document, offset, length + 1)
+        if tokens.max() >= self._vocab_size or tokens.min() < 0:
+            wrong = int(np.argmax((tokens >= self._vocab_size) | (tokens < 0)))
+            raise InputError(
+                f"{self.prefix}: token {offset + wrong} of document {document} has the id "
+                f"{tokens[wrong]}, the vocabulary has {self._vocab_size} (0 to "
+                f"{self._vocab_size - 1}); train with the model whose tokenizer made this dataset, "
+                "or preprocess it again"
+            )
+        if self.sidecar is None:
+            return PieceData(document, offset, tokens)
+        made_with = self.sidecar.manifest
+        losses = self.sidecar.get(document, offset + 1, length)
+        if np.isinf(losses).any():
+            wrong = int(np.argmax(np.isinf(losses)))
+            raise InputError(
+                f"{self.sidecar.prefix}: the short loss of token {offset + 1 + wrong} of document "
+                f"{document} is {losses[wrong]}, expected a finite number or NaN: the sidecar is "
+                "damaged or its scorer overflowed; score again"
+            )
+        # Only where the scorer's windows begin with the piece has its first window been scored on
+        # purpose; elsewhere those values come from windows of text before the piece.
+        begins_with_windows = offset == 0 or made_with.sequence_length is not None
+        keep_first_window = made_with.score_first_window and begins_with_windows
+        return PieceData(
+            document, offset, tokens, usable_scores(losses, made_with.window, keep_first_window)
+        )
+
+
+def open_sources(
+    corpora: Sequence[Corpus], data: DataConfig, **options: Any
+) -> list[SequenceSource]:
+    """Open the corpora of a blend, with the ``options`` of SequenceSource.
+
+    Raises InputError unless all share one tokenizer.
+    """
+    sources = [SequenceSource(corpus.prefix, data, **options) for corpus in corpora]
+    for source in sources[1:]:
+        if source.tokenizer.digest != sources[0].tokenizer.digest:
+            raise InputError(
+                f"{source.prefix} was tokenised with {source.tokenizer.path} (digest "
+                f"{source.tokenizer.digest}), but {sources[0].prefix} with "
+                f"{sources[0].tokenizer.path} (digest {sources[0].tokenizer.digest}); "
+                "preprocess both with one tokenizer"
+            )
+    return sources

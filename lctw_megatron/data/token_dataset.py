@@ -1,0 +1,191 @@
+"""A tokenised corpus: PREFIX.bin, PREFIX.idx and its manifest PREFIX.json."""
+
+import os
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from lctw_megatron.data.fingerprint import content_fingerprint, sample_digest
+from lctw_megatron.data.indexed_array import (
+    BLOCK_BYTES,
+    IndexedArrayReader,
+    IndexedArrayWriter,
+    data_path,
+)
+from lctw_megatron.data.manifest import (
+    TokenizerIdentity,
+    TokenManifest,
+    manifest_path,
+    read_manifest,
+    remove_manifest,
+    write_manifest,
+)
+from lctw_megatron.errors import InputError
+
+
+class TokenDataset(IndexedArrayReader):
+    """Documents as arrays of token ids, memory-mapped; opens in constant time and memory.
+
+    ``dataset[i]`` is document i, ``dataset.get(i, offset, length)`` a piece of it (read-only views
+    of the stored dtype), ``dataset.lengths`` int32 [n] the tokens of each document.
+
+    Opening compares header, sizes, counts and the sample digest with the manifest; ``verify`` reads
+    everything. A corpus in Megatron format without a manifest opens too, but has no ``manifest``.
+    Raises InputError for missing, empty, damaged or mixed-up files.
+    """
+
+    def __init__(self, prefix: str | os.PathLike[str]) -> None:
+        super().__init__(prefix)
+        if self.dtype.kind not in "iu":
+            raise InputError(
+                f"{self.prefix}.idx: holds {self.dtype.name} values, tokens are integers; is this "
+                f"the prefix of a sidecar?"
+            )
+        if self.num_tokens == 0:
+            raise InputError(
+                f"{self.prefix}.bin: holds no tokens; preprocess a corpus that has text"
+            )
+        try:
+            self._manifest: TokenManifest | None = read_manifest(self.prefix, TokenManifest)
+        except FileNotFoundError:
+            self._manifest = None
+        else:
+            self._check_manifest(self._manifest)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_values
+
+    @property
+    def manifest(self) -> TokenManifest:
+        if self._manifest is None:
+            raise InputError(
+                f"{manifest_path(self.prefix)}: no such file, so the tokenizer is not known; make "
+                f"it with: python tools/inspect_data.py {self.prefix} --write-manifest "
+                f"--tokenizer MODEL_OR_DIR"
+            )
+        return self._manifest
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the content, from the manifest."""
+        return self.manifest.fingerprint
+
+    def verify(self) -> None:
+        """Read everything: InputError unless index, token ids and fingerprint fit the manifest."""
+        self.check_index()
+        check_vocabulary(self, self.manifest.tokenizer)
+        found = content_fingerprint(self)
+        if found != self.fingerprint:
+            raise InputError(
+                f"{data_path(self.prefix)}: fingerprint {found}, but {manifest_path(self.prefix)} "
+                f"says {self.fingerprint}: the tokens were changed; preprocess again"
+            )
+
+    def _check_manifest(self, manifest: TokenManifest) -> None:
+        found = {"documents": len(self), "tokens": self.num_tokens, "dtype": self.dtype.name}
+        found["sample_digest"] = sample_digest(self.prefix)
+        for field, value in found.items():
+            expected = getattr(manifest, field)
+            if value != expected:
+                raise InputError(
+                    f"{data_path(self.prefix)}: {field} is {value}, but "
+                    f"{manifest_path(self.prefix)} says {expected}: these files are not of one "
+                    f"run, or were changed; preprocess again"
+                )
+
+
+def check_vocabulary(dataset: IndexedArrayReader, tokenizer: TokenizerIdentity) -> None:
+    """Read all tokens: InputError that names the first id outside the tokenizer's vocabulary."""
+    step = BLOCK_BYTES // dataset.dtype.itemsize
+    for begin in range(0, dataset.num_values, step):
+        block = dataset.values[begin : begin + step]
+        if int(block.max()) < tokenizer.vocab_size and int(block.min()) >= 0:
+            continue
+        at = begin + int(((block < 0) | (block >= tokenizer.vocab_size)).argmax())
+        itemsize = dataset.dtype.itemsize
+        document = int(np.searchsorted(dataset.pointers, at * itemsize, side="right")) - 1
+        offset = at - int(dataset.pointers[document]) // itemsize
+        raise InputError(
+            f"{data_path(dataset.prefix)}: token id {dataset.values[at]} at token {offset} of "
+            f"document {document} is beyond the vocabulary of {tokenizer.path} "
+            f"({tokenizer.vocab_size} tokens); it was made with another tokenizer"
+        )
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """Megatron's rule: uint16 where every id fits, with room to spare, else int32."""
+    return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
+
+
+class TokenWriter:
+    """Writes a token dataset; .bin, .idx and .json appear at ``close``, the manifest last.
+
+    A context manager like IndexedArrayWriter. An old manifest goes before the new files come, so
+    that no mixture of old and new files is ever complete.
+    """
+
+    def __init__(
+        self,
+        prefix: str | os.PathLike[str],
+        tokenizer: TokenizerIdentity,
+        source: dict[str, Any] | None = None,
+    ) -> None:
+        self.prefix = os.fspath(prefix)
+        self.tokenizer = tokenizer
+        self.source = source or {}
+        self._array = IndexedArrayWriter(self.prefix, token_dtype(tokenizer.vocab_size))
+
+    @property
+    def num_documents(self) -> int:
+        return self._array.count
+
+    @property
+    def num_tokens(self) -> int:
+        return self._array.num_values
+
+    def add(self, tokens: np.ndarray) -> None:
+        """Append one document, BOS and EOS included. InputError for an id beyond the vocabulary."""
+        size = self.tokenizer.vocab_size
+        if len(tokens) and (int(tokens.max()) >= size or int(tokens.min()) < 0):
+            at = int(((tokens < 0) | (tokens >= size)).argmax())
+            raise InputError(
+                f"{self.prefix}: token id {tokens[at]} at token {at} of document "
+                f"{self.num_documents} is beyond the vocabulary of {self.tokenizer.path} "
+                f"({size} tokens); is its vocabulary file complete?"
+            )
+        self._array.add(tokens)
+
+    def extend(self, reader: IndexedArrayReader, begin: int = 0, end: int | None = None) -> None:
+        """Append documents [begin, end) of a shard by copying its bytes."""
+        self._array.extend(reader, begin, end)
+
+    def close(self) -> None:
+        self._array.finish()
+        remove_manifest(self.prefix)
+        self._array.close()
+        manifest = TokenManifest(
+            fingerprint=self._array.fingerprint,
+            sample_digest=sample_digest(self.prefix),
+            documents=self.num_documents,
+            tokens=self.num_tokens,
+            dtype=self._array.dtype.name,
+            tokenizer=self.tokenizer,
+            source=self.source,
+        )
+        write_manifest(self.prefix, manifest)
+
+    def __enter__(self) -> "TokenWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._array.__exit__(kind, error, trace)

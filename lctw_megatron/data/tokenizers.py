@@ -1,0 +1,313 @@
+"""Text to token ids and back: SentencePiece models and Hugging Face tokenizer folders.
+
+Neither torch nor transformers is imported: `tokenizers` and `sentencepiece` do the work. A folder
+that holds both forms of one vocabulary (tokenizer.model beside tokenizer.json, as Llama 2 has) is
+taken as SentencePiece, so that a corpus tokenised with either has one identity.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sentencepiece import SentencePieceProcessor
+from tokenizers import Tokenizer as FastTokenizer
+
+from lctw_megatron.data.manifest import TokenizerIdentity
+from lctw_megatron.data.sentencepiece_model import (
+    SPACE,
+    breaks_at_newlines,
+    read_settings,
+    to_fast_tokenizer,
+)
+from lctw_megatron.errors import InputError
+
+_PART_CHARACTERS = 8192
+"""SentencePiece slows down on long texts (1.4 MB/s on one of 6 MB, 5.6 MB/s on parts of 8 kB)."""
+_FOLDER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+)
+REPLACEMENT = "\ufffd"
+"""Stands for bytes that are no text on their own."""
+
+
+class Tokenizer(ABC):
+    """What the project asks of a tokenizer."""
+
+    identity: TokenizerIdentity
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text, int32 [tokens], without BOS and EOS."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of ids; BOS, EOS and other special tokens are left out."""
+
+    @abstractmethod
+    def token_text(self, id: int) -> str:
+        """What one token stands for: its text, the name of a special token, or U+FFFD for a part
+        of a character."""
+
+    @abstractmethod
+    def save_hf(self, directory: str | os.PathLike[str]) -> None:
+        """Write the files from which transformers' AutoTokenizer makes this tokenizer into
+        ``directory``, which need not exist."""
+
+    def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text as a stored document: BOS first and EOS last, where there are any."""
+        known = self.identity
+        first = [known.bos_id] if known.add_bos else []
+        last = [known.eos_id] if known.add_eos else []
+        before, after = np.array(first, np.int32), np.array(last, np.int32)
+        return [np.concatenate([before, ids, after]) for ids in self.encode_batch(texts)]
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """From a SentencePiece .model file or a Hugging Face tokenizer folder; InputError otherwise."""
+    place = Path(os.path.abspath(path))
+    if place.is_file() and place.suffix == ".model":
+        return SentencePieceTokenizer(place)
+    if not place.is_dir():
+        found = (
+            "is a file that does not end in .model" if place.exists() else "no such file or folder"
+        )
+        raise InputError(
+            f"tokenizer {place}: {found}; give a SentencePiece .model file or a Hugging Face "
+            f"folder with tokenizer.json (Hub names are not looked up)"
+        )
+    fast, model = place / "tokenizer.json", place / "tokenizer.model"
+    if fast.exists():
+        tokenizer = HuggingFaceTokenizer(place)
+        if model.exists() and _same_vocabulary(fast, model):
+            return SentencePieceTokenizer(model, tokenizer.identity.add_bos)
+        return tokenizer
+    if model.exists():
+        return SentencePieceTokenizer(model, _read_specials(place).add_bos)
+    raise InputError(
+        f"tokenizer {place}: the folder has neither tokenizer.json nor tokenizer.model"
+    )
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model. BOS is added if the model has one, unless ``add_bos`` is False."""
+
+    def __init__(self, path: Path, add_bos: bool | None = None) -> None:
+        model = path.read_bytes()
+        self._processor = _load_sentencepiece(path, model)
+        self._settings = read_settings(model)
+        self._model = model
+        self._in_parts = breaks_at_newlines(self._processor, self._settings)
+        bos, eos = self._processor.bos_id(), self._processor.eos_id()
+        self.identity = TokenizerIdentity(
+            kind="sentencepiece",
+            path=str(path),
+            digest=hashlib.blake2b(model, digest_size=16).hexdigest(),
+            vocab_size=self._processor.get_piece_size(),
+            bos_id=bos if bos >= 0 else None,
+            eos_id=eos if eos >= 0 else None,
+            add_bos=bos >= 0 and add_bos is not False,
+            add_eos=eos >= 0,
+        )
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        if not self._in_parts:
+            encoded = self._processor.encode(list(texts), num_threads=1)
+            return [np.array(ids, np.int32) for ids in encoded]
+        # A part begins with a newline, which no piece crosses; only its added space is too much.
+        extra = 1 if self._settings.add_dummy_prefix else 0
+        results = []
+        for text in texts:
+            encoded = self._processor.encode(_parts(text), num_threads=1)
+            arrays = [np.array(ids, np.int32) for ids in encoded]
+            results.append(np.concatenate([arrays[0], *(ids[extra:] for ids in arrays[1:])]))
+        return results
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return self._processor.decode([int(id) for id in ids])
+
+    def token_text(self, id: int) -> str:
+        piece = self._processor.id_to_piece(int(id))
+        return _byte_text(piece) if self._processor.is_byte(int(id)) else piece.replace(SPACE, " ")
+
+    def save_hf(self, directory: str | os.PathLike[str]) -> None:
+        try:
+            fast = to_fast_tokenizer(self._processor, self._settings)
+        except ValueError as error:
+            raise InputError(
+                f"tokenizer {self.identity.path}: {error} cannot be written as tokenizer.json; "
+                f"give the model's Hugging Face folder as the tokenizer instead"
+            ) from None
+        known = self.identity
+        name = self._processor.id_to_piece
+        config: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "add_bos_token": known.add_bos,
+            "add_eos_token": False,
+            "clean_up_tokenization_spaces": False,
+            "unk_token": name(self._processor.unk_id()),
+        }
+        if known.bos_id is not None:
+            config["bos_token"] = name(known.bos_id)
+        if known.eos_id is not None:
+            config["eos_token"] = name(known.eos_id)
+        target = Path(directory)
+        target.mkdir(parents=True, exist_ok=True)
+        fast.save(str(target / "tokenizer.json"))
+        (target / "tokenizer.model").write_bytes(self._model)
+        (target / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A folder with tokenizer.json, and tokenizer_config.json for BOS and EOS.
+
+    Like AutoTokenizer, it reads the name of a special token inside a text as that token. Its
+    digest covers what decides the ids: tokenizer.json without its formatting, truncation and
+    padding (which are turned off: a document is never cut), and BOS and EOS.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / "tokenizer.json"
+        self._folder = folder
+        description = _read_json(path)
+        try:
+            self._fast = FastTokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception
+            raise InputError(f"{path}: not a tokenizer.json that can be read ({error})") from None
+        self._byte_level = "ByteLevel" in json.dumps(description.get("decoder"))
+        self._fast.no_truncation()
+        self._fast.no_padding()
+        specials = _read_specials(folder)
+        bos, eos = (self._id(name, folder) for name in (specials.bos, specials.eos))
+        add_bos = bos is not None and self._begins_with(bos)
+        description.pop("truncation", None)
+        description.pop("padding", None)
+        content = json.dumps([description, bos, eos, add_bos], sort_keys=True)
+        self.identity = TokenizerIdentity(
+            kind="huggingface",
+            path=str(folder),
+            digest=hashlib.blake2b(content.encode(), digest_size=16).hexdigest(),
+            vocab_size=max(self._fast.get_vocab().values()) + 1,
+            bos_id=bos,
+            eos_id=eos,
+            add_bos=add_bos,
+            add_eos=eos is not None,
+        )
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encoded = self._fast.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(result.ids, np.int32) for result in encoded]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return self._fast.decode([int(id) for id in ids])
+
+    def token_text(self, id: int) -> str:
+        token = self._fast.id_to_token(int(id))
+        if token is None:
+            raise IndexError(f"token id {id} is not in the vocabulary of {self._folder}")
+        if self._byte_level:
+            return self._fast.decode([int(id)], skip_special_tokens=False)
+        return _byte_text(token) or token.replace(SPACE, " ")
+
+    def save_hf(self, directory: str | os.PathLike[str]) -> None:
+        target = Path(directory)
+        target.mkdir(parents=True, exist_ok=True)
+        for name in _FOLDER_FILES:
+            if (self._folder / name).exists():
+                shutil.copyfile(self._folder / name, target / name)
+
+    def _id(self, name: str | None, folder: Path) -> int | None:
+        if name is None:
+            return None
+        id = self._fast.token_to_id(name)
+        if id is None:
+            raise InputError(
+                f"{folder / 'tokenizer_config.json'}: its special token {name!r} is not in the "
+                f"vocabulary of tokenizer.json; the two files are not of one tokenizer"
+            )
+        return id
+
+    def _begins_with(self, bos: int) -> bool:
+        return self._fast.encode("a", add_special_tokens=True).ids[:1] == [bos]
+
+
+@dataclass(frozen=True)
+class _Specials:
+    bos: str | None
+    eos: str | None
+    add_bos: bool | None
+    """Counts only where there is no tokenizer.json, which itself adds BOS or not."""
+
+
+def _read_specials(folder: Path) -> _Specials:
+    """BOS, EOS and whether BOS is added (None: not said), from the folder's small files."""
+    settings: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).exists():
+            found = _read_json(folder / name)
+            settings.update({key: value for key, value in found.items() if value is not None})
+
+    def token(key: str) -> str | None:
+        value = settings.get(key)
+        return value["content"] if isinstance(value, dict) else value
+
+    return _Specials(token("bos_token"), token("eos_token"), settings.get("add_bos_token"))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: a JSON object was expected")
+    return value
+
+
+def _load_sentencepiece(path: Path, model: bytes) -> SentencePieceProcessor:
+    try:
+        return SentencePieceProcessor(model_proto=model)
+    except Exception as error:  # RuntimeError or ValueError, as the version has it
+        raise InputError(f"{path}: not a SentencePiece model ({error})") from None
+
+
+def _same_vocabulary(fast: Path, model: Path) -> bool:
+    processor = _load_sentencepiece(model, model.read_bytes())
+    size = processor.get_piece_size()
+    pieces = {processor.id_to_piece(id): id for id in range(size)}
+    description = _read_json(fast)
+    vocabulary = description.get("model", {}).get("vocab", {})
+    if isinstance(vocabulary, list):  # unigram: [piece, score] in the order of ids
+        vocabulary = {piece: id for id, (piece, _) in enumerate(vocabulary)}
+    added = {token["content"]: token["id"] for token in description.get("added_tokens", [])}
+    return vocabulary | added == pieces
+
+
+def _parts(text: str) -> list[str]:
+    """``text`` cut before newlines, each part at least _PART_CHARACTERS long but the last."""
+    parts, begin = [], 0
+    while (end := text.find("\n", begin + _PART_CHARACTERS)) >= 0:
+        parts.append(text[begin:end])
+        begin = end
+    return [*parts, text[begin:]]
+
+
+def _byte_text(piece: str) -> str:
+    """The character of a byte piece <0xNN>; empty if ``piece`` is none."""
+    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+        byte = int(piece[3:5], 16)
+        return chr(byte) if byte < 128 else REPLACEMENT
+    return ""
