@@ -1,0 +1,289 @@
+"""The schemes: how two losses a token become a weight a token.
+
+A scheme is a class with two steps, kept apart:
+
+    scores(targets)          how much does long context change this target?
+    weights(scores, live)    scores -> weights (dense or sparse, normalised)
+
+d_i = log p_long - log p_short = short_loss_i - long_loss_i below, in nats; n is the number of live
+targets of a sequence. All tensors are [sequences, targets], every row a whole sequence, whatever
+the parallel layout: ``compute.py`` gathers and cuts, replaces unscored targets, interpolates, and
+falls back to uniform weights where a sequence's scores are all zero. What a scheme returns where
+``live`` is false is never used.
+
+A new scheme is one class here (its lower-case name is what recipes write, its dataclass fields are
+the `weighting` parameters it takes) and one line in ``WeightingConfig.scheme``'s docstring.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lctw_megatron.errors import InputError
+from lctw_megatron.weighting.selection import keep_largest, normalise
+
+SCHEMES: dict[str, type["Scheme"]] = {}
+"""Name in a recipe -> class. Classes enter themselves."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What a scheme sees of a batch of whole sequences."""
+
+    long_loss: Tensor
+    """float32 or float64 [sequences, targets], nats; 0 where not live."""
+    short_loss: Tensor
+    """Likewise, from the short-context model; equal to ``long_loss`` where not scored."""
+    live: Tensor
+    """bool [sequences, targets]: the targets that count."""
+    boundaries: Tensor | None = None
+    """int [sequences, pieces + 1], rising: piece p covers [boundaries[p], boundaries[p + 1]).
+    None: every sequence is one piece."""
+
+    @property
+    def difference(self) -> Tensor:
+        """d: positive where long context makes the target likelier. 0 where not scored."""
+        return self.short_loss - self.long_loss
+
+    @property
+    def context_length(self) -> Tensor:
+        """int64 [sequences, targets]: input tokens of its own piece that a target follows, >= 1."""
+        sequences, length = self.long_loss.shape
+        position = torch.arange(length, device=self.long_loss.device).expand(sequences, length)
+        if self.boundaries is None:
+            return position + 1
+        starts = self.boundaries.to(position).contiguous()
+        piece = torch.searchsorted(starts, position.contiguous(), right=True) - 1
+        return position - starts.gather(1, piece) + 1
+
+
+class Scheme(ABC):
+    """Base of all schemes."""
+
+    needs_short_loss: ClassVar[bool] = True
+    """Whether training must provide short losses (a sidecar, or self-scoring) at all."""
+
+    def __init_subclass__(cls) -> None:
+        SCHEMES[cls.__name__.lower()] = cls
+
+    @abstractmethod
+    def scores(self, targets: Targets) -> Tensor: ...
+
+    @abstractmethod
+    def weights(self, scores: Tensor, live: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Uniform(Scheme):
+    """w_i = 1: plain next-token training."""
+
+    needs_short_loss = False
+
+    def scores(self, targets: Targets) -> Tensor:
+        return torch.ones_like(targets.long_loss)
+
+    def weights(self, scores: Tensor, live: Tensor) -> Tensor:
+        return scores
+
+
+@dataclass(frozen=True)
+class Dense(Scheme):
+    """w_i = n·|d_i| / Σ|d|: every target in proportion to what long context changes.
+
+    With `interpolation` λ: λ + (1 - λ)·w_i. Helm, Daheim, Gurevych, "Token Weighting for Long-Range
+    Language Modeling", Findings of NAACL 2025 (arXiv:2503.09202), like sparse, ppmi and npmi.
+    """
+
+    def scores(self, targets: Targets) -> Tensor:
+        return targets.difference.abs()
+
+    def weights(self, scores: Tensor, live: Tensor) -> Tensor:
+        return normalise(scores, live)
+
+
+@dataclass(frozen=True)
+class Sparse(Scheme):
+    """w_i = n/k on the k = max(1, ⌊κn⌋) largest |d_i|, else 0."""
+
+    keep_fraction: float
+    """κ"""
+
+    def scores(self, targets: Targets) -> Tensor:
+        return targets.difference.abs()
+
+    def weights(self, scores: Tensor, live: Tensor) -> Tensor:
+        return normalise(keep_largest(scores, live, self.keep_fraction).to(scores.dtype), live)
+
+
+@dataclass(frozen=True)
+class LongCE(Scheme):
+    """w_i = min(exp(d_i), γ), not normalised: p_long / p_short, bounded.
+
+    Fang et al., "What is Wrong with Perplexity for Long-context Language Modeling?", ICLR 2025
+    (arXiv:2410.23771).
+    """
+
+    max_weight: float
+    """γ"""
+
+    def scores(self, targets: Targets) -> Tensor:
+        return targets.difference.exp().clamp(max=self.max_weight)
+
+    def weights(self, scores: Tensor, live: Tensor) -> Tensor:
+        return scores
+
+
+@dataclass(frozen=True)
+class PPMI(Scheme):
+    """Score max(0, d_i - log s): long context helps by more than a factor s.
+
+    The largest ⌊κn⌋ scores (at least one), never one that is 0, share the weight equally:
+    w_i = n / kept. Shifted positive pointwise mutual information (Helm et al. 2025).
+    """
+
+    keep_fraction: float
+    """κ"""
+    shift: float
+    """s"""
+
+    def scores(self, targets: Targets) -> Tensor:
+        return (targets.difference - math.log(self.shift)).clamp(min=0)
+
+    def weights(self, scores: Tensor, live: Tensor) -> Tensor:
+        kept = keep_largest(scores, live, self.keep_fraction) & (scores > 0)
+        return normalise(kept.to(scores.dtype), live)
+
+
+@dataclass(frozen=True)
+class NPMI(Scheme):
+    """Score max(0, -d_i - log s): long context harms by more than a factor s; then like ppmi.
+
+    Shifted *negative* pointwise mutual information, not the normalised one (Helm et al. 2025).
+    """
+
+    keep_fraction: float
+    """κ"""
+    shift: float
+    """s"""
+
+    def scores(self, targets: Targets) -> Tensor:
+        return (-targets.difference - math.log(self.shift)).clamp(min=0)
+
+    def weights(self, scores: Tensor, live: Tensor) -> Tensor:
+        kept = keep_largest(scores, live, self.keep_fraction) & (scores > 0)
+        return normalise(kept.to(scores.dtype), live)
+
+
+@dataclass(frozen=True)
+class Rho(Scheme):
+    """w_i = n/k on the k = max(1, ⌊κn⌋) largest excess losses long_loss_i - short_loss_i, else 0.
+
+    The short losses must come from a *reference* model (one trained on clean data): kept are the
+    targets where the trained model lags most behind it. Excess may be negative; the largest are
+    kept even so. Lin et al., "Rho-1: Not All Tokens Are What You Need", NeurIPS 2024
+    (arXiv:2404.07965), which selects per batch; here, per sequence.
+    """
+
+    keep_fraction: float
+    """κ"""
+
+    def scores(self, targets: Targets) -> Tensor:
+        return targets.long_loss - targets.short_loss
+
+    def weights(self, scores: Tensor, live: Tensor) -> Tensor:
+        return normalise(keep_largest(scores, live, self.keep_fraction).to(scores.dtype), live)
+
+
+@dataclass(frozen=True)
+class Position(Scheme):
+    """No scorer: targets with a long left context, rare context lengths first.
+
+    A target whose piece gives it c > `window` tokens of context scores 1 / (live targets of its
+    sequence in the same bucket ⌈log2 c⌉), others 0; normalised to mean 1, so every bucket of the
+    long tail gets the same total. Use it with `interpolation`: λ is then the weight of the short
+    contexts and 1 - λ the extra weight that the long ones share.
+
+    After EXACT: "Where Does Long-Context Supervision Actually Go? Effective-Context Exposure
+    Balancing", 2026 (arXiv:2605.10544): a fixed extra weight for the long tail, by inverse
+    frequency of logarithmic context buckets. EXACT counts frequencies over the corpus, this over a
+    sequence, as every normalisation here: a bucket that few targets fall into makes them heavy.
+    """
+
+    needs_short_loss = False
+
+    window: int | None = None
+    """Contexts longer than this are long; default: a quarter of the sequence."""
+
+    def scores(self, targets: Targets) -> Tensor:
+        context = targets.context_length
+        window = self.window or context.shape[1] // 4
+        long = targets.live & (context > window)
+        # frexp(c - 1) gives the exponent e with 2^(e-1) <= c - 1 < 2^e, exactly: e = ⌈log2 c⌉.
+        bucket = torch.frexp((context - 1).double()).exponent.long()
+        size = torch.zeros(len(context), 64, dtype=torch.int64, device=context.device)
+        size.scatter_add_(1, bucket, long.long())
+        share = size.gather(1, bucket).clamp(min=1).to(targets.long_loss.dtype).reciprocal()
+        return share.where(long, torch.zeros_like(share))
+
+    def weights(self, scores: Tensor, live: Tensor) -> Tensor:
+        return normalise(scores, live)
+
+
+@dataclass(frozen=True)
+class Custom(Scheme):
+    """w_i = function(long_loss, short_loss, mask)_i, an import path `package.module:function`.
+
+    The function gets whole sequences: the losses in nats as in ``Targets`` and a bool mask of the
+    live targets, all [sequences, targets]. It returns weights of the same shape, at least 0, which
+    are taken as they are; ``selection.normalise`` and ``keep_largest`` are there for it to use.
+    """
+
+    function: str
+
+    def __post_init__(self) -> None:
+        _import_function(self.function)  # a wrong path is an error now, not in the first step
+
+    def scores(self, targets: Targets) -> Tensor:
+        result = _import_function(self.function)(
+            targets.long_loss, targets.short_loss, targets.live
+        )
+        shape = tuple(targets.live.shape)
+        if not isinstance(result, Tensor) or tuple(result.shape) != shape:
+            found = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+            raise InputError(
+                f"weighting.function {self.function} returned {found}, expected a tensor of shape "
+                f"{shape}: one weight a target"
+            )
+        if not (~targets.live | ((result >= 0) & result.isfinite())).all():
+            raise InputError(
+                f"weighting.function {self.function} returned a weight that is negative, infinite "
+                "or NaN; weights are finite and at least 0"
+            )
+        return result.to(targets.long_loss.dtype)
+
+    def weights(self, scores: Tensor, live: Tensor) -> Tensor:
+        return scores
+
+
+@cache
+def _import_function(path: str) -> Any:
+    module, _, name = path.partition(":")
+    if not module or not name:
+        raise InputError(f"weighting.function is {path!r}, expected `package.module:function`")
+    try:
+        function = getattr(import_module(module), name)
+    except ImportError as error:
+        raise InputError(
+            f"weighting.function {path}: {error}; is its folder on PYTHONPATH?"
+        ) from error
+    except AttributeError as error:
+        raise InputError(f"weighting.function {path}: {module} has no {name}") from error
+    if not callable(function):
+        raise InputError(f"weighting.function {path}: {name} is not a function")
+    return function

@@ -1,0 +1,106 @@
+"""What the weights of a step look like: four numbers worth watching.
+
+- max: the largest weight;
+- share of zero: targets that do not train at all;
+- n_eff = (Σw)² / Σw²: how many equally weighted targets would average as well, in targets;
+- Spearman's rank correlation of weight and loss: do the weights follow difficulty? A scheme that
+  merely prefers hard tokens shows a high one.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lctw_megatron.weighting.context_parallel import is_first, whole_sequences
+
+_SUMS = ("targets", "zero", "weight", "weight_squared", "spearman", "sequences")
+
+
+@dataclass
+class WeightStatistics:
+    """Sums from which the numbers follow, of any number of batches on any number of ranks.
+
+    Everything but Spearman's correlation is exact for the union of all batches and ranks. That one
+    is computed per sequence, exactly, and then averaged over the sequences where it is defined
+    (neither weights nor losses all equal).
+    """
+
+    sums: Tensor
+    """float64 [6]: targets, targets of weight 0, Σw, Σw², Σ over sequences of Spearman's
+    correlation, and the number of sequences in that last sum. Reduced by adding."""
+    largest: Tensor
+    """float64 []: the largest weight; 0 where there is no target. Reduced by maximum."""
+
+    def __add__(self, other: "WeightStatistics") -> "WeightStatistics":
+        """The statistics of two batches together."""
+        return WeightStatistics(self.sums + other.sums, self.largest.maximum(other.largest))
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
+        """Make these the statistics of all ranks of ``group``: the one of DP × CP."""
+        dist.all_reduce(self.sums, dist.ReduceOp.SUM, group=group)
+        dist.all_reduce(self.largest, dist.ReduceOp.MAX, group=group)
+
+    def summary(self) -> dict[str, float]:
+        """Numbers for the log; those that are not defined (no targets, uniform weights) are left
+        out."""
+        sums = dict(zip(_SUMS, self.sums.tolist(), strict=True))
+        summary = {"max": float(self.largest)}
+        if sums["targets"]:
+            summary["zero_share"] = sums["zero"] / sums["targets"]
+            summary["mean"] = sums["weight"] / sums["targets"]
+        if sums["weight_squared"]:
+            summary["n_eff"] = sums["weight"] ** 2 / sums["weight_squared"]
+            summary["n_eff_share"] = summary["n_eff"] / sums["targets"]
+        if sums["sequences"]:
+            summary["spearman"] = sums["spearman"] / sums["sequences"]
+        return summary
+
+
+@torch.no_grad()
+def weight_statistics(
+    weights: Tensor, long_loss: Tensor, mask: Tensor, group: dist.ProcessGroup | None = None
+) -> WeightStatistics:
+    """The statistics of one batch: weights, losses and mask [sequences, targets].
+
+    With a context-parallel ``group`` these are this rank's parts; the call gathers whole sequences
+    for Spearman's correlation (a collective call) and the group's first rank counts it, so that
+    ``all_reduce`` over DP × CP counts every sequence once.
+    """
+    live = mask != 0
+    w = weights.double().where(live, 0.0)
+    spearman, sequences = 0.0, 0
+    streams = [weights.double(), long_loss.double(), live.double()]
+    whole_weights, whole_loss, whole_live = whole_sequences(streams, group)
+    if is_first(group):
+        for row_weights, row_loss, row_live in zip(
+            whole_weights, whole_loss, whole_live != 0, strict=True
+        ):
+            correlation = spearman_correlation(row_weights[row_live], row_loss[row_live])
+            if correlation is not None:
+                spearman, sequences = spearman + correlation, sequences + 1
+    counts = torch.tensor([spearman, sequences], dtype=torch.float64, device=w.device)
+    parts = [live.sum(), (live & (weights == 0)).sum(), w.sum(), w.square().sum()]
+    sums = torch.cat([torch.stack([part.double() for part in parts]), counts])
+    return WeightStatistics(sums, w.max() if w.numel() else w.new_zeros(()))
+
+
+def spearman_correlation(x: Tensor, y: Tensor) -> float | None:
+    """Spearman's rank correlation of two 1-D tensors; equal values share their mean rank.
+
+    None where it is not defined: fewer than two values, or all values of one equal.
+    """
+    if x.numel() < 2:
+        return None
+    ranks_x, ranks_y = _mean_ranks(x), _mean_ranks(y)
+    ranks_x, ranks_y = ranks_x - ranks_x.mean(), ranks_y - ranks_y.mean()
+    norm = float(ranks_x.square().sum().sqrt() * ranks_y.square().sum().sqrt())
+    return float((ranks_x * ranks_y).sum()) / norm if norm else None
+
+
+def _mean_ranks(x: Tensor) -> Tensor:
+    """float64 ranks from 1; equal values get the mean of the ranks they span."""
+    _, which, size = x.unique(return_inverse=True, return_counts=True)
+    last = size.cumsum(0).double()
+    return (last - (size.double() - 1) / 2)[which]

@@ -1,0 +1,275 @@
+"""Every scheme on numbers worked out by hand, and what happens at the edges."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lctw_megatron.errors import InputError
+from lctw_megatron.weighting import compute_weights, parse_weighting
+from lctw_megatron.weighting.compute import WeightCounts, compute_weights_and_counts
+from lctw_megatron.weighting.schemes import Targets
+
+NAN, INF = math.nan, math.inf
+
+# One sequence of five targets: d = short - long = 1, -2, 0, 3, -2
+LONG = [2.0, 3.0, 1.0, 1.0, 4.0]
+SHORT = [3.0, 1.0, 1.0, 4.0, 2.0]
+
+ALL_SETTINGS: list[dict[str, Any]] = [
+    {"scheme": "uniform"},
+    {"scheme": "dense"},
+    {"scheme": "sparse", "keep_fraction": 0.4},
+    {"scheme": "longce", "max_weight": 5.0},
+    {"scheme": "ppmi", "keep_fraction": 0.4, "shift": 0.9},
+    {"scheme": "npmi", "keep_fraction": 0.4, "shift": 0.9},
+    {"scheme": "rho", "keep_fraction": 0.4},
+    {"scheme": "position"},
+    {"scheme": "custom", "function": f"{__name__}:long_loss_as_weight"},
+]
+
+
+def long_loss_as_weight(long_loss: Tensor, short_loss: Tensor, mask: Tensor) -> Tensor:
+    return long_loss
+
+
+def minus_one(long_loss: Tensor, short_loss: Tensor, mask: Tensor) -> Tensor:
+    return -torch.ones_like(long_loss)
+
+
+def too_few(long_loss: Tensor, short_loss: Tensor, mask: Tensor) -> Tensor:
+    return long_loss[:, 1:]
+
+
+def weigh(
+    setting: dict[str, Any],
+    long_loss: list[float],
+    short_loss: list[float] | None,
+    mask: list[int] | None = None,
+) -> tuple[list[float], WeightCounts]:
+    """Weights of one sequence in float64."""
+
+    def row(values: Any) -> Any:
+        return None if values is None else torch.tensor([values], dtype=torch.float64)
+
+    weights, counts = compute_weights_and_counts(
+        parse_weighting(setting), row(long_loss), row(short_loss), row(mask)
+    )
+    return weights[0].tolist(), counts
+
+
+@pytest.mark.parametrize(
+    "setting, expected",
+    [
+        ({"scheme": "uniform"}, [1, 1, 1, 1, 1]),
+        # Σ|d| = 8, so n/Σ|d| = 5/8
+        ({"scheme": "dense"}, [5 / 8, 10 / 8, 0, 15 / 8, 10 / 8]),
+        # 0.6 + 0.4·w
+        ({"scheme": "dense", "interpolation": 0.6}, [0.85, 1.1, 0.6, 1.35, 1.1]),
+        # ⌊0.6·5⌋ = 3 largest |d|: 3, 2, 2
+        ({"scheme": "sparse", "keep_fraction": 0.6}, [0, 5 / 3, 0, 5 / 3, 5 / 3]),
+        # ⌊0.39·5⌋ = 1
+        ({"scheme": "sparse", "keep_fraction": 0.39}, [0, 0, 0, 5, 0]),
+        # ⌊0.01·5⌋ = 0, but one is always kept
+        ({"scheme": "sparse", "keep_fraction": 0.01}, [0, 0, 0, 5, 0]),
+        ({"scheme": "sparse", "keep_fraction": 1.0}, [1, 1, 1, 1, 1]),
+        (
+            {"scheme": "sparse", "keep_fraction": 0.39, "interpolation": 0.5},
+            [0.5, 0.5, 0.5, 3, 0.5],
+        ),
+        (
+            {"scheme": "longce", "max_weight": 4.0},
+            [math.e, math.exp(-2), 1, 4, math.exp(-2)],
+        ),
+        (
+            {"scheme": "longce", "max_weight": 4.0, "interpolation": 0.5},
+            [(1 + math.e) / 2, (1 + math.exp(-2)) / 2, 1, 2.5, (1 + math.exp(-2)) / 2],
+        ),
+        # d - log 2: 0.31, -, -, 2.31, -: only two are positive, of the four that κ allows
+        ({"scheme": "ppmi", "keep_fraction": 0.8, "shift": 2.0}, [2.5, 0, 0, 2.5, 0]),
+        ({"scheme": "ppmi", "keep_fraction": 0.2, "shift": 2.0}, [0, 0, 0, 5, 0]),
+        # s < 1: d = 0 counts as positive (0.69)
+        ({"scheme": "ppmi", "keep_fraction": 1.0, "shift": 0.5}, [5 / 3, 0, 5 / 3, 5 / 3, 0]),
+        ({"scheme": "npmi", "keep_fraction": 0.8, "shift": 2.0}, [0, 2.5, 0, 0, 2.5]),
+        # long - short = -1, 2, 0, -3, 2
+        ({"scheme": "rho", "keep_fraction": 0.4}, [0, 2.5, 0, 0, 2.5]),
+        # negative excess is kept too, if κ asks for it
+        ({"scheme": "rho", "keep_fraction": 0.8}, [1.25, 1.25, 1.25, 0, 1.25]),
+        (
+            {"scheme": "custom", "function": f"{__name__}:long_loss_as_weight"},
+            [2, 3, 1, 1, 4],
+        ),
+    ],
+    ids=str,
+)
+def test_hand_computed(setting: dict[str, Any], expected: list[float]) -> None:
+    weights, counts = weigh(setting, LONG, SHORT)
+    assert weights == pytest.approx(expected, rel=1e-12, abs=0)
+    assert [int(count) for count in counts] == [5, 0, 0]
+
+
+def test_position_gives_every_long_bucket_the_same_share() -> None:
+    # 12 targets, window 2: contexts 3..12 are long; buckets (2, 4], (4, 8], (8, 16] hold 2, 4, 4.
+    weights, _ = weigh({"scheme": "position", "window": 2}, [1.0] * 12, None)
+    assert weights == pytest.approx([0, 0, *[2] * 2, *[1] * 4, *[1] * 4])
+    # The default window is a quarter of the sequence: contexts 4..12, buckets of 1, 4, 4.
+    weights, _ = weigh({"scheme": "position"}, [1.0] * 12, None)
+    assert weights == pytest.approx([0, 0, 0, 4, *[1] * 4, *[1] * 4])
+
+
+def test_position_counts_the_context_inside_the_piece_and_live_targets_only() -> None:
+    # Pieces of 5 and 7 targets; contexts 1..5, 1..7. Window 3: long are 4 5 | 4 5 6 7, of which the
+    # last is masked. Buckets: (2, 4] holds 2 targets, (4, 8] holds 1 + 2.
+    loss = torch.ones(1, 12, dtype=torch.float64)
+    mask = torch.ones(1, 12)
+    mask[0, -1] = 0
+    weights = compute_weights(
+        parse_weighting({"scheme": "position", "window": 3}),
+        loss,
+        None,
+        mask,
+        boundaries=torch.tensor([[0, 5, 12, 12]], dtype=torch.int32),
+    )
+    share = 11 / 2
+    expected = [0, 0, 0, share / 2, share / 3, 0, 0, 0, share / 2, share / 3, share / 3, 0]
+    assert weights[0].tolist() == pytest.approx(expected)
+
+
+def test_context_length_starts_again_at_every_piece() -> None:
+    loss = torch.ones(2, 5)
+    boundaries = torch.tensor([[0, 2, 5, 5], [0, 5, 5, 5]], dtype=torch.int32)
+    context = Targets(loss, loss, loss > 0, boundaries).context_length
+    assert context.tolist() == [[1, 2, 1, 2, 3], [1, 2, 3, 4, 5]]
+
+
+@pytest.mark.parametrize("setting", ALL_SETTINGS, ids=lambda s: s["scheme"])
+def test_lambda_one_is_exactly_one_on_live_targets(setting: dict[str, Any]) -> None:
+    mask = [1, 1, 0, 1, 1]
+    weights, _ = weigh({**setting, "interpolation": 1.0}, LONG, SHORT, mask)
+    assert weights == mask
+
+
+@pytest.mark.parametrize("setting", ALL_SETTINGS, ids=lambda s: s["scheme"])
+def test_what_is_masked_never_matters(setting: dict[str, Any]) -> None:
+    mask = [1, 1, 0, 1, 0, 1, 0]
+    expected, _ = weigh(setting, [2, 3, 5, 1, 5, 4, 5], [3, 1, 6, 1, 6, 2, 6], mask)
+    weights, counts = weigh(
+        setting, [2, 3, NAN, 1, INF, 4, 1e30], [3, 1, INF, 1, 1.0, 2, NAN], mask
+    )
+    assert weights == expected
+    assert all(math.isfinite(weight) for weight in weights)
+    assert [weights[i] for i in (2, 4, 6)] == [0, 0, 0]
+    assert [int(count) for count in counts] == [4, 0, 0]
+
+
+@pytest.mark.parametrize("setting", ALL_SETTINGS, ids=lambda s: s["scheme"])
+def test_a_fully_masked_sequence_has_zero_weights_and_changes_no_other(
+    setting: dict[str, Any],
+) -> None:
+    long_loss, short_loss = torch.tensor([LONG, LONG]), torch.tensor([SHORT, SHORT])
+    mask = torch.tensor([[0.0] * 5, [1.0] * 5])
+    weighting = parse_weighting(setting)
+    weights, counts = compute_weights_and_counts(weighting, long_loss, short_loss, mask)
+    alone = compute_weights(weighting, long_loss[1:], short_loss[1:])
+    assert weights[0].tolist() == [0] * 5
+    assert torch.equal(weights[1:], alone)
+    assert [int(count) for count in counts] == [5, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "setting", [s for s in ALL_SETTINGS if s["scheme"] in ("dense", "sparse", "rho")], ids=str
+)
+def test_all_zero_scores_fall_back_to_uniform_and_are_counted(setting: dict[str, Any]) -> None:
+    weights, counts = weigh({**setting, "interpolation": 0.3}, LONG, LONG, [1, 1, 1, 0, 1])
+    assert weights == [1, 1, 1, 0, 1]
+    assert [int(count) for count in counts] == [4, 0, 1]
+
+
+def test_ppmi_without_any_positive_score_falls_back_to_uniform() -> None:
+    setting = {"scheme": "ppmi", "keep_fraction": 0.5, "shift": 1.0}
+    weights, counts = weigh(setting, [3.0, 2.0], [1.0, 1.0])
+    assert weights == [1, 1]
+    assert int(counts.fallback_sequences) == 1
+
+
+def test_all_scores_equal() -> None:
+    # Equal but not zero: dense is uniform, sparse still keeps exactly k of them.
+    long_loss, short_loss = [1.0] * 10, [2.0] * 10
+    dense, counts = weigh({"scheme": "dense"}, long_loss, short_loss)
+    assert dense == pytest.approx([1.0] * 10)
+    assert int(counts.fallback_sequences) == 0
+    sparse, _ = weigh({"scheme": "sparse", "keep_fraction": 0.3}, long_loss, short_loss)
+    assert sorted(sparse) == pytest.approx([0.0] * 7 + [10 / 3] * 3)
+
+
+@pytest.mark.parametrize("missing", [NAN, INF])
+def test_unscored_zero_scores_zero_and_is_counted(missing: float) -> None:
+    short_loss = [missing, 1.0, 1.0, 4.0, missing]  # d = 0, -2, 0, 3, 0
+    weights, counts = weigh({"scheme": "dense", "interpolation": 0.5}, LONG, short_loss)
+    assert weights == pytest.approx([0.5, 1.5, 0.5, 2.0, 0.5])
+    assert [int(count) for count in counts] == [5, 2, 0]
+    weights, _ = weigh({"scheme": "longce", "max_weight": 4.0}, LONG, short_loss)
+    assert weights == pytest.approx([1, math.exp(-2), 1, 4, 1])
+
+
+def test_unscored_one_stays_outside_the_normalisation() -> None:
+    short_loss = [NAN, 1.0, 1.0, 4.0, NAN]  # the scored three: |d| = 2, 0, 3
+    setting = {"scheme": "dense", "unscored": "one"}
+    weights, counts = weigh(setting, LONG, short_loss)
+    assert weights == pytest.approx([1, 6 / 5, 0, 9 / 5, 1])
+    assert [int(count) for count in counts] == [5, 2, 0]
+    # κ·n counts scored targets: ⌊0.5·3⌋ = 1
+    setting = {"scheme": "sparse", "keep_fraction": 0.5, "unscored": "one"}
+    assert weigh(setting, LONG, short_loss)[0] == pytest.approx([1, 0, 0, 3, 1])
+
+
+@pytest.mark.parametrize("unscored", ["zero", "one"])
+def test_a_sequence_without_any_score_is_uniform(unscored: str) -> None:
+    weights, counts = weigh({"scheme": "dense", "unscored": unscored}, LONG, [NAN] * 5)
+    assert weights == [1] * 5
+    # Under `one` nothing fell back: weight 1 is what was asked for.
+    assert [int(count) for count in counts] == [5, 5, unscored == "zero"]
+
+
+def test_a_broken_long_loss_does_not_spread() -> None:
+    weights, counts = weigh({"scheme": "dense"}, [2.0, NAN, 1.0], [3.0, 1.0, 3.0])
+    assert weights == pytest.approx([1, 0, 2])
+    assert int(counts.unscored) == 1
+
+
+def test_low_precision_losses_are_compared_in_float32() -> None:
+    long_loss = torch.tensor([LONG], dtype=torch.bfloat16, requires_grad=True)
+    short_loss = torch.tensor([SHORT], dtype=torch.bfloat16)
+    for setting in ({"scheme": "dense"}, {"scheme": "uniform"}):
+        weights = compute_weights(parse_weighting(setting), long_loss, short_loss)
+        assert weights.dtype == torch.float32
+        assert not weights.requires_grad
+
+
+def test_uniform_and_position_need_no_short_loss() -> None:
+    loss = torch.ones(2, 8)
+    for scheme in ("uniform", "position"):
+        weighting = parse_weighting({"scheme": scheme})
+        assert not weighting.scheme.needs_short_loss
+        assert compute_weights(weighting, loss, None).shape == loss.shape
+    with pytest.raises(ValueError, match="short_loss is None"):
+        compute_weights(parse_weighting({"scheme": "dense"}), loss, None)
+
+
+def test_streams_of_different_shapes_are_refused() -> None:
+    weighting = parse_weighting({"scheme": "dense"})
+    with pytest.raises(ValueError, match=r"mask is \(2, 7\) but long_loss is \(2, 8\)"):
+        compute_weights(weighting, torch.ones(2, 8), torch.ones(2, 8), torch.ones(2, 7))
+    with pytest.raises(ValueError, match=r"expected \[sequences, targets\]"):
+        compute_weights(weighting, torch.ones(8), torch.ones(8))
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [("minus_one", "negative, infinite or NaN"), ("too_few", r"returned \(1, 4\), expected")],
+)
+def test_custom_weights_are_checked(name: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        weigh({"scheme": "custom", "function": f"{__name__}:{name}"}, LONG, SHORT)
