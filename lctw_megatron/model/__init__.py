@@ -1,0 +1,1 @@
+"""The GPT model, its per-token loss and its attention."""

@@ -1,0 +1,236 @@
+"""A checkpoint folder: megatron-core's distributed checkpoint and our manifest.
+
+    CHECKPOINT/
+      checkpoint.json       the manifest: format, step, model, tokenizer, run (CheckpointManifest)
+      .metadata, *.distcp   weights (and optimizer state) in torch's distributed checkpoint format,
+      metadata.json         written by megatron-core; loadable under any layout
+      common.pt             what is no tensor; from megatron-core 0.19 on it is in the .distcp files
+      tokenizer/            Hugging Face tokenizer files, if the run had a tokenizer
+
+The folder gets its name only when everything in it is on the disk: a folder with a manifest is
+complete. A run's folder holds `checkpoints/step_00000100/`, ...
+"""
+
+import hashlib
+import io
+import json
+import pickle
+import re
+from dataclasses import is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import ValidationError
+
+from lctw_megatron.config.schema import ModelConfig, RunConfig, Section
+from lctw_megatron.errors import InputError
+from lctw_megatron.model.initialize import sharding
+
+MANIFEST = "checkpoint.json"
+TOKENIZER = "tokenizer"
+FORMAT = "lctw-megatron checkpoint 1"
+
+
+class CheckpointManifest(Section):
+    """What a checkpoint holds."""
+
+    format: Literal["lctw-megatron checkpoint 1"] = FORMAT  # type: ignore[assignment]
+    step: int
+    """Optimizer steps behind it; 0 for imported weights."""
+    model: ModelConfig
+    """The model, its vocabulary and maximum positions filled in."""
+    dtype: Literal["fp32", "bf16", "fp16"]
+    """dtype of the stored weights."""
+    tokenizer: dict[str, Any] | None = None
+    """Identity of the tokenizer, as in a token dataset's manifest."""
+    run: RunConfig | None = None
+    """The run that wrote it."""
+    loader: dict[str, Any] | None = None
+    """Where the data loader stood."""
+    optimizer: bool = False
+    """Whether the optimizer state is in it."""
+
+
+_STEP_NAME = re.compile(r"step_(\d+)")
+
+
+def step_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints inside ``folder``, oldest first."""
+    found = [
+        (int(match.group(1)), path)
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if (match := _STEP_NAME.fullmatch(path.name)) and (path / MANIFEST).is_file()
+    ]
+    return [path for _, path in sorted(found)]
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """``path`` itself, or the newest complete checkpoint of a run folder or its `checkpoints`."""
+    path = Path(path)
+    if (path / MANIFEST).is_file():
+        return path
+    for folder in (path / "checkpoints", path):
+        if steps := complete_checkpoints(folder):
+            return steps[-1]
+    raise InputError(
+        f"{path}: no complete checkpoint found (a folder with {MANIFEST}, or a run folder with "
+        "checkpoints/step_*); train, or import one with tools/convert.py"
+    )
+
+
+def read_manifest(checkpoint: str | Path) -> CheckpointManifest:
+    path = Path(checkpoint) / MANIFEST
+    try:
+        return CheckpointManifest.model_validate_json(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing, so {checkpoint} is no complete checkpoint") from None
+    except (ValidationError, UnicodeDecodeError) as error:
+        found = str(error).splitlines()[0]
+        raise InputError(f"{path}: damaged or of another version ({found})") from None
+
+
+def check_files(checkpoint: Path) -> None:
+    """Refuse a checkpoint with missing or cut files, or that would run code when loaded.
+
+    Three parts of it are pickles, and torch and megatron-core read some of them with an
+    unrestricted unpickler (torch.distributed.checkpoint's `.metadata` and the items in the data
+    files that are no tensors). Here they are read first by ones that know only what belongs there.
+    """
+    for name in (".metadata", "metadata.json"):
+        if not (checkpoint / name).is_file():
+            raise InputError(_missing(checkpoint / name))
+    path = checkpoint / ".metadata"
+    try:
+        with open(path, "rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+        places = metadata.storage_data.items()
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except Exception as error:
+        raise InputError(f"{path}: damaged ({type(error).__name__}); use another") from None
+    sizes: dict[str, int] = {}
+    for _, info in places:
+        end = info.offset + info.length
+        sizes[info.relative_path] = max(sizes.get(info.relative_path, 0), end)
+    for name, size in sizes.items():
+        path = checkpoint / name
+        found = path.stat().st_size if path.is_file() else None
+        if found is None or found < size:
+            raise InputError(
+                f"{path}: {'missing' if found is None else f'{found} bytes'}, expected {size} "
+                "bytes; the checkpoint is damaged, use another"
+            )
+    common = checkpoint / "common.pt"
+    if common.is_file():
+        _check_pickled(common)
+    # From megatron-core 0.19 on it is one of the items.
+    elif not any(item.fqn.startswith("common_state/") for item, _ in places):
+        raise InputError(_missing(common))
+    for item, info in places:
+        if not hasattr(metadata.state_dict_metadata.get(item.fqn), "chunks"):  # not a tensor
+            _check_pickled(checkpoint / info.relative_path, info.offset, info.length)
+
+
+def _missing(path: Path) -> str:
+    return f"{path}: missing; the checkpoint is damaged, use another"
+
+
+def _check_pickled(path: Path, offset: int = 0, length: int = -1) -> None:
+    """Refuse what was not written by torch.save, or holds more than tensors and plain values."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        data = io.BytesIO(file.read(length))
+    try:
+        torch.load(data, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's own advice would be to allow everything
+        raise InputError(
+            f"{path}: damaged, or holds what does not belong in a checkpoint "
+            f"({type(error).__name__}); use another"
+        ) from None
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Knows the data classes of torch.distributed.checkpoint and a few plain types."""
+
+    _NAMES = {
+        ("torch", "Size"), ("torch", "device"), ("torch.serialization", "_get_layout"),
+        ("builtins", "set"), ("collections", "OrderedDict"),
+        ("pathlib", "Path"), ("pathlib", "PosixPath"),
+    }  # fmt: skip
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _getattr_of_enums
+        known = (module, name) in self._NAMES
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            known = True
+        # A dotted name reaches through a module to everything that it imports.
+        if module.startswith("torch.distributed.checkpoint.") and "." not in name:
+            value = super().find_class(module, name)
+            plain = isinstance(value, type) and (is_dataclass(value) or issubclass(value, Enum))
+            known = plain and value.__module__ == module
+        if not known:
+            raise InputError(f"names {module}.{name}, which does not belong there; not loaded")
+        return super().find_class(module, name)
+
+
+def _getattr_of_enums(value: Any, name: str) -> Any:
+    """Pickled members of enums are spelled getattr(Class, 'MEMBER')."""
+    if isinstance(value, type) and issubclass(value, Enum):
+        return getattr(value, name)
+    raise InputError("calls getattr on something else than an enum; not loaded")
+
+
+def load_weights(chunks: list[Any], checkpoint: str | Path) -> None:
+    """Load the weights into this rank's model chunks, whatever layout wrote them. All ranks call
+    it.
+
+    Raises InputError if the checkpoint is damaged or names or shapes differ.
+    """
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+
+    checkpoint = Path(checkpoint)
+    check_files(checkpoint)
+    state = model_state(chunks)
+    try:
+        loaded = dist_checkpointing.load(state, str(checkpoint))
+    except CheckpointingException as error:
+        raise InputError(f"{checkpoint}: {' '.join(str(error).split())[:300]}") from None
+    load_model_state(chunks, loaded)
+
+
+def model_state(chunks: list[Any]) -> dict[str, Any]:
+    """The sharded state dict of the weights; chunk i under `model` or, with VPP, `model<i>`."""
+    if len(chunks) == 1:
+        return {"model": chunks[0].sharded_state_dict(metadata=sharding())}
+    return {f"model{i}": c.sharded_state_dict(metadata=sharding()) for i, c in enumerate(chunks)}
+
+
+def load_model_state(chunks: list[Any], state: dict[str, Any]) -> None:
+    for i, chunk in enumerate(chunks):
+        chunk.load_state_dict(state["model" if len(chunks) == 1 else f"model{i}"])
+
+
+def checkpoint_digest(checkpoint: str | Path) -> str:
+    """blake2b-128 over the names and bytes of the data files: the identity of a frozen scorer."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(Path(checkpoint).glob("*.distcp")):
+        digest.update(path.name.encode())
+        with open(path, "rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
+    manifest = json.loads((Path(checkpoint) / MANIFEST).read_text())
+    digest.update(json.dumps(manifest["model"], sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def checkpoint_model(path: str) -> ModelConfig:
+    """The model of the checkpoint at ``path`` (see ``find_checkpoint``)."""
+    return read_manifest(find_checkpoint(path)).model

@@ -1,0 +1,257 @@
+"""megatron-core's GPTModel with a per-token loss that never holds the logits."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lctw_megatron.platform.cpu import patch_megatron
+
+patch_megatron()  # before the classes below are derived from megatron-core's
+
+from megatron.core import parallel_state, tensor_parallel  # noqa: E402
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding  # noqa: E402
+from megatron.core.models.gpt import GPTModel  # noqa: E402
+from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
+
+from lctw_megatron.config.layout_rules import padded_vocabulary  # noqa: E402
+from lctw_megatron.config.schema import LayoutConfig, ModelConfig, RopeScaling  # noqa: E402
+from lctw_megatron.errors import InputError  # noqa: E402
+from lctw_megatron.model import spec  # noqa: E402
+from lctw_megatron.model.cross_entropy import row_block_cross_entropy  # noqa: E402
+from lctw_megatron.model.initialize import initialize_weights  # noqa: E402
+
+
+class _HandThrough(tensor_parallel.ColumnParallelLinear):
+    """The output layer: logits, or, while labels are given, its input untouched.
+
+    In all supported versions GPTModel's forward (as its successor HybridModel's) ends with
+    `self.output_layer(hidden_states, ...)` and, given labels, with
+    `self.compute_language_model_loss(labels, <what the output layer returned>)`. Handing the hidden
+    states through lets the second compute the loss without logits; no forward is copied.
+    """
+
+    hands_through = False
+
+    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        if self.hands_through:
+            return input_, None
+        return super().forward(input_, *args, **kwargs)
+
+
+class PerTokenLossMixin:
+    """Returns per-token losses [b, s] when labels are given, logits [b, s, padded vocabulary] if
+    not.
+    """
+
+    true_vocab_size: int
+    loss_block_rows: int
+    takes_boundaries: bool
+    """Whether all layers have our core attention, which knows piece boundaries."""
+
+    def use_row_block_loss(self, true_vocab_size: int, loss_block_rows: int) -> None:
+        """Prepare the finished model. Padding columns of the vocabulary get no probability."""
+        self.true_vocab_size = true_vocab_size
+        self.loss_block_rows = loss_block_rows
+        if self.post_process:  # type: ignore[attr-defined]
+            self.output_layer.__class__ = _HandThrough  # type: ignore[attr-defined]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """attention_mask: the piece boundaries [b, P+1], or None where sequences are one piece."""
+        if attention_mask is not None and not self.takes_boundaries:
+            raise ValueError("piece boundaries given to a model that was built with packed=False")
+        if self.post_process:  # type: ignore[attr-defined]
+            self.output_layer.hands_through = labels is not None  # type: ignore[attr-defined]
+        return super().forward(  # type: ignore[misc]
+            input_ids, position_ids, attention_mask, labels=labels, **kwargs
+        )
+
+    def compute_language_model_loss(self, labels: Tensor, hidden: Tensor) -> Tensor:
+        """labels [b, s] (IGNORE: loss 0, no work); hidden [s, b, h], or its TP part under SP."""
+        group = self.pg_collection.tp  # type: ignore[attr-defined]
+        # Both mappings sum the gradient of hidden over the TP ranks in the backward.
+        if self.config.sequence_parallel:  # type: ignore[attr-defined]
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, group=group)
+        else:
+            hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden, group=group)
+        if self.share_embeddings_and_output_weights:  # type: ignore[attr-defined]
+            weight = self.shared_embedding_or_output_weight()  # type: ignore[attr-defined]
+        else:
+            weight = self.output_layer.weight  # type: ignore[attr-defined]
+        first_column = group.rank() * weight.shape[0]
+        live = min(max(self.true_vocab_size - first_column, 0), weight.shape[0])
+        if live < weight.shape[0]:
+            weight = weight[:live]
+        loss = row_block_cross_entropy(
+            hidden.flatten(0, 1),
+            weight,
+            labels.t().flatten(),
+            first_column,
+            group,
+            self.loss_block_rows,
+        )
+        return loss.view(labels.shape[1], labels.shape[0]).t()
+
+
+class TokenWeightedGPT(PerTokenLossMixin, GPTModel):
+    """GPTModel whose forward(..., labels=...) returns float32 losses [b, s]."""
+
+
+def llama3_inv_freq(inv_freq: Tensor, scaling: RopeScaling) -> Tensor:
+    """Frequencies of `rope_type: llama3`: long wavelengths divided by `factor`, short ones kept.
+
+    Between original/high and original/low wavelengths the two are interpolated (Llama 3.1 release,
+    2024; Hugging Face's `rope_type: llama3`).
+    """
+    original = scaling.original_max_position_embeddings
+    turns = original * inv_freq / (2 * torch.pi)  # rotations within the original context
+    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    keep = keep.clamp(0, 1)
+    return keep * inv_freq + (1 - keep) * inv_freq / scaling.factor
+
+
+def _rotary(model: ModelConfig, config: Any, group: Any) -> RotaryEmbedding:
+    rotary = RotaryEmbedding(
+        kv_channels=config.kv_channels,
+        rotary_percent=1.0,
+        rotary_base=model.rope_theta,
+        use_cpu_initialization=config.use_cpu_initialization,
+        cp_group=group,
+    )
+    if model.rope_scaling is not None:
+        rotary.inv_freq = llama3_inv_freq(rotary.inv_freq, model.rope_scaling)
+    return rotary
+
+
+def _mark_tensor_parallel(chunk: TokenWeightedGPT) -> None:
+    """Mark the parameters that are split over TP ranks, so that the gradient norm counts all parts.
+
+    megatron-core sets these marks only where it initialises the weights itself, which
+    model/initialize.py does instead.
+    """
+    split = {
+        tensor_parallel.ColumnParallelLinear: {"weight": 0, "bias": 0},
+        tensor_parallel.RowParallelLinear: {"weight": 1},
+        tensor_parallel.VocabParallelEmbedding: {"weight": 0},
+    }
+    for module in chunk.modules():
+        for kind, dimensions in split.items():
+            for name, dimension in dimensions.items() if isinstance(module, kind) else ():
+                parameter = getattr(module, name, None)
+                if parameter is not None and not hasattr(parameter, "tensor_model_parallel"):
+                    tensor_parallel.set_tensor_model_parallel_attributes(
+                        parameter, is_parallel=True, dim=dimension, stride=1
+                    )
+
+
+_ALONE: dict[int, Any] = {}
+
+
+def _alone_group() -> Any:
+    """A process group of this rank only. Made on all ranks at once, once per process."""
+    rank = torch.distributed.get_rank()
+    if rank not in _ALONE:
+        for other in range(torch.distributed.get_world_size()):
+            group = torch.distributed.new_group([other])
+            if other == rank:
+                _ALONE[rank] = group
+    return _ALONE[rank]
+
+
+def build_model(
+    model: ModelConfig,
+    layout: LayoutConfig,
+    *,
+    max_sequence_length: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int | None,
+    packed: bool = True,
+) -> list[TokenWeightedGPT]:
+    """This rank's model chunks (one, or `virtual_pipeline` of them), on ``device``.
+
+    seed: fills the weights, the same under every layout; None leaves them unset, for loading.
+    packed: whether forwards will be given piece boundaries. False lets TransformerEngine's own
+    attention run, where it is there.
+    The process groups must exist (platform.world.initialize).
+    """
+    if model.vocab_size is None:
+        raise InputError("model.vocab_size: not set and no tokenizer gives it; set it")
+    config = spec.transformer_config(model, layout, dtype)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    stages = range(layout.virtual_pipeline) if layout.virtual_pipeline else [None]
+    chunks = []
+    for stage in stages:
+        chunk = TokenWeightedGPT(
+            config=config,
+            transformer_layer_spec=spec.block_spec(model, config, stage, packed),
+            vocab_size=padded_vocabulary(model.vocab_size),
+            max_sequence_length=max_sequence_length,
+            pre_process=parallel_state.is_pipeline_first_stage(
+                ignore_virtual=stage is None, vp_stage=stage
+            ),
+            post_process=parallel_state.is_pipeline_last_stage(
+                ignore_virtual=stage is None, vp_stage=stage
+            ),
+            share_embeddings_and_output_weights=model.tie_word_embeddings,
+            position_embedding_type="rope",
+            rotary_base=model.rope_theta,
+            pg_collection=groups,
+            vp_stage=stage,
+        )
+        chunk.rotary_pos_emb = _rotary(model, config, groups.cp)
+        if layout.context > 1:
+            chunk.rotary_pos_emb_alone = _rotary(model, config, _alone_group())
+        chunk.takes_boundaries = packed or not spec.uses_transformer_engine(model)
+        chunk.use_row_block_loss(model.vocab_size, layout.loss_block_rows)
+        _mark_tensor_parallel(chunk)
+        chunk.to(device)
+        chunks.append(chunk)
+    if seed is not None:
+        initialize_weights(chunks, model, seed)
+    return chunks
+
+
+@contextmanager
+def without_context_parallel(chunks: list[TokenWeightedGPT]) -> Iterator[None]:
+    """Inside, every context rank runs whole sequences of its own (short windows need no CP)."""
+    config = chunks[0].config
+    size = config.context_parallel_size
+    if size == 1:
+        yield
+        return
+    attentions = [
+        module
+        for chunk in chunks
+        for module in chunk.modules()
+        if hasattr(module, "set_context_parallel_group")  # TransformerEngine's
+    ]
+    config.context_parallel_size = 1
+    for chunk in chunks:
+        chunk.rotary_pos_emb, chunk.rotary_pos_emb_alone = (
+            chunk.rotary_pos_emb_alone,
+            chunk.rotary_pos_emb,
+        )
+    restored = [(a.cp_group, a.cp_global_ranks, a.cp_stream, a.cp_comm_type) for a in attentions]
+    for attention in attentions:
+        attention.set_context_parallel_group(None, None, None, "p2p")
+    try:
+        yield
+    finally:
+        config.context_parallel_size = size
+        for chunk in chunks:
+            chunk.rotary_pos_emb, chunk.rotary_pos_emb_alone = (
+                chunk.rotary_pos_emb_alone,
+                chunk.rotary_pos_emb,
+            )
+        for attention, arguments in zip(attentions, restored, strict=True):
+            attention.set_context_parallel_group(*arguments)

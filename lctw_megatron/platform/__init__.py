@@ -1,0 +1,1 @@
+"""Where megatron-core meets the machine: devices, backends, CPU."""

@@ -1,0 +1,40 @@
+"""torch's AdamW inside megatron-core's distributed optimizer, where apex and TransformerEngine are
+missing.
+
+torch keeps a `step` for every parameter, the fused optimizers keep one for a group. megatron-core
+translates when it saves, but (0.16.1 and 0.19.2)
+  - `state_dict` asserts that exactly one `step` exists, which fails before the first step and on a
+    rank whose share of the parameters is empty;
+  - loading looks for a saved tensor `step` for every parameter, and there is none;
+  - loading gives all parameters one `step` tensor, which every one of them then counts up.
+"""
+
+from types import MethodType
+from typing import Any
+
+import torch
+
+
+def prepare_torch_adam(optimizer: Any) -> None:
+    """Make saving and loading of ``optimizer`` (megatron-core's) work with torch's AdamW inside."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = part.optimizer
+        if not isinstance(inner, torch.optim.Adam | torch.optim.AdamW):
+            continue
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                state = inner.state[parameter]
+                state["step"] = torch.tensor(0.0)
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+        part._set_main_param_and_optimizer_states = MethodType(_set_states, part)
+
+
+def _set_states(self: Any, model_param: Any, tensors: dict[str, torch.Tensor]) -> None:
+    group, order = self.model_param_group_index_map[model_param]
+    main_param = self.optimizer.param_groups[group]["params"][order]
+    # load_state_dict has put the right step there from the parameter group.
+    state = self.optimizer.state[main_param]
+    state["step"] = state["step"].clone()
+    tensors = {**tensors, "step": state["step"]}
+    type(self)._set_main_param_and_optimizer_states(self, model_param, tensors)

@@ -1,0 +1,122 @@
+"""Process groups: who this process is among the ranks, and on which device it works."""
+
+import datetime
+import os
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from lctw_megatron.config.schema import LayoutConfig
+from lctw_megatron.errors import InputError
+from lctw_megatron.platform.cpu import patch_megatron
+from lctw_megatron.platform.gpu import fuse_small_operations
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others."""
+
+    rank: int
+    size: int
+    device: torch.device
+    tensor_rank: int
+    pipeline_rank: int
+    context_rank: int
+    data_rank: int
+    data_size: int
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+def default_device() -> torch.device:
+    """The GPU of this process if there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device(
+            "cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+        )
+    return torch.device("cpu")
+
+
+def initialize(layout: LayoutConfig, seed: int, timeout_minutes: float = 30) -> World:
+    """Join the ranks started by torchrun or srun (or be alone) and form megatron-core's groups.
+
+    Reads RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; without them the world has one rank. Works
+    again with another layout on the same ranks. Raises InputError if the ranks do not fit the
+    layout.
+    """
+    patch_megatron()
+    fuse_small_operations()
+    from megatron.core import parallel_state, tensor_parallel
+
+    device = default_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        timeout = datetime.timedelta(minutes=timeout_minutes)
+        # The device type keeps object collectives and barriers of CPU tensors on gloo.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(
+                backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+            )
+    size = dist.get_world_size()
+    model_ranks = layout.tensor * layout.pipeline * layout.context
+    if size % model_ranks:
+        raise InputError(
+            f"layout: tensor {layout.tensor} x pipeline {layout.pipeline} x context "
+            f"{layout.context} = {model_ranks} ranks, but {size} were started; start a multiple of "
+            f"{model_ranks}"
+        )
+    if parallel_state.is_initialized():
+        _leave_groups()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+        context_parallel_size=layout.context,
+        distributed_timeout_minutes=timeout_minutes,
+    )
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return World(
+        rank=dist.get_rank(),
+        size=size,
+        device=device,
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        context_rank=parallel_state.get_context_parallel_rank(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+    )
+
+
+def _leave_groups() -> None:
+    """Forget megatron-core's groups and end their threads.
+
+    Its own `destroy_model_parallel` only forgets them, and torch keeps what is not destroyed: three
+    threads for each gloo group, about forty for one layout.
+    """
+    from megatron.core import parallel_state
+
+    for group in parallel_state._global_process_group_list or []:
+        if group is not None:  # None stands for the default group, of all ranks
+            dist.destroy_process_group(group)
+    parallel_state.destroy_model_parallel()
+
+
+def shut_down() -> None:
+    """Leave the groups, so that a finished rank does not keep the others waiting."""
+    if dist.is_initialized():
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
