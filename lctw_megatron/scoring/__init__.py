@@ -1,0 +1,1 @@
+"""Windows, and running a short-context model over them."""

@@ -1,0 +1,81 @@
+"""Per-token losses of many short windows: what frozen and self-scoring have in common."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lctw_megatron.model.cross_entropy import IGNORE
+from lctw_megatron.model.gpt import without_context_parallel
+
+
+@torch.no_grad()
+def window_losses(
+    chunks: list[Any], tokens: Tensor, labels: Tensor, tokens_per_forward: int
+) -> Tensor | None:
+    """Losses of windows under the model, dropout off, no gradient.
+
+    tokens, labels [windows, K] int64, labels IGNORE where nothing is to be scored (no LM-head work
+    is done there). chunks: this rank's model chunks, wrapped for data parallelism or not. The
+    windows are run without context parallelism, through megatron-core's pipeline schedule, as many
+    at once as fit into ``tokens_per_forward``. All ranks of one tensor and pipeline group pass the
+    same windows.
+
+    Returns [windows, K] float32 (float64 for a float64 model) on the last pipeline stage, None on
+    the others.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    number, window = tokens.shape
+    last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+    device = next(chunks[0].parameters()).device
+    if number == 0:
+        return torch.zeros((0, window), device=device) if last_stage else None
+    per_forward = max(1, min(tokens_per_forward // window, number))
+    batches = -(-number // per_forward)
+    if len(chunks) > 1:  # the interleaved schedule takes multiples of the stages
+        stages = parallel_state.get_pipeline_model_parallel_world_size()
+        batches = -(-batches // stages) * stages
+    missing = batches * per_forward - number
+    if missing:  # pipeline stages exchange tensors of one shape
+        tokens = torch.cat([tokens, tokens.new_zeros((missing, window))])
+        labels = torch.cat([labels, labels.new_full((missing, window), IGNORE)])
+    positions = torch.arange(window, device=device).expand(per_forward, -1)
+
+    def batch_iterator() -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, tokens.shape[0], per_forward):
+            part = slice(start, start + per_forward)
+            yield tokens[part].to(device), labels[part].to(device)
+
+    def forward_step(iterator: Iterator[tuple[Tensor, Tensor]], model: Any) -> Any:
+        inputs, targets = next(iterator)
+        return model(inputs, positions, None, labels=targets), _hand_over
+
+    plain = [getattr(chunk, "module", chunk) for chunk in chunks]
+    training = [chunk.training for chunk in plain]
+    for chunk in plain:
+        chunk.eval()
+    context_ranks = plain[0].config.context_parallel_size
+    try:
+        with without_context_parallel(plain):
+            losses = get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=[batch_iterator() for _ in chunks],
+                model=chunks,
+                num_microbatches=batches,
+                # The schedule divides by the context-parallel ranks, which share nothing here.
+                seq_length=window * context_ranks,
+                micro_batch_size=per_forward,
+                forward_only=True,
+                collect_non_loss_data=True,
+            )
+    finally:
+        for chunk, mode in zip(plain, training, strict=True):
+            chunk.train(mode)
+    return torch.cat(losses)[:number] if last_stage else None
+
+
+def _hand_over(output: Tensor, non_loss_data: bool = False) -> Tensor:
+    return output

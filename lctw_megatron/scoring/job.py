@@ -1,0 +1,258 @@
+"""What is to be scored with what, whether the two fit, and how much of it is done already."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lctw_megatron.config.layout_rules import check_model
+from lctw_megatron.config.schema import LayoutConfig
+from lctw_megatron.data.manifest import SidecarManifest, read_manifest
+from lctw_megatron.data.sidecar import Sidecar, sidecar_prefix
+from lctw_megatron.data.token_dataset import TokenDataset
+from lctw_megatron.errors import InputError
+from lctw_megatron.model import checkpoint as checkpoints
+from lctw_megatron.scoring.shard_files import Settings, ShardReader, shard_files, shard_path
+from lctw_megatron.scoring.shards import WindowPlan
+from lctw_megatron.scoring.windows import Windowing
+
+SHARD_TOKENS = 1 << 22
+"""Tokens that the scorer reads for one shard, if the number of shards is not given: what a killed
+process loses at most. Seconds on a GPU, up to an hour on a CPU."""
+
+_MOST_SHARDS = 10_000
+_ARITHMETIC = ("precision", "tokens_per_forward", "tensor")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One sidecar to be made. Making a Job checks that scorer, data and windows fit: InputError.
+
+    data: prefix of the token dataset. checkpoint: a run folder, its checkpoints or one checkpoint.
+    """
+
+    data: str
+    checkpoint: str
+    windowing: Windowing
+    name: str = "short_loss"
+    layout: LayoutConfig = LayoutConfig()
+    precision: str = "fp32"
+    tokens_per_forward: int = 16384
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
+            raise InputError(
+                f"--name {self.name!r}: it becomes part of file names; use letters, digits, _ and -"
+            )
+        _ = self.plan  # refuses windows that cannot be
+        self._check_model()
+        self._check_tokenizer()
+
+    @cached_property
+    def dataset(self) -> TokenDataset:
+        return TokenDataset(self.data)
+
+    @cached_property
+    def scorer_path(self) -> Path:
+        return checkpoints.find_checkpoint(self.checkpoint).resolve()
+
+    @cached_property
+    def scorer_manifest(self) -> checkpoints.CheckpointManifest:
+        return checkpoints.read_manifest(self.scorer_path)
+
+    @cached_property
+    def plan(self) -> WindowPlan:
+        return WindowPlan(self.dataset.lengths, self.windowing, self.tokens_per_forward)
+
+    @property
+    def prefix(self) -> str:
+        return sidecar_prefix(self.data, self.name)
+
+    @property
+    def folder(self) -> Path:
+        """Where finished shards wait for the merge."""
+        return Path(f"{self.prefix}.shards")
+
+    @property
+    def bos_id(self) -> int | None:
+        """What windows that begin in the middle of a document read first; None: as stored."""
+        tokenizer = self.dataset.manifest.tokenizer
+        return tokenizer.bos_id if tokenizer.add_bos else None
+
+    @cached_property
+    def settings(self) -> Settings:
+        """Everything that the losses depend on, to the last bit on one kind of machine: the shape
+        of a forward and the way a matrix is split change the order of sums. The number of threads
+        does not, for matrices whose sizes are multiples of 16 (MKL, 1 to 16 threads: none of 450
+        products differed; of odd sizes 3 of 150 did, all with 16 threads)."""
+        return {
+            "tokens_fingerprint": self.dataset.fingerprint,
+            "tokenizer_digest": self.dataset.manifest.tokenizer.digest,
+            "scorer_digest": checkpoints.checkpoint_digest(self.scorer_path),
+            **self.windowing._asdict(),
+            "precision": self.precision,
+            "tokens_per_forward": self.tokens_per_forward,
+            "tensor": self.layout.tensor,
+        }
+
+    def details(self) -> dict[str, Any]:
+        """The sidecar manifest's fields that say how the values were made."""
+        statistics, manifest = self.plan.statistics, self.scorer_manifest
+        return {
+            **self.windowing._asdict(),
+            "min_context": statistics.min_context if statistics.scored else None,
+            "mean_context": statistics.mean_context if statistics.scored else None,
+            "scorer": {
+                "checkpoint": str(self.scorer_path),
+                "digest": self.settings["scorer_digest"],
+                "step": manifest.step,
+                "model": manifest.model.model_dump(mode="json", exclude_defaults=True),
+                **{key: self.settings[key] for key in _ARITHMETIC},
+            },
+        }
+
+    def finished(
+        self, overwrite: bool = False, say: Callable[[str], None] = print
+    ) -> SidecarManifest | None:
+        """The manifest of the sidecar if it is there, whole, and made with these settings.
+
+        InputError if it was made with others; with ``overwrite`` None then. A damaged one is named
+        through ``say`` and counts as missing.
+        """
+        try:
+            manifest = read_manifest(self.prefix, SidecarManifest)
+            self._compare(f"{self.prefix}.json", _settings_of(manifest))
+        except FileNotFoundError:
+            return None
+        except InputError:
+            if overwrite:
+                return None
+            raise
+        try:
+            Sidecar(self.dataset, self.name)
+        except InputError as error:
+            say(f"made again: {error}")
+            return None
+        return manifest
+
+    def shards(self, asked: int | None, ranks: int, overwrite: bool = False) -> int:
+        """Into how many shards the work is split: as asked for, as begun, or as fits the work.
+
+        InputError if it was begun with another number; with ``overwrite`` those files go.
+        """
+        begun = {number for _, number in shard_files(self.folder).values()}
+        if asked is None and len(begun) == 1:
+            return begun.pop()
+        if begun - {asked} and not overwrite:
+            raise InputError(
+                f"{self.folder}: holds finished shards of {_listed(begun)}, but "
+                f"{asked or 'a new number of'} shards are asked for; go on with --shards "
+                f"{max(begun)}, or begin anew with --overwrite"
+            )
+        for path, (_, number) in shard_files(self.folder).items():
+            if number != asked:
+                path.unlink()
+        work = max(-(-self.plan.tokens // SHARD_TOKENS), 4 * ranks)
+        return asked or max(1, min(work, self.plan.blocks, _MOST_SHARDS))
+
+    def is_done(self, shard: int, shards: int, overwrite: bool, say: Callable[[str], None]) -> bool:
+        """Whether the shard is finished. A damaged file is removed; so is, with ``overwrite``, one
+        of other settings, which is an InputError otherwise."""
+        path = shard_path(self.folder, shard, shards)
+        if not path.exists():
+            return False
+        try:
+            found = ShardReader(path).settings
+        except InputError as error:
+            say(f"scored again: {error}")
+            path.unlink()
+            return False
+        try:
+            self._compare(str(path), found)
+        except InputError:
+            if not overwrite:
+                raise
+            path.unlink()
+            return False
+        return True
+
+    def finished_shards(self, shards: int) -> list[ShardReader]:
+        """All shards, for the merge. InputError if one is missing, damaged or of other settings."""
+        paths = [shard_path(self.folder, number, shards) for number in range(shards)]
+        missing = [number for number, path in enumerate(paths) if not path.exists()]
+        if missing:
+            first = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+            raise InputError(
+                f"{self.folder}: {len(missing)} of {shards} shards are missing ({first}); run "
+                f"tools/score.py without --merge, or with --shard {missing[0]}/{shards}"
+            )
+        readers = [ShardReader(path) for path in paths]
+        for reader in readers:
+            self._compare(str(reader.path), reader.settings)
+        return readers
+
+    def remove_shards(self) -> None:
+        """After the merge. Shards of other settings, someone else's work, are left alone."""
+        for path in shard_files(self.folder):
+            with suppress(InputError):  # a damaged one is of no use to anyone
+                if ShardReader(path).settings != self.settings:
+                    return
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _compare(self, path: str, found: Settings) -> None:
+        for key, expected in self.settings.items():
+            if found.get(key) != expected:
+                raise InputError(
+                    f"{path}: made with {key} {json.dumps(found.get(key))}, but {key} "
+                    f"{json.dumps(expected)} is asked for; choose another --name, or replace it "
+                    f"with --overwrite"
+                )
+
+    def _check_model(self) -> None:
+        model, path = self.scorer_manifest.model, self.scorer_path
+        check_model(model, self.layout)
+        longest = model.max_position_embeddings
+        if longest is not None and self.windowing.window > longest:
+            raise InputError(
+                f"--window {self.windowing.window}: the scorer {path} was made for at most "
+                f"{longest} tokens (max_position_embeddings); choose a smaller window"
+            )
+
+    def _check_tokenizer(self) -> None:
+        data = self.dataset.manifest.tokenizer
+        scorer, path = self.scorer_manifest.tokenizer, self.scorer_path
+        if scorer is None:
+            raise InputError(
+                f"{path}: does not say which tokenizer it was trained with, and {self.data} needs "
+                f"{data.path} (digest {data.digest}); import it again together with its tokenizer"
+            )
+        if scorer["digest"] != data.digest:
+            raise InputError(
+                f"{path}: its tokenizer is {scorer.get('path')} (digest {scorer['digest']}), but "
+                f"{self.data} was made with {data.path} (digest {data.digest}); use a scorer with "
+                f"the tokenizer of the data"
+            )
+        size = self.scorer_manifest.model.vocab_size or 0
+        if data.vocab_size > size:
+            raise InputError(
+                f"{path}: has a vocabulary of {size} tokens, but {self.data} uses "
+                f"{data.vocab_size}; use a scorer made for this tokenizer"
+            )
+
+
+def _settings_of(manifest: SidecarManifest) -> Settings:
+    names = ("tokens_fingerprint", "tokenizer_digest", *Windowing._fields)
+    return {
+        **{name: getattr(manifest, name) for name in names},
+        "scorer_digest": manifest.scorer.get("digest"),
+        **{key: manifest.scorer.get(key) for key in _ARITHMETIC},
+    }
+
+
+def _listed(numbers: set[int]) -> str:
+    return " and ".join(f"a run in {number} shards" for number in sorted(numbers))

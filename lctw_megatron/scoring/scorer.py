@@ -1,0 +1,144 @@
+"""A frozen checkpoint that gives the losses of windows."""
+
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lctw_megatron.config.layout_rules import padded_vocabulary
+from lctw_megatron.config.schema import LayoutConfig
+from lctw_megatron.data.token_dataset import TokenDataset
+from lctw_megatron.errors import InputError
+from lctw_megatron.model import spec
+from lctw_megatron.model.checkpoint import load_weights, read_manifest
+from lctw_megatron.model.cross_entropy import IGNORE
+from lctw_megatron.model.gpt import build_model
+from lctw_megatron.scoring.forward import window_losses
+from lctw_megatron.scoring.shards import forwards
+from lctw_megatron.scoring.windows import Table
+
+LOGITS_BYTES = 64 << 20
+"""Logits of this size exist at a time, in float32."""
+
+CPU_FORWARD_TOKENS = 2048
+"""On a CPU larger forwards leave the caches: 16,384 tokens at a time are 5 to 20 % slower."""
+
+
+class Scorer:
+    """The model of a checkpoint of ours under a layout, for windows of up to ``window`` tokens.
+
+    The process groups must exist (platform.world.initialize). The ranks of one tensor and pipeline
+    group make it, and call it, together and with the same windows. precision: of weights and
+    products; losses are float32 whatever it is.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Path,
+        layout: LayoutConfig,
+        window: int,
+        tokens_per_forward: int,
+        precision: str,
+        device: torch.device,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.window = window
+        if device.type == "cpu":
+            tokens_per_forward = min(tokens_per_forward, CPU_FORWARD_TOKENS)
+        self.tokens_per_forward = tokens_per_forward
+        self.model = read_manifest(checkpoint).model
+        assert self.model.vocab_size is not None  # a checkpoint's is filled in
+        self.vocab_size = self.model.vocab_size
+        columns = padded_vocabulary(self.vocab_size) // layout.tensor
+        rows = max(LOGITS_BYTES // (4 * columns), 64)
+        self.chunks = build_model(
+            self.model,
+            layout.model_copy(update={"loss_block_rows": rows}),
+            max_sequence_length=window,
+            dtype=spec.DTYPES[precision],
+            device=device,
+            seed=None,
+            packed=False,
+        )
+        load_weights(self.chunks, checkpoint)
+
+    def block_losses(
+        self, dataset: TokenDataset, table: Table, bos_id: int | None
+    ) -> NDArray[np.float32] | None:
+        """Losses of the targets that a block's windows score, in the order of ``table`` (int64
+        [windows, 5], see WindowPlan.tables): float32 [targets], on the last pipeline stage; None on
+        the others.
+
+        bos_id: what windows that begin in the middle of a document read as their first token; None
+        leaves the token there. InputError for a token beyond the scorer's vocabulary or a loss that
+        is not finite.
+        """
+        count = table[:, 4] - table[:, 3]
+        ends = np.cumsum(count)
+        losses = np.empty(int(count.sum()), dtype=np.float32)
+        last_stage = True
+        for width, per_forward, rows in self._calls(table):
+            tokens, labels = self._cut(dataset, table[rows], width, bos_id)
+            result = window_losses(
+                self.chunks,
+                torch.from_numpy(tokens),
+                torch.from_numpy(labels),
+                width * per_forward,
+            )
+            if result is None:
+                last_stage = False
+                continue
+            for row, values in zip(rows, result.cpu().numpy(), strict=True):
+                start, _, score_start, score_end = table[row, 1:]
+                losses[ends[row] - count[row] : ends[row]] = values[
+                    score_start - 1 - start : score_end - 1 - start
+                ]
+        if not last_stage:
+            return None
+        if not np.isfinite(losses).all():
+            at = int(np.isfinite(losses).argmin())
+            row = int(np.searchsorted(ends, at, side="right"))
+            token = table[row, 4] - (ends[row] - at)
+            raise InputError(
+                f"{self.checkpoint}: loss {losses[at]} at token {token} of document "
+                f"{table[row, 0]} of {dataset.prefix}; are the scorer's weights finite? "
+                f"does it need --precision fp32?"
+            )
+        return losses
+
+    def _calls(self, table: Table) -> Iterator[tuple[int, int, NDArray[np.int64]]]:
+        """(width, windows of one forward, rows of the table): forwards of one shape go through the
+        pipeline together."""
+        for (width, number), same in groupby(
+            forwards(table, self.tokens_per_forward, self.window),
+            lambda batch: (batch[1], len(batch[0])),
+        ):
+            yield width, number, np.concatenate([rows for rows, _ in same])
+
+    def _cut(
+        self, dataset: TokenDataset, table: Table, width: int, bos_id: int | None
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Tokens (padded with 0) and labels of windows: int64 [windows, width] both."""
+        tokens = np.zeros((len(table), width), dtype=np.int64)
+        labels = np.full((len(table), width), IGNORE, dtype=np.int64)
+        for row, (document, start, end, score_start, score_end) in enumerate(table.tolist()):
+            tokens[row, : end - start] = dataset.get(document, start, end - start)
+            labels[row, score_start - 1 - start : score_end - 1 - start] = tokens[
+                row, score_start - start : score_end - start
+            ]
+        # A label is among the tokens.
+        if (beyond := (tokens >= self.vocab_size) | (tokens < 0)).any():
+            row, column = np.argwhere(beyond)[0]
+            document, start = table[row, :2]
+            raise InputError(
+                f"{dataset.prefix}.bin: token id {tokens[row, column]} at token {start + column} "
+                f"of document {document} is beyond the vocabulary of {self.checkpoint} "
+                f"({self.vocab_size} tokens); check the data with: python tools/inspect_data.py "
+                f"{dataset.prefix} --verify"
+            )
+        if bos_id is not None:
+            tokens[table[:, 1] > 0, 0] = bos_id
+        return tokens, labels

@@ -1,0 +1,124 @@
+"""Self-scoring: the training model scores its own short windows, every step anew.
+
+The windows of a step's sequences are run forward without gradient before the training pass, with
+the weights of that step. Context-parallel ranks share them out, each runs whole windows by itself,
+and the losses are exchanged, so that the short loss of a target is the same under every layout.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lctw_megatron.data import zigzag
+from lctw_megatron.data.batch import IGNORE
+from lctw_megatron.scoring.forward import window_losses
+from lctw_megatron.scoring.windows import windows
+
+Batch = dict[str, Tensor]
+
+
+class WindowIndex:
+    """Where the windows of one sequence lie in it, as index arrays.
+
+    positions [windows, K] int64: the position in the sequence whose input the window reads there;
+    -1 past its end. scored [windows, K] bool: whether the target at that position (its label) is
+    scored. first [windows] bool: whether the window begins in the middle of its piece (needs a
+    BOS). The first window of every piece is left out: its targets have the same context in the long
+    pass.
+    """
+
+    def __init__(self, boundaries: list[int], live: np.ndarray, window: int, stride: int) -> None:
+        positions, scored = [], []
+        for start, end in zip(boundaries[:-1], boundaries[1:], strict=True):
+            length = int(live[start:end].sum())  # a last piece of padding has no targets
+            if length < 1:
+                continue
+            # The piece's tokens are its inputs and, one further, the label of the last of them.
+            for first, stop, score_start, score_end in windows(length + 1, window, stride)[1:]:
+                column = np.arange(window)
+                target = first + column + 1  # the token that position predicts
+                inside = target < stop
+                positions.append(np.where(inside, start + first + column, -1))
+                scored.append((target >= score_start) & (target < score_end))
+        self.positions = np.array(positions, dtype=np.int64).reshape(-1, window)
+        self.scored = np.array(scored, dtype=bool).reshape(-1, window)
+
+
+def cut_windows(batch: Batch, window: int, stride: int, bos_id: int | None) -> tuple[Tensor, ...]:
+    """The windows of all sequences of a batch: tokens, labels [windows, K] and where they belong.
+
+    batch: `sequence_tokens` and `sequence_labels` int64 [b, S], whole sequences; `boundaries` int32
+    [b, P+1] if they are packed. The last result, int64 [windows, K], is the index of each scored
+    target in the flattened [b, S], -1 elsewhere.
+    """
+    tokens, labels = batch["sequence_tokens"].cpu(), batch["sequence_labels"].cpu()
+    rows, length = tokens.shape
+    bounds = batch["boundaries"].tolist() if "boundaries" in batch else [[0, length]] * rows
+    parts = []
+    for row in range(rows):
+        index = WindowIndex(
+            sorted(set(bounds[row])), (labels[row] != IGNORE).numpy(), window, stride
+        )
+        positions, scored = torch.from_numpy(index.positions), torch.from_numpy(index.scored)
+        inside = positions >= 0
+        at = positions.clamp(min=0)
+        window_tokens = tokens[row][at].where(inside, 0)
+        if bos_id is not None:
+            window_tokens[:, 0] = bos_id
+        window_labels = labels[row][at].where(scored, IGNORE)
+        parts.append((window_tokens, window_labels, (at + row * length).where(scored, -1)))
+    return tuple(torch.cat(stream) for stream in zip(*parts, strict=True))
+
+
+class SelfScorer:
+    """Fills in the short losses of a step's micro batches with the training model itself."""
+
+    def __init__(
+        self,
+        chunks: list[Any],
+        window: int,
+        stride: int,
+        tokens_per_forward: int,
+        bos_id: int | None,
+        context_group: dist.ProcessGroup,
+    ) -> None:
+        self.chunks = chunks
+        self.window, self.stride = window, stride
+        self.tokens_per_forward = tokens_per_forward
+        self.bos_id = bos_id
+        self.group = context_group
+
+    def fill(self, batches: list[Batch]) -> None:
+        """Put `short_loss` float32 [b, S / CP] into every batch, NaN where not scored.
+
+        A collective call of all model-parallel ranks. Only the last pipeline stage gets losses.
+        """
+        rank, size = self.group.rank(), self.group.size()
+        cuts = [cut_windows(batch, self.window, self.stride, self.bos_id) for batch in batches]
+        tokens, labels = (torch.cat([cut[i] for cut in cuts]) for i in (0, 1))
+        own = window_losses(
+            self.chunks, tokens[rank::size], labels[rank::size], self.tokens_per_forward
+        )
+        if own is None:
+            return
+        places = [batch["sequence_tokens"].numel() for batch in batches]
+        offsets = np.concatenate([[0], np.cumsum(places)[:-1]])
+        where = torch.cat(
+            [(cut[2] + int(o)).where(cut[2] >= 0, -1) for cut, o in zip(cuts, offsets, strict=True)]
+        )
+        mine = where[rank::size].to(own.device)
+        scored = mine >= 0
+        # Every target is scored by one window of one rank: summing the ranks' parts joins them.
+        losses = own.new_zeros(sum(places))
+        losses[mine[scored]] = own[scored]
+        if size > 1:
+            dist.all_reduce(losses, group=self.group)
+        known = torch.zeros(sum(places), dtype=torch.bool)
+        known[where[where >= 0]] = True
+        losses = losses.masked_fill(~known.to(losses.device), float("nan"))
+        for batch, part in zip(batches, losses.split(places), strict=True):
+            whole = part.view(batch["sequence_tokens"].shape)
+            batch["short_loss"] = zigzag.cut(whole, rank, size, dim=1)

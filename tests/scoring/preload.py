@@ -1,0 +1,17 @@
+"""What the fork server of processes.py imports once for all its children."""
+
+import importlib.util
+from pathlib import Path
+
+import torch.distributed  # noqa: F401
+from megatron.core import dist_checkpointing  # noqa: F401
+
+from lctw_megatron.scoring import frozen, scorer  # noqa: F401
+from lctw_megatron.training import checkpoint  # noqa: F401
+
+_PATH = Path(__file__).parents[2] / "tools" / "score.py"
+_SPEC = importlib.util.spec_from_file_location("score_tool", _PATH)
+assert _SPEC is not None and _SPEC.loader is not None
+_TOOL = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(_TOOL)
+score_main = _TOOL.main
