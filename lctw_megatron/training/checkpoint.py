@@ -1,0 +1,230 @@
+"""Saving and resuming a run: model, optimizer, step and loader, whole or not at all."""
+
+import inspect
+import os
+import secrets
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from multiprocessing.managers import SyncManager
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from torch.distributed.checkpoint import CheckpointException
+
+from lctw_megatron.atomic import sync_directory, write_json
+from lctw_megatron.errors import InputError
+from lctw_megatron.model.checkpoint import (
+    MANIFEST,
+    TOKENIZER,
+    CheckpointManifest,
+    check_files,
+    complete_checkpoints,
+    load_model_state,
+    model_state,
+    read_manifest,
+    step_name,
+)
+from lctw_megatron.model.initialize import sharding
+from lctw_megatron.training.leaving import end_with_parent
+
+Result = TypeVar("Result")
+
+# Newer versions (0.19) write in the background with nvidia-resiliency-ext unless told otherwise.
+_SAVE_OPTIONS: dict[str, Any] = {}
+if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
+    _SAVE_OPTIONS["async_strategy"] = "mcore"
+
+
+@dataclass
+class CheckpointWriter:
+    """Writes OUTPUT/step_00000100 folders. All ranks call ``save``; one save is under way at most.
+
+    A folder is written under a temporary name and renamed by the first rank once every rank's files
+    are on the disk and the manifest in it, so a folder with the final name is complete. A save that
+    fails on any rank (a full disk) is an InputError on all of them, also if it fails in the
+    background; what was written of it is removed and the older checkpoints stay.
+    """
+
+    folder: Path
+    keep_last: int
+    keep_every: int | None = None
+    asynchronous: bool = False
+    tokenizer_files: Path | None = None
+    before: Callable[[], None] = lambda: None
+    """What the first rank does before a save: put on the disk what must not be older than it."""
+    _queue: Any = field(default=None, init=False)
+    _writing: tuple[Path, CheckpointManifest] | None = field(default=None, init=False)
+    """What an asynchronous save is writing: its temporary folder and its manifest."""
+
+    def save(self, state: dict[str, Any], manifest: CheckpointManifest) -> None:
+        """Write ``state`` (a sharded state dict) as the checkpoint of ``manifest.step``."""
+        self.finish()
+        name = step_name(manifest.step)
+        temporary = self._on_first_rank(name, None, lambda: self._make_temporary(name))
+        _start_results_queue()
+        try:
+            request = dist_checkpointing.save(
+                state, str(temporary), async_sharded_save=self.asynchronous, **_SAVE_OPTIONS
+            )
+        except CheckpointException as error:
+            self._fail(name, temporary, error)
+        if request is None:
+            self._publish(temporary, manifest)
+            return
+        from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+
+        self._queue = self._queue or AsyncCallsQueue()
+        self._queue.schedule_async_request(request)
+        self._writing = temporary, manifest
+
+    def finish(self, blocking: bool = True) -> None:
+        """Complete an asynchronous save; ``blocking=False`` only if it has ended by itself."""
+        if self._writing is None:
+            return
+        temporary, manifest = self._writing
+        try:
+            ended = self._queue.maybe_finalize_async_calls(blocking=blocking)
+        except CheckpointException as error:
+            self._writing = None
+            self._fail(step_name(manifest.step), temporary, error)
+        if ended:
+            self._writing = None
+            self._publish(temporary, manifest)
+
+    def close(self) -> None:
+        """Give up what has not been finished. No collective call: the other ranks may be gone."""
+        if self._queue is not None and self._writing is not None:
+            self._queue.async_calls[0].async_caller.close(abort=True)
+        self._queue = self._writing = None
+
+    def _make_temporary(self, name: str) -> Path:
+        """A new, empty folder; what killed runs have left is removed.
+
+        Its name is new too: a writer in the background may outlive the rank that was killed, and
+        must not find the folder that the next run writes.
+        """
+        self.before()
+        for leftover in self.folder.glob(".step_*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        temporary = self.folder / f".{name}.{secrets.token_hex(4)}.tmp"
+        temporary.mkdir(parents=True)
+        # megatron-core's first file, a small one, is written by this rank alone while the others
+        # wait for it: a disk that is full already must be found here.
+        probe = temporary / "probe"
+        probe.write_bytes(bytes(1 << 16))
+        probe.unlink()
+        return temporary
+
+    def _publish(self, temporary: Path, manifest: CheckpointManifest) -> None:
+        name = step_name(manifest.step)
+        self._on_first_rank(name, temporary, lambda: self._complete(temporary, name, manifest))
+
+    def _complete(self, temporary: Path, name: str, manifest: CheckpointManifest) -> None:
+        final = self.folder / name
+        if self.tokenizer_files is not None:
+            shutil.copytree(self.tokenizer_files, temporary / TOKENIZER)
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+        write_json(temporary / MANIFEST, manifest.model_dump(mode="json"))
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+        sync_directory(self.folder)
+        self._remove_old()
+
+    def _remove_old(self) -> None:
+        for path in complete_checkpoints(self.folder)[: -self.keep_last]:
+            step = int(path.name.removeprefix("step_"))
+            if not (self.keep_every and step % self.keep_every == 0):
+                shutil.rmtree(path)
+
+    def _on_first_rank(
+        self, name: str, temporary: Path | None, action: Callable[[], Result]
+    ) -> Result:
+        """What ``action`` gives on the first rank, or its failure, on all ranks."""
+        answer: list[Any] = [None, None]
+        if dist.get_rank() == 0:
+            try:
+                answer[0] = action()
+            except OSError as error:
+                answer[1] = str(error)
+        dist.broadcast_object_list(answer, 0)
+        result, failure = answer
+        if failure is not None:
+            self._give_up(name, temporary, failure)
+        return result
+
+    def _fail(self, name: str, temporary: Path, error: CheckpointException) -> NoReturn:
+        """megatron-core raises it on all ranks; the first knows why."""
+        reasons = sorted({str(cause[0]) for cause in error.failures.values()})
+        known = ["; ".join(reasons)]
+        dist.broadcast_object_list(known, 0)
+        self._give_up(name, temporary, known[0])
+
+    def _give_up(self, name: str, temporary: Path | None, reason: str) -> NoReturn:
+        if dist.get_rank() == 0 and temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise InputError(
+            f"{self.folder / name}: could not be written ({reason}); the checkpoints before it are "
+            "whole, start again to go on from the newest"
+        )
+
+
+def _start_results_queue() -> None:
+    """Start the process through which megatron-core's writers report to this rank.
+
+    megatron-core would start it by itself, but then it outlives a killed rank, for ever, and dies
+    of the signal that asks the rank to save.
+    """
+    if getattr(filesystem_async, "_results_queue", None) is None:
+        manager = SyncManager(ctx=get_context("spawn"))
+        manager.start(end_with_parent, (os.getpid(),))
+        filesystem_async._results_queue = manager.Queue()
+
+
+def run_state(chunks: list[Any], optimizer: Any, loading: bool = False) -> dict[str, Any]:
+    """Sharded state dict of weights and optimizer. chunks: not wrapped for data parallelism."""
+    state = model_state(chunks)
+    weights = {key: dict(value) for key, value in state.items()}
+    only = weights["model"] if len(chunks) == 1 else weights
+    state["optimizer"] = optimizer.sharded_state_dict(only, is_loading=loading, metadata=sharding())
+    return state
+
+
+def resume(
+    folder: Path,
+    chunks: list[Any],
+    optimizer: Any,
+    accept: Callable[[CheckpointManifest], None],
+    say: Callable[[str], None],
+) -> CheckpointManifest | None:
+    """Load the newest complete checkpoint of ``folder``; None if there is none. All ranks call it.
+
+    ``accept(manifest)`` may refuse to go on from it (other data, another scheme). A half-written or
+    damaged checkpoint is skipped with a line through ``say``.
+    """
+    for leftover in sorted(folder.glob(".step_*.tmp")) if folder.is_dir() else []:
+        say(f"{leftover}: half-written, not used")
+    for path in reversed(complete_checkpoints(folder)):
+        try:
+            check_files(path)
+            manifest = read_manifest(path)
+        except InputError as error:
+            say(f"{path} is skipped: {error}")
+            continue
+        accept(manifest)
+        try:
+            loaded = dist_checkpointing.load(run_state(chunks, optimizer, True), str(path))
+        except CheckpointingException as error:
+            raise InputError(f"{path}: {' '.join(str(error).split())[:300]}") from None
+        load_model_state(chunks, loaded)
+        optimizer.load_state_dict(loaded["optimizer"])
+        return manifest
+    return None

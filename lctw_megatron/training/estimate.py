@@ -1,0 +1,233 @@
+"""How much memory a rank needs, before any GPU is asked for.
+
+Parameters, gradients and optimizer state are counted, not estimated: megatron-core keeps bf16 (or
+fp32) weights, float32 gradients, and float32 master weights and Adam moments sharded over the
+DP x CP ranks.
+
+Activations follow Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer
+Models" (section 4 and appendix B), with what changed since:
+
+- flash attention keeps its inputs, its output and one float32 per row and head, not the scores;
+- RMSNorm, SwiGLU, rotary embedding and grouped-query attention have other widths than the GPT of
+  the paper, and there is no dropout;
+- CP divides the tokens of a rank; torch's attention gathers the keys and values of the whole
+  sequence and keeps them, TransformerEngine's passes them round and does not.
+
+Per token and layer that is, in elements, with h hidden, q and k the widths of all query and of all
+key heads, d of one head, f the feed-forward width and t tensor-parallel ranks:
+
+    inputs and outputs of two norms     4 h           (/ t under sequence parallelism)
+    output of the qkv projection        q + 2 k   / t (the values are a view of it)
+    rotated queries and keys            q + k     / t
+    attention output                    q         / t (torch: twice, in the kernel's order and ours)
+    gate, up and their product          3 f       / t
+    cosines and sines, for q and for k  4 d
+
+and where torch's attention gathers, q + CP x 2 k instead of the second and third line. On a CPU
+SwiGLU and RMSNorm are not fused and keep 2 f + 2 h more.
+
+Not counted: the CUDA context, communication buffers, fragmentation and the working memory of single
+kernels. Leave a tenth of the GPU free.
+"""
+
+from dataclasses import dataclass
+
+from lctw_megatron.config.layout_rules import check_layout, padded_vocabulary
+from lctw_megatron.config.model_sizes import layer_sizes
+from lctw_megatron.config.schema import RunConfig
+from lctw_megatron.training.flops import step_flops
+
+GIB = 1024**3
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes on each rank of one pipeline stage at the peak of a step."""
+
+    layers: int
+    parameters: int
+    """Number of parameters on the rank (not bytes)."""
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    loss: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.loss
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Memory of a rank, for every pipeline stage."""
+
+    stages: tuple[StageMemory, ...]
+
+    @property
+    def largest(self) -> StageMemory:
+        return max(self.stages, key=lambda stage: stage.total)
+
+
+def estimate(run: RunConfig, world_size: int) -> MemoryEstimate:
+    """Memory of ``run`` on ``world_size`` ranks. Without ``model.vocab_size`` (it comes from the
+    tokenizer) embedding, head and loss are left out. Raises InputError for a wrong layout."""
+    sizes = check_layout(run, world_size)
+    assert sizes.data is not None and sizes.micro_batches is not None
+    layout, bf16 = run.layout, run.training.precision == "bf16"
+    element = 2 if bf16 else 4
+    sharded_over = sizes.data * layout.context
+    stages = []
+    for stage in range(layout.pipeline):
+        count = stage_parameters(run, stage)
+        # float32 weights are their own master copy.
+        optimizer = count * (12 if bf16 else 8) // sharded_over
+        stages.append(
+            StageMemory(
+                layers=sizes.layers_per_chunk * sizes.chunks,
+                parameters=count,
+                weights=count * element,
+                gradients=count * 4,
+                optimizer=optimizer,
+                activations=_activations(run, stage, sizes.micro_batches),
+                loss=_loss(run) if stage == layout.pipeline - 1 else 0,
+            )
+        )
+    return MemoryEstimate(tuple(stages))
+
+
+def stage_parameters(run: RunConfig, stage: int) -> int:
+    """Parameters on a rank of pipeline stage ``stage``. A tied head on another stage is a copy."""
+    model, layout = run.model, run.layout
+    layer = layer_sizes(model)
+    split = (layer.matrices + layer.biases) // layout.tensor
+    count = model.num_layers // layout.pipeline * (split + layer.norms)
+    first, last = stage == 0, stage == layout.pipeline - 1
+    tables = first + last
+    if first and last and model.tie_word_embeddings:
+        tables = 1
+    table = padded_vocabulary(model.vocab_size or 0) // layout.tensor * model.hidden_size
+    return count + tables * table + (model.hidden_size if last else 0)
+
+
+def chunks_in_flight(run: RunConfig, stage: int, micro_batches: int) -> int:
+    """Most (micro batch, model chunk) pairs that a stage has run forward but not yet backward.
+
+    1F1B: the warm-up of a stage and one more. Interleaved: Narayanan et al. 2021, section 2.2, as
+    megatron-core's `get_pp_rank_microbatches` counts it.
+    """
+    pipeline, chunks = run.layout.pipeline, run.layout.virtual_pipeline or 1
+    if chunks == 1:
+        return min(pipeline - stage, micro_batches)
+    warm_up = 2 * (pipeline - stage - 1) + (chunks - 1) * pipeline
+    return min(warm_up + 1, micro_batches * chunks)
+
+
+def layer_activations(run: RunConfig) -> int:
+    """Bytes that one layer keeps for the backward pass of one micro batch, nothing recomputed."""
+    model, layout = run.model, run.layout
+    element = 2 if run.training.precision == "bf16" else 4
+    layer = layer_sizes(model)
+    q, k = layer.query, layer.key_value
+    if model.attention == "te" or layout.recompute == "selective":
+        # Recomputing the core attention drops what it gathers, and its output in another order.
+        attention = (q + 2 * k) + (q + k) + q
+    elif layout.context > 1:
+        attention = q + layout.context * 2 * k + 2 * q
+    else:
+        attention = (q + 2 * k) + (q + k) + 2 * q
+    mlp = 0 if layout.recompute == "mlp" else 3 * model.ffn_hidden_size
+    split = (attention + mlp) // layout.tensor
+    norms = 4 * model.hidden_size // (layout.tensor if layout.sequence else 1)
+    rotary = 4 * q // model.num_attention_heads
+    log_sum_exp = 4 * model.num_attention_heads // layout.tensor
+    return _tokens(run) * (element * (norms + split + rotary) + log_sum_exp)
+
+
+def _tokens(run: RunConfig) -> int:
+    """Tokens of one micro batch on one rank."""
+    return run.training.micro_batch_size * run.data.sequence_length // run.layout.context
+
+
+def _activations(run: RunConfig, stage: int, micro_batches: int) -> int:
+    model, layout = run.model, run.layout
+    element = 2 if run.training.precision == "bf16" else 4
+    hidden = _tokens(run) * model.hidden_size * element
+    if layout.sequence:
+        hidden //= layout.tensor
+    layers = model.num_layers // (layout.pipeline * (layout.virtual_pipeline or 1))
+    one_layer = layer_activations(run)
+    in_flight = chunks_in_flight(run, stage, micro_batches)
+    if layout.recompute == "full":  # every layer's input, and one layer while it is recomputed
+        kept = in_flight * layers * hidden + one_layer
+    else:
+        kept = in_flight * layers * one_layer
+    final_norm = 2 * hidden if stage == layout.pipeline - 1 else 0
+    return kept + final_norm
+
+
+def _loss(run: RunConfig) -> int:
+    """The head and the loss: see model/cross_entropy.py."""
+    model, layout = run.model, run.layout
+    if not model.vocab_size:
+        return 0
+    element = 2 if run.training.precision == "bf16" else 4
+    columns = padded_vocabulary(model.vocab_size) // layout.tensor
+    tokens = _tokens(run)
+    hidden = tokens * model.hidden_size * element
+    rows = min(layout.loss_block_rows, tokens)
+    block = rows * columns * (4 + element)  # float32 logits, and the softmax in the weights' dtype
+    weight_gradient = columns * model.hidden_size * 4
+    gathered = hidden if layout.sequence else 0
+    return gathered + hidden + block + weight_gradient + 4 * tokens
+
+
+def describe_layout(run: RunConfig, world_size: int | None = None) -> str:
+    """What ``--dry-run`` prints: ranks per group, work and memory of a rank.
+
+    ``world_size`` None means one copy of the model, without data parallelism.
+    """
+    layout = run.layout
+    sizes = check_layout(run, world_size or layout.tensor * layout.pipeline * layout.context)
+    assert sizes.world_size and sizes.data and sizes.micro_batches
+    lines = [f"layout: {sizes.world_size} ranks" + ("" if world_size else " (the fewest possible)")]
+    # megatron-core's order: neighbours share a tensor group, pipeline stages are farthest apart.
+    groups = {
+        "tensor": (layout.tensor, ", sequence parallel" if layout.sequence else ""),
+        "context": (layout.context, f", {sizes.tokens_per_rank:,} tokens of a sequence on each"),
+        "data": (sizes.data, ""),
+        "pipeline": (
+            layout.pipeline,
+            f", {sizes.chunks} x {sizes.layers_per_chunk} layers on each",
+        ),
+    }
+    step = 1
+    for name, (count, note) in groups.items():
+        members = [str(rank * step) for rank in range(count)]
+        shown = " ".join(members if count <= 8 else [*members[:4], "...", members[-1]])
+        lines.append(f"  {name:9}{count:4} ranks{note}; rank 0's group: {shown}")
+        step *= count
+    training, length = run.training, run.data.sequence_length
+    batch, micro_batch = training.global_batch_size, training.micro_batch_size
+    lines.append(
+        f"batch: {batch} sequences of {length:,} tokens = {batch * length:,} tokens a step, "
+        f"{sizes.micro_batches} micro batches of {micro_batch} on each data-parallel rank"
+    )
+    work = step_flops(run)
+    lines.append(
+        f"work: {work / 1e12:,.4g} TFLOP a step, {work / 1e12 / sizes.world_size:,.4g} on each rank"
+    )
+    lines += _memory_table(estimate(run, sizes.world_size))
+    if not run.model.vocab_size:
+        lines.append("  without embedding, head and loss: the vocabulary is the tokenizer's")
+    return "\n".join(lines) + "\n"
+
+
+def _memory_table(memory: MemoryEstimate) -> list[str]:
+    lines = ["memory of a rank in GiB, estimated (what is counted: training/estimate.py):"]
+    columns = ["weights", "gradients", "optimizer", "activations", "loss", "total"]
+    lines.append("  stage  layers  parameters" + "".join(f"{name:>12}" for name in columns))
+    for number, stage in enumerate(memory.stages):
+        values = "".join(f"{getattr(stage, name) / GIB:12.2f}" for name in columns)
+        lines.append(f"  {number:5}  {stage.layers:6}  {stage.parameters / 1e6:8.1f} M{values}")
+    return lines

@@ -1,0 +1,332 @@
+"""The training loop: build, resume, then step by step until the end or a signal.
+
+Read `train` first; everything else in this folder is one of its lines.
+"""
+
+import time
+from pathlib import Path
+
+from lctw_megatron.atomic import atomic_file, write_json
+from lctw_megatron.config.layout_rules import check_layout
+from lctw_megatron.config.load import dump_yaml
+from lctw_megatron.config.schema import RunConfig
+from lctw_megatron.data.loader import TokenLoader
+from lctw_megatron.data.validation import ValidationLoader
+from lctw_megatron.errors import InputError
+from lctw_megatron.model import spec
+from lctw_megatron.model.checkpoint import (
+    TOKENIZER,
+    CheckpointManifest,
+    find_checkpoint,
+    load_weights,
+    read_manifest,
+)
+from lctw_megatron.model.gpt import build_model
+from lctw_megatron.platform.world import World, initialize
+from lctw_megatron.progress import Progress
+from lctw_megatron.training import flops
+from lctw_megatron.training.checkpoint import CheckpointWriter, resume, run_state
+from lctw_megatron.training.leaving import REQUEUE_STATUS
+from lctw_megatron.training.metrics import MetricsLog, peak_memory_gib
+from lctw_megatron.training.optimizer import build_optimizer, wrap_data_parallel
+from lctw_megatron.training.signals import StopRequest
+from lctw_megatron.training.step import Stepper
+from lctw_megatron.training.trouble import (
+    NonFinite,
+    SpikeWatch,
+    describe_samples,
+    write_trouble,
+)
+
+
+def train(run: RunConfig, allow_changes: bool = False) -> int:
+    """Train ``run`` to its last step, from its newest checkpoint if there is one.
+
+    All ranks call it. allow_changes: resume although data, scheme or batch size are others than the
+    checkpoint's. Returns the exit status: 0, or REQUEUE_STATUS after a signal.
+    """
+    trainer = Trainer(run, allow_changes)
+    try:
+        return trainer.run_to_end()
+    finally:
+        trainer.close()
+
+
+class Trainer:
+    """One run on this rank."""
+
+    def __init__(self, run: RunConfig, allow_changes: bool = False) -> None:
+        self.world: World = initialize(
+            run.layout, run.seed, run.training.distributed_timeout_minutes
+        )
+        check_layout(run, self.world.size)
+        self.loader = self._open_data(run)
+        self.config = run = self._complete(run)
+        self.allow_changes = allow_changes
+        self.chunks = build_model(
+            run.model,
+            run.layout,
+            max_sequence_length=run.data.sequence_length,
+            dtype=spec.DTYPES[run.training.precision],
+            device=self.world.device,
+            seed=None if run.start else run.seed,
+            packed=run.data.packing == "pack",
+        )
+        self.wrapped = wrap_data_parallel(self.chunks)
+        folder = Path(run.run_dir) / "checkpoints"
+        if run.start:
+            load_weights(self.chunks, find_checkpoint(run.start))
+        self.optimizer = build_optimizer(self.wrapped, run.training)
+        manifest = resume(folder, self.chunks, self.optimizer, self._accept, self.say)
+        self.first_step = manifest.step if manifest else 0
+        self.log = self._open_log()
+        tokenizer = self.loader.sources[0].tokenizer
+        self.stepper = Stepper(
+            run, self.wrapped, self.optimizer, tokenizer.bos_id if tokenizer.add_bos else None
+        )
+        self.writer = CheckpointWriter(
+            folder,
+            run.training.keep_last,
+            run.training.keep_every,
+            run.training.async_save,
+            self._tokenizer_files(),
+            before=lambda: self.log.sync() if self.log is not None else None,
+        )
+        self.stop = StopRequest(self.world.device)
+        self.spikes = SpikeWatch()
+        self.skipped = 0
+
+    def run_to_end(self) -> int:
+        """Steps until the last one (0) or a signal (REQUEUE_STATUS)."""
+        training = self.config.training
+        done = self.first_step
+        self._announce(done)
+        with Progress(self.config.name, training.steps, "steps", initial=done) as progress:
+            for step in range(done, training.steps):
+                started = time.perf_counter()
+                try:
+                    metrics = self.stepper.step(step, list(self.loader.step(step)))
+                except NonFinite as error:
+                    metrics = self._skip_or_stop(error)
+                metrics |= self._speed(time.perf_counter() - started)
+                done = step + 1
+                if training.eval_interval and done % training.eval_interval == 0:
+                    metrics |= self.evaluate()
+                self._watch(step, metrics)
+                self._write(step, metrics)
+                progress.update(1, tokens=self.tokens_per_step)
+                leave = self.stop.agreed()
+                if leave or done == training.steps or self._saves_after(done):
+                    self.save(done)
+                self.writer.finish(blocking=False)
+                if leave and done < training.steps:
+                    self.writer.finish()
+                    self.say(f"asked to stop: saved after step {done}, start again to go on")
+                    return REQUEUE_STATUS
+        self.writer.finish()
+        return 0
+
+    def evaluate(self) -> dict[str, float]:
+        """Plain losses on the validation data."""
+        run, world = self.config, self.world
+        loader = ValidationLoader(
+            run.data,
+            sequences=run.training.eval_sequences,
+            micro_batch_size=run.training.micro_batch_size,
+            dp_rank=world.data_rank,
+            dp_size=world.data_size,
+            cp_rank=world.context_rank,
+            cp_size=run.layout.context,
+            vocab_size=run.model.vocab_size,
+        )
+        losses = self.stepper.evaluate(list(loader))
+        return {f"validation/{name}": value for name, value in losses.items()}
+
+    def save(self, step: int) -> None:
+        """Write the checkpoint after ``step`` steps."""
+        manifest = CheckpointManifest(
+            step=step,
+            model=self.config.model,
+            dtype=self.config.training.precision,
+            tokenizer=self.loader.sources[0].tokenizer.model_dump(mode="json"),
+            run=self.config,
+            loader=self.loader.state_dict(),
+            optimizer=True,
+        )
+        self.writer.save(run_state(self.chunks, self.optimizer), manifest)
+
+    def close(self) -> None:
+        self.writer.close()
+        self.loader.close()
+        self.stop.close()
+        if self.log is not None:
+            self.log.close()
+
+    def say(self, line: str) -> None:
+        """A line for the log, from the first rank only."""
+        if self.world.is_first:
+            print(line, flush=True)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.config.training.global_batch_size * self.config.data.sequence_length
+
+    def _open_data(self, run: RunConfig) -> TokenLoader:
+        world, weighting = self.world, run.weighting
+        return TokenLoader(
+            run.data,
+            seed=run.seed,
+            global_batch_size=run.training.global_batch_size,
+            micro_batch_size=run.training.micro_batch_size,
+            dp_rank=world.data_rank,
+            dp_size=world.data_size,
+            cp_rank=world.context_rank,
+            cp_size=run.layout.context,
+            scores=weighting.mode == "frozen" and needs_scores(run),
+            window=weighting.window,
+            stride=weighting.stride,
+            vocab_size=run.model.vocab_size,
+        )
+
+    def _complete(self, run: RunConfig) -> RunConfig:
+        """Fill in what tokenizer and sequence length decide; refuse a start that does not fit."""
+        tokenizer = self.loader.sources[0].tokenizer
+        model = run.model.model_copy(
+            update={
+                "vocab_size": run.model.vocab_size or tokenizer.vocab_size,
+                "max_position_embeddings": run.model.max_position_embeddings
+                or run.data.sequence_length,
+            }
+        )
+        if run.start:
+            start = find_checkpoint(run.start)
+            manifest = read_manifest(start)
+            free = {"max_position_embeddings", "rope_theta", "rope_scaling", "attention",
+                    "hidden_dropout", "attention_dropout", "init_method_std"}  # fmt: skip
+            for name in type(model).model_fields.keys() - free:
+                ours, theirs = getattr(model, name), getattr(manifest.model, name)
+                if ours != theirs and not (
+                    name in ("num_query_groups", "kv_channels") and ours is None
+                ):
+                    raise InputError(
+                        f"model.{name} is {ours}, but {start} has {theirs}; leave the model "
+                        "section out to take the checkpoint's"
+                    )
+            theirs = (manifest.tokenizer or {}).get("digest")
+            if theirs and theirs != tokenizer.digest:
+                raise InputError(
+                    f"{self.loader.sources[0].prefix} was tokenised with tokenizer "
+                    f"{tokenizer.digest}, but {start} was trained with {theirs}; preprocess with "
+                    "the checkpoint's"
+                )
+        completed = run.model_copy(update={"model": model})
+        check_layout(completed, self.world.size)
+        return completed
+
+    def _accept(self, manifest: CheckpointManifest) -> None:
+        """Refuse to resume on other data or with another scheme; else set the loader."""
+        if manifest.run is not None and not self.allow_changes:
+            for section in ("weighting", "model"):
+                ours = getattr(self.config, section).model_dump(mode="json")
+                theirs = getattr(manifest.run, section).model_dump(mode="json")
+                for name in ours:
+                    if (
+                        name not in ("tokens_per_forward", "attention")
+                        and ours[name] != theirs[name]
+                    ):
+                        raise InputError(
+                            f"{section}.{name} is {ours[name]}, but {self.config.run_dir} was "
+                            f"trained to step {manifest.step} with {theirs[name]}; restore it, "
+                            "choose another run_dir, or pass --allow-changes"
+                        )
+        if manifest.loader is not None:
+            self.loader.load_state_dict(manifest.loader, self.allow_changes)
+
+    def _tokenizer_files(self) -> Path | None:
+        """Tokenizer files for the checkpoints: made once from the data's tokenizer, or the
+        start's.
+        """
+        folder = Path(self.config.run_dir) / TOKENIZER
+        if self.world.is_first:
+            source = Path(self.loader.sources[0].tokenizer.path)
+            if source.exists():
+                from lctw_megatron.data.tokenizers import load_tokenizer
+
+                load_tokenizer(source).save_hf(folder)
+            elif self.config.start and (find_checkpoint(self.config.start) / TOKENIZER).is_dir():
+                return find_checkpoint(self.config.start) / TOKENIZER
+            else:
+                print(f"{source}: not found, so the checkpoints carry no tokenizer files")
+        return folder if folder.is_dir() else None
+
+    def _open_log(self) -> MetricsLog | None:
+        if not self.world.is_first:
+            return None
+        run_dir = Path(self.config.run_dir)
+        with atomic_file(run_dir / "run.yaml", "w") as file:
+            file.write(dump_yaml(self.config))
+        return MetricsLog(run_dir, self.first_step, self.config.training.tensorboard)
+
+    def _announce(self, done: int) -> None:
+        run = self.config
+        for line in self.loader.price_lines():
+            self.say(line)
+        self.say(
+            f"{run.name}: steps {done}..{run.training.steps}, {self.world.size} ranks, "
+            f"{self.loader.microbatches} micro batches of {run.training.micro_batch_size} x "
+            f"{run.data.sequence_length} tokens a step and rank, weighting {run.weighting.scheme}"
+            + (f" ({run.weighting.mode})" if needs_scores(run) else "")
+        )
+
+    def _saves_after(self, done: int) -> bool:
+        interval = self.config.training.save_interval
+        return interval is not None and done % interval == 0
+
+    def _speed(self, seconds: float) -> dict[str, float]:
+        work = flops.step_flops(self.config)
+        return {
+            "speed/tokens_per_second": self.tokens_per_step / seconds,
+            "speed/tflops_per_rank": work / seconds / self.world.size / 1e12,
+            "speed/seconds": seconds,
+            "memory/peak_gib": peak_memory_gib(self.world.device),
+        }
+
+    def _write(self, step: int, metrics: dict[str, float]) -> None:
+        training = self.config.training
+        if self.log is not None and (
+            step % training.log_interval == 0
+            or step == training.steps - 1
+            or any(name.startswith("validation/") for name in metrics)
+        ):
+            self.log.write(step, metrics)
+
+    def _skip_or_stop(self, error: NonFinite) -> dict[str, float]:
+        """Leave out a step that is not finite while the budget lasts, else stop all ranks."""
+        self.skipped += 1
+        budget = self.config.training.nonfinite_budget
+        line = str(error)
+        if self.world.is_first:
+            line = write_trouble(self.loader, error, Path(self.config.run_dir))
+        if self.skipped > budget:
+            raise InputError(line)
+        self.say(f"{line} (left out, {self.skipped} of training.nonfinite_budget={budget})")
+        return {"skipped": 1.0}
+
+    def _watch(self, step: int, metrics: dict[str, float]) -> None:
+        """Report a loss spike with the documents of its batch."""
+        loss = metrics.get("loss/plain")
+        if loss is not None and self.spikes.is_spike(loss) and self.world.is_first:
+            samples = describe_samples(self.loader, step)
+            documents = sorted({p["document"] for s in samples for p in s["pieces"]})
+            write_json(
+                Path(self.config.run_dir) / f"spike_step_{step:08d}.json",
+                {"step": step, "loss": loss, "sequences": samples},
+            )
+            self.say(f"step {step}: loss spike to {loss:.3f}, documents {documents}")
+
+
+def needs_scores(run: RunConfig) -> bool:
+    """Whether the run's scheme compares short with long losses."""
+    from lctw_megatron.weighting.parse import parse_weighting
+
+    return parse_weighting(run.weighting).scheme.needs_short_loss

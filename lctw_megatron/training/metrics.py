@@ -1,0 +1,140 @@
+"""What a step measured: sums that are exact for any layout, and where they are written.
+
+Every rank adds up its part in one vector of float64 sums; one all-reduce over all ranks makes them
+those of the global batch. Only last pipeline stages and first tensor ranks contribute, so nothing
+is counted twice, and context-parallel parts add up like data-parallel ones.
+"""
+
+import json
+import os
+import resource
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lctw_megatron.weighting.occurrence import CLASSES
+from lctw_megatron.weighting.statistics import WeightStatistics
+
+
+class StepSums:
+    """Sums of one step (or one evaluation) on one rank."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.weighted_loss = torch.zeros((), dtype=torch.float64, device=device)
+        self.plain_loss = torch.zeros((), dtype=torch.float64, device=device)
+        self.counts = torch.zeros(3, dtype=torch.float64, device=device)
+        """targets, unscored targets, sequences that fell back to uniform weights"""
+        self.by_distance = torch.zeros((len(CLASSES), 2), dtype=torch.float64, device=device)
+        """Σ loss and targets of near, far and first-seen targets"""
+        self.row_losses: dict[int, Tensor] = {}
+        """micro batch: Σ loss of each of its sequences on this rank, to find what is not finite"""
+        self.statistics = WeightStatistics(
+            torch.zeros(6, dtype=torch.float64, device=device),
+            torch.zeros((), dtype=torch.float64, device=device),
+        )
+
+    def all_reduce(self) -> None:
+        """Make these the sums of all ranks."""
+        parts = [self.weighted_loss, self.plain_loss, self.counts, self.by_distance]
+        parts.append(self.statistics.sums)
+        flat = torch.cat([part.flatten() for part in parts])
+        dist.all_reduce(flat)
+        for part, new in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
+            part.copy_(new.view(part.shape))
+        dist.all_reduce(self.statistics.largest, dist.ReduceOp.MAX)
+
+    def summary(self) -> dict[str, float]:
+        """Losses in nats a target; what is not defined (no such targets) is left out."""
+        targets, unscored, fallback = self.counts.tolist()
+        divisor = max(targets, 1)
+        result = {
+            "loss/weighted": float(self.weighted_loss) / divisor,
+            "loss/plain": float(self.plain_loss) / divisor,
+            "targets/all": targets,
+            "targets/unscored": unscored,
+            "targets/fallback_sequences": fallback,
+        }
+        for name, (total, count) in zip(CLASSES, self.by_distance.tolist(), strict=True):
+            if count:
+                result[f"loss/{name}"] = total / count
+            result[f"targets/{name}"] = count
+        result |= {f"weights/{name}": v for name, v in self.statistics.summary().items()}
+        return result
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory this process held so far: of the GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class MetricsLog:
+    """RUN_DIR/metrics.jsonl, one line a step, and TensorBoard events beside it. First rank only.
+
+    After a resume the lines of steps that were not kept in the checkpoint are cut off, so the file
+    holds every step once.
+    """
+
+    def __init__(self, run_dir: Path, first_step: int, tensorboard: bool) -> None:
+        self.path = run_dir / "metrics.jsonl"
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._truncate(first_step)
+        self._file = open(self.path, "a")  # noqa: SIM115 - open as long as the run
+        self._board: Any = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+            except ImportError:
+                print("tensorboard is not installed: metrics go to metrics.jsonl only")
+
+    def _truncate(self, first_step: int) -> None:
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text().splitlines(keepends=True):
+            try:
+                if line.endswith("\n") and json.loads(line)["step"] < first_step:
+                    kept.append(line)
+            except (json.JSONDecodeError, KeyError):
+                break  # a line torn by a kill; everything after it is redone
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        temporary.write_text("".join(kept))
+        os.replace(temporary, self.path)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Append the values of ``step``. Floats are written so that they read back bit-equal."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        # A full disk stops the run at its next checkpoint, on all ranks and with one line. Until
+        # then the lines wait in the file's buffer.
+        with suppress(OSError):
+            self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
+    def sync(self) -> None:
+        """Raises OSError unless all lines are on the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def move(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The batch on ``device``, except what only the host reads (piece boundaries, document ids)."""
+    on_host = ("boundaries", "document_ids")
+    return {
+        name: tensor if name in on_host else tensor.to(device, non_blocking=True)
+        for name, tensor in batch.items()
+    }

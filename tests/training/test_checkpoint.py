@@ -1,0 +1,344 @@
+"""A run that was stopped goes on as if it had not been, and only from what is whole."""
+
+import os
+import pickle
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from lctw_megatron.config.schema import RunConfig
+from lctw_megatron.data.manifest import TokenizerIdentity
+from lctw_megatron.data.token_dataset import TokenDataset, TokenWriter
+from lctw_megatron.errors import InputError
+from lctw_megatron.model.checkpoint import check_files, find_checkpoint, read_manifest, step_name
+from tests.distributed import run_distributed
+from tests.training.layouts import SCHEMES, STRIDE, WINDOW, make_data, make_run
+from tests.training.runs import checkpoints, logged, sigterm_after
+
+STEPS, STOP = 6, 4
+DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}  # random numbers must resume, too
+TRAINING = dict(steps=STEPS, save_interval=2, schedule="cosine", warmup_steps=2, clip_grad=1.0)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_data(tmp_path_factory.mktemp("checkpoint"))
+
+
+def dense_run(prefix: str, run_dir: Path, **changes: Any) -> RunConfig:
+    changes["training"] = TRAINING | changes.get("training", {})
+    changes["model"] = DROPOUT | changes.get("model", {})
+    return make_run(prefix, str(run_dir), {}, "chunk", "dense", "frozen", **changes)
+
+
+def train(run: RunConfig, allow_changes: bool = False) -> int:
+    from lctw_megatron.training.loop import train
+
+    return train(run, allow_changes)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    assert train(dense_run(data, folder)) == 0
+    lines = logged(folder)
+    assert [line["step"] for line in lines] == list(range(STEPS))
+    return lines
+
+
+@pytest.fixture(scope="module")
+def stopped(data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that was asked to stop after STOP steps, with checkpoints 2 and STOP."""
+    folder = tmp_path_factory.mktemp("stopped")
+    with sigterm_after(STOP):
+        assert train(dense_run(data, folder)) == 75
+    assert checkpoints(folder) == [2, STOP]
+    return folder
+
+
+@pytest.fixture
+def copy(stopped: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(stopped, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_stopped_run_goes_on_bit_for_bit(
+    data: str, tmp_path: Path, uninterrupted: list[Any], asynchronous: bool
+) -> None:
+    # Between two checkpoints of the interval: it must save at once.
+    run = dense_run(data, tmp_path, training={"async_save": asynchronous})
+    with sigterm_after(3):
+        assert train(run) == 75
+    assert checkpoints(tmp_path) == [2, 3]
+    assert logged(tmp_path) == uninterrupted[:3]
+    assert train(run) == 0
+    assert logged(tmp_path) == uninterrupted
+    assert checkpoints(tmp_path) == [4, 6]
+    # Nothing is left to do.
+    assert train(run) == 0
+    assert logged(tmp_path) == uninterrupted
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_the_newest_and_every_nth_checkpoint_are_kept(
+    data: str, tmp_path: Path, asynchronous: bool
+) -> None:
+    keep = dict(save_interval=1, keep_last=2, keep_every=3, async_save=asynchronous)
+    assert train(dense_run(data, tmp_path, training=keep)) == 0
+    assert checkpoints(tmp_path) == [3, 5, 6]
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+# What may befall a checkpoint folder, and the word that the complaint must have.
+class _Calls:
+    """Unpickles to the call of a function."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+def _evil(folder: Path) -> _Calls:
+    return _Calls(os.system, f"touch {folder}/executed")
+
+
+def _truncate(folder: Path) -> None:
+    path = max(folder.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def _remove_data(folder: Path) -> None:
+    next(iter(folder.glob("*.distcp"))).unlink()
+
+
+def _evil_index(folder: Path) -> None:
+    (folder / ".metadata").write_bytes(pickle.dumps(_evil(folder)))
+
+
+def _evil_index_behind_a_known_module(folder: Path) -> None:
+    """torch.distributed.checkpoint.filesystem imports os: a dotted name reaches through it."""
+
+    def text(value: str) -> bytes:
+        return pickle.SHORT_BINUNICODE + bytes([len(value)]) + value.encode()
+
+    function = text("torch.distributed.checkpoint.filesystem") + text("os.system")
+    call = pickle.STACK_GLOBAL + text(f"touch {folder}/executed") + pickle.TUPLE1 + pickle.REDUCE
+    (folder / ".metadata").write_bytes(pickle.PROTO + b"\x04" + function + call + pickle.STOP)
+
+
+def _evil_common(folder: Path) -> None:
+    torch.save(_evil(folder), folder / "common.pt")
+
+
+def _evil_item(folder: Path) -> None:
+    """Code in place of the smallest pickled item that the data files hold."""
+    index = pickle.loads((folder / ".metadata").read_bytes())
+    items = {
+        place.fqn: info for place, info in index.storage_data.items() if "_extra_" in place.fqn
+    }
+    info = min(items.values(), key=lambda info: info.length)
+    path = folder / info.relative_path
+    kept = path.read_bytes()
+    torch.save(_evil(folder), folder / "item")
+    item = (folder / "item").read_bytes()
+    info.offset, info.length = len(kept), len(item)
+    path.write_bytes(kept + item)
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "truncated data": (_truncate, "bytes, expected"),
+    "missing data": (_remove_data, "missing, expected"),
+    "missing index": (lambda folder: (folder / ".metadata").unlink(), ".metadata: missing"),
+    "garbled index": (lambda folder: (folder / ".metadata").write_bytes(b"abc"), "damaged"),
+    "missing common": (lambda folder: (folder / "common.pt").unlink(), "common.pt: missing"),
+    "truncated common": (
+        lambda folder: os.truncate(folder / "common.pt", 100),
+        "common.pt: damaged",
+    ),
+    "index with code": (_evil_index, "posix.system"),
+    "index with code behind a known module": (_evil_index_behind_a_known_module, "os.system"),
+    "common with code": (_evil_common, "common.pt: damaged"),
+    "item with code": (_evil_item, "damaged"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_checkpoint_is_refused_and_nothing_in_it_is_run(copy: Path, name: str) -> None:
+    damage, complaint = DAMAGE[name]
+    newest = copy / "checkpoints" / step_name(STOP)
+    check_files(newest)
+    damage(newest)
+    with pytest.raises(InputError, match=complaint) as error:
+        check_files(newest)
+    assert str(newest) in str(error.value) and "\n" not in str(error.value)
+    assert not (newest / "executed").exists()
+
+
+def test_half_written_and_damaged_checkpoints_are_skipped_with_a_line(
+    data: str, copy: Path, uninterrupted: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copy / "checkpoints"
+    _truncate(folder / step_name(STOP))
+    half = folder / ".step_00000006.tmp"
+    shutil.copytree(folder / step_name(2), half)
+    capsys.readouterr()
+    assert train(dense_run(data, copy)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(f"{half}: half-written, not used" in line for line in lines)
+    assert any(f"{folder / step_name(STOP)} is skipped: " in line for line in lines)
+    assert any("steps 2..6" in line for line in lines)
+    assert logged(copy) == uninterrupted
+    assert checkpoints(copy) == [4, 6]
+
+
+def test_without_a_whole_checkpoint_a_run_begins_anew(
+    data: str, copy: Path, uninterrupted: list[Any]
+) -> None:
+    for path in (copy / "checkpoints").glob("step_*"):
+        _evil_index(path)
+    assert train(dense_run(data, copy)) == 0
+    assert logged(copy) == uninterrupted
+    assert not list(copy.rglob("executed"))
+
+
+def retokenised(data: str, folder: Path, **identity: Any) -> str:
+    """A copy of the dataset whose first document is reversed, its tokenizer changed."""
+    old = TokenDataset(data)
+    tokenizer = TokenizerIdentity(**{**old.manifest.tokenizer.model_dump(), **identity})
+    with TokenWriter(str(folder / "other"), tokenizer) as writer:
+        for number in range(len(old)):
+            writer.add(old[number][::-1] if number == 0 else old[number])
+    return str(folder / "other")
+
+
+def refusal(run: RunConfig) -> str:
+    with pytest.raises(InputError) as error:
+        train(run)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_another_weighting_is_refused_unless_allowed(data: str, copy: Path) -> None:
+    weighting = SCHEMES["sparse"] | {"window": WINDOW, "stride": STRIDE}
+    run = dense_run(data, copy, weighting=weighting)
+    message = refusal(run)
+    assert "weighting.scheme" in message and "sparse" in message and "dense" in message
+    weighting = SCHEMES["dense"] | {"interpolation": 0.5, "window": WINDOW, "stride": STRIDE}
+    message = refusal(dense_run(data, copy, weighting=weighting))
+    assert "weighting.interpolation" in message and "0.5" in message and "0.25" in message
+    assert train(run, allow_changes=True) == 0
+    assert [line["step"] for line in logged(copy)] == list(range(STEPS))
+
+
+def test_other_data_or_another_tokenizer_is_refused(data: str, copy: Path) -> None:
+    folder = copy.parent
+    uniform = {"weighting": {"scheme": "uniform"}}
+    # The stopped run is a uniform one for this purpose: the sidecar would be refused first.
+    run = dense_run(data, folder / "uniform", **uniform)
+    with sigterm_after(2):
+        assert train(run) == 75
+    other = retokenised(data, folder)
+    fingerprints = [TokenDataset(prefix).fingerprint for prefix in (data, other)]
+    message = refusal(dense_run(other, folder / "uniform", **uniform))
+    assert all(fingerprint in message for fingerprint in fingerprints), message
+    (folder / "second").mkdir()
+    other = retokenised(data, folder / "second", digest="another")
+    message = refusal(dense_run(other, folder / "uniform", **uniform))
+    assert "tokenizer was 0, is another" in message, message
+    # Beginning from its weights: other data are fine, another tokenizer is not.
+    message = refusal(dense_run(other, folder / "new", start=str(copy), **uniform))
+    assert "another" in message and "with 0;" in message and str(copy) in message, message
+    assert not checkpoints(folder / "new")
+
+
+def test_a_start_takes_the_weights_to_a_new_length_and_theta(
+    data: str, stopped: Path, tmp_path: Path
+) -> None:
+    from lctw_megatron.training.loop import Trainer
+
+    source = find_checkpoint(stopped)
+    assert source.name == step_name(STOP)
+    changes: dict[str, Any] = {
+        "start": str(stopped),
+        "data": {"train": [{"prefix": data}], "sequence_length": 128, "packing": "pack"},
+        "model": {"rope_theta": 500000.0},
+        "weighting": {"scheme": "uniform"},
+        "training": {"steps": 2, "save_interval": None},
+    }
+    resumed = Trainer(dense_run(data, stopped))
+    expected = {name: value.clone() for name, value in resumed.chunks[0].named_parameters()}
+    resumed.close()
+    trainer = Trainer(dense_run(data, tmp_path, **changes))
+    try:
+        assert trainer.first_step == 0
+        for name, value in trainer.chunks[0].named_parameters():
+            assert value.equal(expected[name]), name
+        # theta^(-2i/d), d = 8 channels of a head
+        frequencies = 500000.0 ** (-torch.arange(0, 8, 2) / 8)
+        torch.testing.assert_close(trainer.chunks[0].rotary_pos_emb.inv_freq, frequencies)
+        assert trainer.run_to_end() == 0
+    finally:
+        trainer.close()
+    assert [line["step"] for line in logged(tmp_path)] == [0, 1]
+    manifest = read_manifest(find_checkpoint(tmp_path))
+    assert (manifest.step, manifest.model.rope_theta) == (2, 500000.0)
+    assert manifest.model.max_position_embeddings == 128
+    assert read_manifest(source).model.max_position_embeddings == 64
+
+
+def test_a_start_refuses_another_shape(data: str, stopped: Path, tmp_path: Path) -> None:
+    run = dense_run(data, tmp_path, start=str(stopped), model={"num_query_groups": 4})
+    message = refusal(run)
+    assert "model.num_query_groups is 4" in message and "has 2" in message
+
+
+# Saved under one layout, gone on with under others.
+def layout_run(data: str, folder: Path, layout: dict[str, Any]) -> RunConfig:
+    return make_run(data, str(folder), layout, "pack", "dense", "self", training=TRAINING)
+
+
+def save_and_go_on(data: str, folder: str) -> list[int]:
+    """Exit statuses of a run under TP2 x PP2, stopped by a signal to one rank, and of a copy that
+    goes on under CP2 x DP2; another copy is left for one process."""
+    statuses = []
+    with sigterm_after(3 if dist.get_rank() == 2 else -1):
+        run = layout_run(data, Path(folder) / "saved", {"tensor": 2, "pipeline": 2})
+        statuses.append(train(run))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        for name in ("CP2xDP2", "alone"):
+            shutil.copytree(Path(folder) / "saved", Path(folder) / name)
+    dist.barrier()
+    statuses.append(train(layout_run(data, Path(folder) / "CP2xDP2", {"context": 2})))
+    return statuses
+
+
+@pytest.fixture
+def saved_by_four_ranks(data: str, tmp_path: Path) -> Iterator[Path]:
+    assert run_distributed(save_and_go_on, 4, data, str(tmp_path)) == [[75, 0]] * 4
+    yield tmp_path
+
+
+def test_a_checkpoint_of_one_layout_goes_on_under_others(
+    data: str, saved_by_four_ranks: Path
+) -> None:
+    folder = saved_by_four_ranks
+    assert checkpoints(folder / "saved") == [2, 3]
+    assert train(layout_run(data, folder / "alone", {})) == 0
+    assert train(layout_run(data, folder / "never stopped", {})) == 0
+    expected = logged(folder / "never stopped")
+    for name in ("CP2xDP2", "alone"):
+        lines = logged(folder / name)
+        assert len(lines) == STEPS
+        for found, right in zip(lines, expected, strict=True):
+            assert found.keys() == right.keys()
+            for key in ("loss/weighted", "loss/plain", "grad_norm", "learning_rate"):
+                assert found[key] == pytest.approx(right[key], rel=1e-5), (name, key)

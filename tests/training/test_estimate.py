@@ -1,0 +1,217 @@
+"""The memory estimate: counted by hand, against a real model, and for every shipped GPU layout."""
+
+from typing import Any
+
+import pytest
+
+from lctw_megatron.config.layout_rules import check_layout
+from lctw_megatron.config.load import CONFIGS, load_fragment
+from lctw_megatron.config.schema import RunConfig
+from lctw_megatron.training.estimate import (
+    GIB,
+    chunks_in_flight,
+    describe_layout,
+    estimate,
+    layer_activations,
+    stage_parameters,
+)
+from tests.distributed import run_distributed
+
+
+def run_config(
+    model: str | dict[str, Any],
+    layout: str | dict[str, Any],
+    sequence_length: int,
+    precision: str = "bf16",
+    batch: int = 64,
+) -> RunConfig:
+    sections = {"model": model, "layout": layout}
+    for name, value in sections.items():
+        if isinstance(value, str):
+            sections[name] = load_fragment(name, value, "the test")
+    return RunConfig.model_validate(
+        {
+            "name": "main",
+            "run_dir": "out/main",
+            "data": {"train": "corpus", "sequence_length": sequence_length},
+            "training": {"steps": 1, "global_batch_size": batch, "precision": precision},
+            **sections,
+        }
+    )
+
+
+def test_llama3_8b_at_32k_on_128_ranks_by_hand():
+    # TP 4 with SP, CP 4, DP 8; 8,192 tokens a rank.
+    memory = estimate(run_config("llama3_8b", "gpu128_8b_32k", 32768), 128).largest
+    attention = 4096 * (4096 + 1024 + 1024) + 4096 * 4096
+    layer = (attention + 3 * 4096 * 14336) // 4 + 2 * 4096
+    tables = 2 * (128256 // 4) * 4096
+    assert memory.parameters == 32 * layer + tables + 4096 == 2_007_764_992
+    assert memory.weights == 2 * 2_007_764_992
+    assert memory.gradients == 4 * 2_007_764_992
+    assert memory.optimizer == 12 * 2_007_764_992 // 32
+    # Elements a token and layer: norms 4 h / 4; q and twice the output 3 x 4096 / 4; keys and
+    # values of the whole sequence 2 x 1024 x 4 / 4; gate, up, product 3 x 14336 / 4; rotary
+    # 4 x 128. One log-sum-exp a head.
+    per_token = 2 * (4096 + 3072 + 2048 + 10752 + 512) + 4 * 8
+    assert memory.activations == 32 * 8192 * per_token + 2 * 8192 * 1024 * 2 == 10_779_361_280
+    # Gathered hidden states and their gradient; a block of 1,024 rows; the head's gradient; lse.
+    loss = 2 * 8192 * 4096 * 2 + 1024 * 32064 * (4 + 2) + 32064 * 4096 * 4 + 8192 * 4
+    assert memory.loss == loss == 856_588_288
+    assert memory.total / GIB == pytest.approx(22.76, abs=0.01)
+
+
+def test_llama3_70b_at_128k_on_512_ranks_by_hand():
+    # TP 8 with SP, PP 4 with 5 virtual stages of 4 layers, CP 16, DP 1; 8,192 tokens a rank.
+    run = run_config("llama3_70b", "gpu512_70b_128k", 131072)
+    memory = estimate(run, 512)
+    assert len(memory.stages) == 4
+    first = memory.largest
+    assert first is memory.stages[0]
+    attention = 8192 * (8192 + 1024 + 1024) + 8192 * 8192
+    layer = (attention + 3 * 8192 * 28672) // 8 + 2 * 8192
+    assert first.parameters == 20 * layer + 128256 // 8 * 8192 == 2_270_756_864
+    assert memory.stages[1].parameters == 20 * layer
+    assert memory.stages[3].parameters == first.parameters + 8192
+    assert first.optimizer == 12 * first.parameters // 16
+    per_token = 2 * (4 * 1024 + 3 * 1024 + 2 * 1024 * 16 // 8 + 3 * 3584 + 4 * 128) + 4 * 8
+    assert layer_activations(run) == 8192 * per_token
+    assert [chunks_in_flight(run, stage, 64) for stage in range(4)] == [23, 21, 19, 17]
+    assert first.activations == 23 * 4 * 8192 * per_token == 33_981_202_432
+    assert [stage.loss > 0 for stage in memory.stages] == [False, False, False, True]
+    assert first.total / GIB == pytest.approx(45.92, abs=0.01)
+
+
+def test_interleaving_costs_what_the_paper_says():
+    # Korthikanti et al. 2022, section 4.2.3: L layers become L (1 + (p - 1) / (p m)).
+    model = {
+        "num_layers": 48, "hidden_size": 64, "ffn_hidden_size": 64, "num_attention_heads": 4,
+    }  # fmt: skip
+    for pipeline, virtual in [(2, 2), (4, 3), (8, 6)]:
+        layout = {"pipeline": pipeline, "virtual_pipeline": virtual}
+        run = run_config(model, layout, 1024)
+        layers = chunks_in_flight(run, 0, 64) * 48 // (pipeline * virtual)
+        assert layers == pytest.approx(48 * (1 + (pipeline - 1) / (pipeline * virtual)))
+    run = run_config(model, {"pipeline": 4}, 1024)
+    assert [chunks_in_flight(run, stage, 64) for stage in range(4)] == [4, 3, 2, 1]
+    assert [chunks_in_flight(run, stage, 2) for stage in range(4)] == [2, 2, 2, 1]
+
+
+def test_full_recomputation_keeps_the_inputs_and_one_layer():
+    kept = estimate(run_config("llama3_8b", "gpu8_8b_32k", 32768), 8).largest
+    layout = load_fragment("layout", "gpu8_8b_32k", "the test") | {"recompute": "full"}
+    recomputed = estimate(run_config("llama3_8b", layout, 32768), 8).largest
+    inputs = 32 * 32768 * 4096 * 2 // 8
+    final_norm = 2 * 32768 * 4096 * 2 // 8
+    one_layer = (kept.activations - final_norm) // 32
+    assert recomputed.activations == inputs + one_layer + final_norm
+
+
+def test_selective_recomputation_drops_the_gathered_keys_and_values():
+    layout = {"context": 4, "recompute": "none"}
+    run = run_config("llama3_8b", layout, 32768)
+    selective = run_config("llama3_8b", layout | {"recompute": "selective"}, 32768)
+    # Kept with: q, 4 x (k and v), the output twice. Without: the projection, q, k, the output.
+    elements = (3 * 4096 + 4 * 2048) - (4096 + 2048 + 4096 + 1024 + 4096)
+    assert layer_activations(run) - layer_activations(selective) == 8192 * 2 * elements
+
+
+GPU_LAYOUTS = sorted(path.stem for path in (CONFIGS / "layouts").glob("gpu*.yaml"))
+
+
+@pytest.mark.parametrize("name", GPU_LAYOUTS)
+def test_shipped_layouts_fit_into_80_gb(name):
+    gpus, size, length = name.split("_")
+    model = {"1b": "llama32_1b", "8b": "llama3_8b", "70b": "llama3_70b"}[size]
+    sequence_length = int(length.removesuffix("k")) * 1024
+    run = run_config(model, name, sequence_length)
+    ranks = int(gpus.removeprefix("gpu"))
+    assert check_layout(run, ranks).data
+    total = estimate(run, ranks).largest.total
+    assert total < 0.9 * 80e9, f"{total / GIB:.1f} GiB"
+
+
+TINY = {
+    "num_layers": 4, "hidden_size": 64, "ffn_hidden_size": 192, "num_attention_heads": 4,
+    "num_query_groups": 2, "vocab_size": 1000, "tie_word_embeddings": True, "qkv_bias": True,
+    "qk_norm": True, "attention": "sdpa",
+}  # fmt: skip
+
+
+def measure(split: RunConfig, whole: RunConfig) -> tuple[tuple[int, int], int]:
+    """On each rank: count_parameters of one run, saved_bytes of the other."""
+    return count_parameters(split), saved_bytes(whole)
+
+
+def count_parameters(run: RunConfig) -> tuple[int, int]:
+    """This rank's parameters: counted in the model that was built, and by stage_parameters."""
+    import torch
+    from megatron.core import parallel_state
+
+    from lctw_megatron.model.gpt import build_model
+    from lctw_megatron.platform.world import initialize
+
+    world = initialize(run.layout, 1, 1)
+    chunks = build_model(
+        run.model, run.layout, max_sequence_length=64, dtype=torch.float32, device=world.device,
+        seed=1,
+    )  # fmt: skip
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    built = sum(p.numel() for chunk in chunks for p in chunk.parameters())
+    return built, stage_parameters(run, stage)
+
+
+def saved_bytes(run: RunConfig) -> int:
+    """Bytes that autograd keeps in the forward pass of one sequence, without the parameters."""
+    import torch
+
+    from lctw_megatron.model.gpt import build_model
+    from lctw_megatron.platform.world import initialize
+
+    world = initialize(run.layout, 1, 1)
+    (model,) = build_model(
+        run.model, run.layout, max_sequence_length=run.data.sequence_length,
+        dtype=torch.float32, device=world.device, seed=1,
+    )  # fmt: skip
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    tokens = torch.randint(1000, (1, run.data.sequence_length))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(tokens, torch.arange(tokens.shape[1])[None], None, labels=tokens)
+    assert loss.requires_grad
+    return sum(saved.values())
+
+
+def test_parameters_and_activations_are_those_of_a_real_model():
+    split = run_config(TINY, {"tensor": 2, "sequence": True, "pipeline": 2}, 64, "fp32")
+    # Wide enough for the layers to outweigh the loss; no qk_norm, which the formula leaves out.
+    model = TINY | {"hidden_size": 128, "ffn_hidden_size": 384, "qk_norm": False}
+    run = run_config(model, {}, 512, "fp32")
+    counts, kept = zip(*run_distributed(measure, 4, split, run), strict=True)
+    for built, counted in counts:
+        assert built == counted
+    (saved,) = set(kept)
+    # The CPU's extra of the docstring, for the final norm too, and the loss's few numbers per row.
+    extra = 4 * (2 * 384 + 2 * 128) + 128
+    expected = estimate(run, 4).largest.activations + 512 * 4 * extra
+    assert saved == pytest.approx(expected, rel=0.02)
+
+
+def test_the_description_shows_groups_batch_work_and_memory():
+    text = describe_layout(run_config("llama3_70b", "gpu512_70b_128k", 131072), 512)
+    assert "layout: 512 ranks" in text
+    assert "tensor      8 ranks, sequence parallel; rank 0's group: 0 1 2 3 4 5 6 7" in text
+    assert "8,192 tokens of a sequence on each; rank 0's group: 0 8 16 24 ... 120" in text
+    assert "pipeline    4 ranks, 5 x 4 layers on each; rank 0's group: 0 128 256 384" in text
+    assert "64 sequences of 131,072 tokens = 8,388,608 tokens a step, 64 micro batches" in text
+    assert "31.65" in text and "45.92" in text
+    assert text.endswith("\n") and max(len(line) for line in text.splitlines()) <= 120
+    text = describe_layout(run_config(TINY | {"vocab_size": None}, {}, 64))
+    assert "1 ranks (the fewest possible)" in text and "the tokenizer's" in text

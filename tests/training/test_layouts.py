@@ -1,0 +1,146 @@
+"""Every layout gives the losses and the gradients of one process.
+
+float64: one forward and backward, losses and every parameter's gradient to 1e-10 of the largest
+entry. float32: three steps of the real trainer, losses and gradient norms to 1e-5.
+"""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed import run_distributed
+from tests.training.layouts import (
+    Case,
+    gather,
+    make_data,
+    make_run,
+    one_pass,
+    passes,
+    relative_error,
+    three_steps,
+    trainings,
+)
+
+# name: ranks, layout. What the layout leaves of the ranks is data parallelism.
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "TP2": (2, {"tensor": 2}),
+    "TP2+SP": (2, {"tensor": 2, "sequence": True}),
+    "PP2": (2, {"pipeline": 2}),
+    "PP2+VPP2": (2, {"pipeline": 2, "virtual_pipeline": 2}),
+    "CP2": (2, {"context": 2}),
+    "DP2": (2, {}),
+    "CP2 recompute": (2, {"context": 2, "recompute": "full"}),
+    "CP4": (4, {"context": 4}),
+    "TP2xPP2": (4, {"tensor": 2, "pipeline": 2}),
+    "TP2xCP2": (4, {"tensor": 2, "context": 2}),
+    "TP2+SPxCP2": (4, {"tensor": 2, "sequence": True, "context": 2}),
+    "PP2xCP2": (4, {"pipeline": 2, "context": 2}),
+    "PP2+VPP2xCP2": (4, {"pipeline": 2, "virtual_pipeline": 2, "context": 2}),
+    "CP2xDP2": (4, {"context": 2}),
+    "TP2xPP2xCP2": (8, {"tensor": 2, "pipeline": 2, "context": 2}),
+    "TP2xCP2xDP2": (8, {"tensor": 2, "context": 2}),
+}
+PACKINGS = ("chunk", "pack")
+WEIGHTINGS = (
+    ("uniform", "frozen"),
+    *itertools.product(("dense", "sparse", "longce"), ("frozen", "self")),
+)
+CROSS = [(packing, *weighting) for packing, weighting in itertools.product(PACKINGS, WEIGHTINGS)]
+
+# Pairwise coverage: over the layouts, every packing meets every weighting, and every layout meets
+# both packings, both modes and uniform or sparse weights.
+PAIRWISE = {
+    name: [CROSS[(3 * index) % 7], CROSS[7 + (3 * index + 2) % 7]]
+    for index, name in enumerate(LAYOUTS)
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_data(tmp_path_factory.mktemp("layouts"))
+
+
+@pytest.fixture(scope="module")
+def alone(data: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The one-process answer of a case, computed once."""
+    answers: dict[Any, Any] = {}
+    folder = tmp_path_factory.mktemp("alone")
+
+    def answer(kind: Any, *case: str) -> Any:
+        if (kind, case) not in answers:
+            run = make_run(data, str(folder / f"{len(answers)}"), {}, *case)
+            answers[kind, case] = kind(run)
+        return answers[kind, case]
+
+    return answer
+
+
+def _check_passes(data: str, folder: Path, alone: Any, ranks: int, cases: list[Case]) -> None:
+    answers = run_distributed(passes, ranks, data, str(folder), cases)
+    for number, (layout, *case) in enumerate(cases):
+        expected = alone(one_pass, *case)
+        metrics = answers[0][number]["metrics"]
+        assert metrics.keys() == expected["metrics"].keys()
+        for name, value in expected["metrics"].items():
+            assert metrics[name] == pytest.approx(value, rel=1e-10, abs=1e-12), (layout, case, name)
+        found = gather([answer[number]["gradients"] for answer in answers])
+        for name, gradient in gather([expected["gradients"]]).items():
+            assert relative_error(found[name], gradient) < 1e-10, (layout, case, name)
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_losses_and_all_gradients_equal_one_process_pairwise(
+    data: str, alone: Any, tmp_path: Path, ranks: int
+) -> None:
+    cases: list[Case] = [
+        (layout, *case)
+        for name, (size, layout) in LAYOUTS.items()
+        if size == ranks
+        for case in PAIRWISE[name]
+    ]
+    _check_passes(data, tmp_path, alone, ranks, cases)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_losses_and_all_gradients_equal_one_process_full_cross(
+    data: str, alone: Any, tmp_path: Path, name: str
+) -> None:
+    ranks, layout = LAYOUTS[name]
+    _check_passes(data, tmp_path, alone, ranks, [(layout, *case) for case in CROSS])
+
+
+def test_the_pairwise_table_covers_what_it_says() -> None:
+    used = [case for cases in PAIRWISE.values() for case in cases]
+    assert {(packing, scheme, mode) for packing, scheme, mode in used} == set(CROSS)
+    for cases in PAIRWISE.values():
+        assert {case[0] for case in cases} == set(PACKINGS)
+
+
+THREE_STEPS = [("chunk", "uniform", "frozen"), ("pack", "sparse", "self")]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "names"),
+    [
+        (2, ["TP2", "PP2+VPP2", "CP2", "DP2"]),
+        (4, ["TP2+SPxCP2", "CP2xDP2"]),
+        (8, ["TP2xPP2xCP2"]),
+    ],
+)
+def test_three_steps_of_the_trainer_equal_one_process(
+    data: str, alone: Any, tmp_path: Path, ranks: int, names: list[str]
+) -> None:
+    cases: list[Case] = [(LAYOUTS[name][1], *case) for name in names for case in THREE_STEPS]
+    answers = run_distributed(trainings, ranks, data, str(tmp_path), cases)
+    for number, (layout, *case) in enumerate(cases):
+        expected = alone(three_steps, *case)
+        for found, right in zip(answers[0][number]["metrics"], expected["metrics"], strict=True):
+            for name in ("loss/weighted", "loss/plain", "grad_norm", "weights/n_eff"):
+                assert found[name] == pytest.approx(right[name], rel=1e-5), (layout, case, name)
+        weights = gather([answer[number]["weights"] for answer in answers])
+        for name, weight in gather([expected["weights"]]).items():
+            # Adam turns a gradient near 0 into a step of full size, whatever its sign.
+            assert relative_error(weights[name], weight) < 1e-3, (layout, case, name)
