@@ -1,0 +1,184 @@
+"""The mapping tables: one class per Hugging Face architecture.
+
+A table row says which Hugging Face tensors lie, one below the other, in one tensor of the
+checkpoint. Axes are written with one letter each:
+
+    h  hidden_size                        q  attention heads x head width
+    f  ffn_hidden_size                    k  query groups (key/value heads) x head width
+    v  vocab_size                         d  head width
+
+Checkpoint names are those that megatron-core gives its sharded state dict. They are the same for
+TransformerEngine's layers and its own: the norm that TransformerEngine fuses into the following
+linear layer (parameter `linear_qkv.layer_norm_weight`) is a module of its own in the local layers
+(`input_layernorm.weight`), but megatron-core stores it under the fused name, too
+(`sharded_state_dict_keys_map`).
+
+Another architecture is another class here, and its place in ``ARCHITECTURES``; the options of its
+config.json that change the arithmetic are in the class, too.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from lctw_megatron.config.schema import ModelConfig
+from lctw_megatron.errors import InputError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One checkpoint tensor: its name and the Hugging Face tensors in it, with their axes.
+
+    per_group: the tensors are not simply stacked; for each query group in turn come that group's
+    query heads, its key head and its value head.
+    """
+
+    key: str
+    parts: dict[str, str]
+    per_group: bool = False
+
+
+@dataclass(frozen=True)
+class Option:
+    """A field of config.json that changes the arithmetic: its default and what we can compute."""
+
+    default: Any
+    supported: tuple[Any, ...]
+
+
+_NO_SLIDING_WINDOW = {
+    "use_sliding_window": Option(False, (False, None)),
+    "layer_types": Option(None, (None, "full_attention")),
+}
+
+
+class Llama:
+    """Llama 2, 3, 3.1, 3.2 and everything published as LlamaForCausalLM."""
+
+    model_type: ClassVar[str] = "llama"
+    hf_class: ClassVar[str] = "LlamaForCausalLM"
+    flags: ClassVar[dict[str, bool]] = {"qkv_bias": False, "qk_norm": False}
+    """Fields of ModelConfig that the architecture fixes."""
+    head_dim: ClassVar[int | None] = None
+    """Head width where config.json has none; None: hidden_size / num_attention_heads."""
+    key_value_heads: ClassVar[int | None] = None
+    """Key/value heads where config.json says nothing; None: as many as attention heads."""
+    max_position_embeddings: ClassVar[int] = 2048
+    """Where config.json says nothing."""
+    options: ClassVar[dict[str, Option]] = {
+        "attention_bias": Option(False, (False,)),
+        "mlp_bias": Option(False, (False,)),
+        "pretraining_tp": Option(1, (1, None)),
+    }
+    written: ClassVar[dict[str, Any]] = {
+        "attention_bias": False,
+        "mlp_bias": False,
+        "pretraining_tp": 1,
+    }
+    """Fields of an exported config.json beside those that all architectures share."""
+
+    first: ClassVar[tuple[Row, ...]] = (
+        Row("embedding.word_embeddings.weight", {"model.embed_tokens.weight": "v h"}),
+    )
+    layer: ClassVar[tuple[Row, ...]] = (
+        Row("self_attention.linear_qkv.layer_norm_weight", {"input_layernorm.weight": "h"}),
+        Row(
+            "self_attention.linear_qkv.weight",
+            {
+                "self_attn.q_proj.weight": "q h",
+                "self_attn.k_proj.weight": "k h",
+                "self_attn.v_proj.weight": "k h",
+            },
+            per_group=True,
+        ),
+        Row("self_attention.linear_proj.weight", {"self_attn.o_proj.weight": "h q"}),
+        Row("mlp.linear_fc1.layer_norm_weight", {"post_attention_layernorm.weight": "h"}),
+        Row("mlp.linear_fc1.weight", {"mlp.gate_proj.weight": "f h", "mlp.up_proj.weight": "f h"}),
+        Row("mlp.linear_fc2.weight", {"mlp.down_proj.weight": "h f"}),
+    )
+    """Names inside `decoder.layers.` and `model.layers.<layer>.`."""
+    last: ClassVar[tuple[Row, ...]] = (
+        Row("decoder.final_layernorm.weight", {"model.norm.weight": "h"}),
+    )
+    head: ClassVar[tuple[Row, ...]] = (Row("output_layer.weight", {"lm_head.weight": "v h"}),)
+    """Left out where embedding and output layer share their weights."""
+
+
+class Mistral(Llama):
+    """Mistral without its sliding window (7B v0.2 and later)."""
+
+    model_type = "mistral"
+    hf_class = "MistralForCausalLM"
+    key_value_heads = 8
+    max_position_embeddings = 131072
+    # transformers reads a missing sliding_window as 4096.
+    options = {"sliding_window": Option(4096, (None,))}
+    written = {"sliding_window": None}
+
+
+class Qwen2(Llama):
+    """Qwen2 and Qwen2.5: bias on query, key and value."""
+
+    model_type = "qwen2"
+    hf_class = "Qwen2ForCausalLM"
+    flags = {"qkv_bias": True, "qk_norm": False}
+    key_value_heads = 32
+    max_position_embeddings = 32768
+    options = _NO_SLIDING_WINDOW
+    written = {"use_sliding_window": False}
+    layer = (
+        *Llama.layer,
+        Row(
+            "self_attention.linear_qkv.bias",
+            {
+                "self_attn.q_proj.bias": "q",
+                "self_attn.k_proj.bias": "k",
+                "self_attn.v_proj.bias": "k",
+            },
+            per_group=True,
+        ),
+    )
+
+
+class Qwen3(Llama):
+    """Qwen3 (dense): RMSNorm on the queries and keys of every head."""
+
+    model_type = "qwen3"
+    hf_class = "Qwen3ForCausalLM"
+    flags = {"qkv_bias": False, "qk_norm": True}
+    head_dim = 128
+    key_value_heads = 32
+    max_position_embeddings = 32768
+    options = {"attention_bias": Option(False, (False,)), **_NO_SLIDING_WINDOW}
+    written = {"attention_bias": False, "use_sliding_window": False}
+    layer = (
+        *Llama.layer,
+        Row("self_attention.q_layernorm.weight", {"self_attn.q_norm.weight": "d"}),
+        Row("self_attention.k_layernorm.weight", {"self_attn.k_norm.weight": "d"}),
+    )
+
+
+ARCHITECTURES: dict[str, type[Llama]] = {
+    table.model_type: table for table in (Llama, Mistral, Qwen2, Qwen3)
+}
+
+
+def architecture(model: ModelConfig) -> type[Llama]:
+    """The table of ``model``. Raises InputError if the model has parts that the table lacks."""
+    table = ARCHITECTURES[model.architecture]
+    for field, value in table.flags.items():
+        if getattr(model, field) != value:
+            fitting = [
+                name
+                for name, other in ARCHITECTURES.items()
+                if all(getattr(model, key) == wanted for key, wanted in other.flags.items())
+            ]
+            raise InputError(
+                f"model.{field} is {getattr(model, field)}, but a Hugging Face "
+                f"{model.architecture} has {field} {value}; "
+                + (
+                    f"use architecture {' or '.join(fitting)}"
+                    if fitting
+                    else "none fits both flags"
+                )
+            )
+    return table

@@ -1,0 +1,118 @@
+"""Reads single layers out of a checkpoint, whatever layout wrote it: no process group, no model."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from lctw_megatron.conversion.file_part import FilePart
+from lctw_megatron.conversion.hf_safetensors import as_bytes, tensor_of
+from lctw_megatron.conversion.placement import StoredTensor
+from lctw_megatron.errors import InputError
+from lctw_megatron.model.checkpoint import check_files
+
+_WEIGHTS = ("embedding.", "decoder.", "output_layer.")
+
+
+class CheckpointReader:
+    """The weights of a checkpoint folder. Opening checks its files."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        check_files(checkpoint)
+        self.checkpoint = checkpoint
+        self._metadata: Metadata = FileSystemReader(checkpoint).read_metadata()
+
+    def check(self, tensors: list[StoredTensor]) -> None:
+        """Raise InputError naming all weights that are missing, unknown or wrongly shaped."""
+        wanted = {stored.key: stored.global_shape for stored in tensors}
+        found = {
+            key: tuple(entry.size)
+            for key, entry in self._metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata) and key.startswith(_WEIGHTS)
+        }
+        problems = [f"{key} is missing" for key in wanted if key not in found]
+        problems += [f"{key} is unknown" for key in found if key not in wanted]
+        problems += [
+            f"{key} is {list(found[key])}, expected {list(shape)}"
+            for key, shape in wanted.items()
+            if found.get(key, shape) != shape
+        ]
+        if problems:
+            raise InputError(
+                f"{self.checkpoint}: its weights are not those of its manifest: "
+                + "; ".join(problems)
+            )
+
+    def dtype(self, stored: StoredTensor) -> torch.dtype:
+        return self._entry(stored).properties.dtype
+
+    def read(self, stored: StoredTensor, memory: np.ndarray) -> Tensor:
+        """One layer, contiguous [stored.shape], read from the boxes that hold it into ``memory``
+        (uint8, large enough), whose first bytes the tensor is."""
+        entry = self._entry(stored)
+        wanted = ChunkStorageMetadata(torch.Size(stored.offsets), torch.Size(stored.box))
+        items = create_read_items_for_chunk_list(stored.key, entry, [wanted])
+        covered = sum(math.prod(item.lengths) for item in items)
+        if covered != math.prod(stored.box):
+            raise InputError(
+                f"{self.checkpoint}: {covered} of {math.prod(stored.box)} elements of "
+                f"{stored.key}, layer {stored.layer}, are stored; the checkpoint is damaged"
+            )
+        value = tensor_of(memory, entry.properties.dtype, stored.box)
+        for item in items:
+            self._fill(_narrow(value, item.dest_offsets, item.lengths), item)
+        return value.view(stored.shape)
+
+    def _fill(self, place: Tensor, item: ReadItem) -> None:
+        """Read ``item`` into ``place``."""
+        info = self._metadata.storage_data[item.storage_index]
+        path = self.checkpoint / info.relative_path
+        try:
+            with open(path, "rb", buffering=0) as file:
+                part: Any = FilePart(file.fileno(), info.offset, info.length)
+                # Without its data: how the box lies in the archive that torch.save wrote.
+                box = torch.load(part, map_location="meta", weights_only=True)
+                begin = getattr(box.untyped_storage(), "_checkpoint_offset", None)
+                plain = box.is_contiguous() and box.storage_offset() == 0
+                if (
+                    begin is not None  # torch 2.6 does not say
+                    and plain
+                    and (box.shape, box.dtype) == (place.shape, place.dtype)
+                    and place.is_contiguous()
+                ):
+                    part.seek(begin)
+                    part.read_all(as_bytes(place))
+                    return
+                part.seek(0)
+                box = torch.load(part, map_location="cpu", weights_only=True)
+                place.copy_(_narrow(box, item.storage_offsets, item.lengths))
+        except Exception as error:  # whatever a damaged archive makes torch raise
+            found = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(
+                f"{path}: {item.storage_index.fqn} cannot be read ({found}); the checkpoint is "
+                "damaged, use another"
+            ) from None
+
+    def _entry(self, stored: StoredTensor) -> TensorStorageMetadata:
+        entry = self._metadata.state_dict_metadata[stored.key]
+        assert isinstance(entry, TensorStorageMetadata)
+        return entry
+
+
+def _narrow(tensor: Tensor, offsets: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    """The box at ``offsets`` as a view."""
+    for axis, (start, length) in enumerate(zip(offsets, lengths, strict=True)):
+        tensor = tensor.narrow(axis, start, length)
+    return tensor

@@ -1,0 +1,248 @@
+"""config.json of a Hugging Face folder to our ModelConfig and back.
+
+Reads what transformers 4 and 5 write: `rope_theta` beside `rope_scaling`, or both inside
+`rope_parameters`; `torch_dtype` or `dtype`. Writes the form of transformers 4, which 5 reads too.
+An option that changes the arithmetic and that our model does not have is an error that names it.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from lctw_megatron.config.schema import ModelConfig, RopeScaling
+from lctw_megatron.conversion import dtypes
+from lctw_megatron.conversion.architectures import ARCHITECTURES, Llama, architecture
+from lctw_megatron.conversion.placement import head_width, query_groups
+from lctw_megatron.errors import InputError
+
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+# Fields that say nothing about the arithmetic of the forward pass, or are read below.
+_KNOWN = {
+    "_name_or_path", "architectures", "attention_dropout", "auto_map", "bos_token_id",
+    "dtype", "eos_token_id", "head_dim", "hidden_act", "hidden_size", "initializer_range",
+    "intermediate_size", "layer_types", "max_position_embeddings", "max_window_layers",
+    "model_type", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
+    "original_max_position_embeddings", "pad_token_id", "partial_rotary_factor",
+    "quantization_config", "rms_norm_eps", "rope_parameters", "rope_scaling", "rope_theta",
+    "sliding_window", "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache",
+    "vocab_size",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class HFConfig:
+    """What a config.json says."""
+
+    model: ModelConfig
+    token_ids: dict[str, Any]
+    """bos_token_id, eos_token_id and pad_token_id where they are set."""
+    ignored: list[str]
+    """Fields that the architecture does not have, so that transformers ignores them as well."""
+
+
+def read_config(folder: Path) -> HFConfig:
+    """Read FOLDER/config.json. Raises InputError, naming the field, if it cannot be converted."""
+    path = folder / CONFIG
+    values = read_json(path)
+    table = _table(values, path)
+    _refuse_unsupported(values, table, path)
+    theta, scaling = _rope(values, table, path)
+    heads = _number(values, "num_attention_heads", path)
+    groups = _number(values, "num_key_value_heads", path, table.key_value_heads or heads)
+    if heads % groups:
+        raise InputError(
+            f"{path}: num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}"
+        )
+    hidden = _number(values, "hidden_size", path)
+    try:
+        model = ModelConfig(
+            architecture=table.model_type,  # type: ignore[arg-type]
+            num_layers=_number(values, "num_hidden_layers", path),
+            hidden_size=hidden,
+            ffn_hidden_size=_number(values, "intermediate_size", path),
+            num_attention_heads=heads,
+            num_query_groups=groups,
+            kv_channels=_number(values, "head_dim", path, table.head_dim or hidden // heads),
+            vocab_size=_number(values, "vocab_size", path),
+            max_position_embeddings=_number(
+                values, "max_position_embeddings", path, table.max_position_embeddings
+            ),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            layernorm_epsilon=values.get("rms_norm_eps", 1e-6),
+            tie_word_embeddings=values.get("tie_word_embeddings", False),
+            init_method_std=values.get("initializer_range", 0.02),
+            attention_dropout=values.get("attention_dropout") or 0.0,
+            qkv_bias=table.flags["qkv_bias"],
+            qk_norm=table.flags["qk_norm"],
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(
+            f"{path}: {first['loc'][-1]} is {first['input']!r}: {first['msg']}"
+        ) from None
+    return HFConfig(
+        model=model,
+        token_ids={key: values[key] for key in _TOKEN_IDS if values.get(key) is not None},
+        ignored=sorted(set(values) - _KNOWN - set(table.options)),
+    )
+
+
+def config_values(model: ModelConfig, dtype: str, token_ids: dict[str, Any]) -> dict[str, Any]:
+    """The config.json of ``model`` with weights in ``dtype`` (fp32, bf16 or fp16)."""
+    table = architecture(model)
+    width = head_width(model)
+    if model.max_position_embeddings is None:
+        raise InputError("model.max_position_embeddings is not set in the checkpoint's manifest")
+    values: dict[str, Any] = {
+        "architectures": [table.hf_class],
+        "model_type": table.model_type,
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": query_groups(model),
+        "head_dim": width,
+        "hidden_act": "silu",
+        "max_position_embeddings": model.max_position_embeddings,
+        "rope_theta": model.rope_theta,
+        "rope_scaling": None,
+        "rms_norm_eps": model.layernorm_epsilon,
+        "tie_word_embeddings": model.tie_word_embeddings,
+        "initializer_range": model.init_method_std,
+        "attention_dropout": model.attention_dropout,
+        "use_cache": True,
+        **table.written,
+        **token_ids,
+        "torch_dtype": dtypes.CONFIG[dtype],
+    }
+    if model.rope_scaling is not None:
+        values["rope_scaling"] = {"rope_type": "llama3", **model.rope_scaling.model_dump()}
+    return values
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in the JSON file ``path``; InputError if there is none."""
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(
+            f"{path}: missing; expected a Hugging Face model folder with config.json and "
+            "safetensors files"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: a JSON object was expected, found {type(values).__name__}")
+    return values
+
+
+def _table(values: dict[str, Any], path: Path) -> type[Llama]:
+    kind = values.get("model_type")
+    if kind not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise InputError(f"{path}: model_type {kind!r} cannot be converted; supported: {known}")
+    table = ARCHITECTURES[kind]
+    classes = values.get("architectures") or [table.hf_class]
+    if classes != [table.hf_class]:
+        raise InputError(f"{path}: architectures is {classes}, expected ['{table.hf_class}']")
+    return table
+
+
+def _refuse_unsupported(values: dict[str, Any], table: type[Llama], path: Path) -> None:
+    """Name every option that changes the arithmetic in a way our model does not have."""
+    found = []
+    if values.get("hidden_act", "silu") not in ("silu", "swish"):
+        found.append(f"hidden_act {values['hidden_act']!r} (supported: silu)")
+    if values.get("partial_rotary_factor") not in (None, 1, 1.0):
+        found.append(f"partial_rotary_factor {values['partial_rotary_factor']} (supported: 1)")
+    if values.get("quantization_config"):
+        found.append("quantization_config (supported: float32, bfloat16 and float16 weights)")
+    if values.get("auto_map"):
+        found.append("auto_map, code of its own (supported: the classes of transformers)")
+    for name, option in table.options.items():
+        value = values.get(name, option.default)
+        for each in value if isinstance(value, list) else [value]:
+            if each not in option.supported:
+                origin = "" if name in values else ", transformers' default"
+                text = " or ".join("null" if v is None else repr(v) for v in option.supported)
+                found.append(f"{name} {each!r}{origin} (supported: {text})")
+                break
+    if found:
+        raise InputError(f"{path}: unsupported: {'; '.join(found)}")
+
+
+def _rope(
+    values: dict[str, Any], table: type[Llama], path: Path
+) -> tuple[float, RopeScaling | None]:
+    """(theta, scaling) from `rope_theta`, `rope_scaling` and `rope_parameters`."""
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(values.get(name) or {}, dict):
+            raise InputError(f"{path}: {name} is {values[name]!r}, expected an object or null")
+    older, newer = values.get("rope_scaling") or {}, values.get("rope_parameters") or {}
+    for name in older.keys() & newer.keys():
+        if older[name] != newer[name]:
+            raise InputError(
+                f"{path}: rope_scaling.{name} is {older[name]!r}, but rope_parameters.{name} is "
+                f"{newer[name]!r}; keep one"
+            )
+    rope = {**newer, **older}
+    theta = rope.get("rope_theta", values.get("rope_theta", 10000.0))
+    if "rope_theta" in values and values["rope_theta"] not in (None, theta):
+        raise InputError(
+            f"{path}: rope_theta is {values['rope_theta']}, but {theta} in rope_parameters; "
+            "keep one"
+        )
+    if nested := [name for name, value in rope.items() if isinstance(value, dict)]:
+        raise InputError(f"{path}: unsupported: rope_parameters of their own for {nested}")
+    if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
+        raise InputError(
+            f"{path}: unsupported: partial_rotary_factor {rope['partial_rotary_factor']} "
+            "(supported: 1)"
+        )
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        raise InputError(
+            f"{path}: unsupported: rope_type {kind!r} (supported: default, llama3); to extend the "
+            "context, train with another rope_theta instead"
+        )
+    # As transformers: from the top level, else from here, else the maximum.
+    original = values.get("original_max_position_embeddings") or rope.get(
+        "original_max_position_embeddings"
+    )
+    try:
+        scaling = RopeScaling(
+            factor=rope["factor"],
+            low_freq_factor=rope["low_freq_factor"],
+            high_freq_factor=rope["high_freq_factor"],
+            original_max_position_embeddings=original
+            or values.get("max_position_embeddings", table.max_position_embeddings),
+        )
+    except KeyError as error:
+        raise InputError(f"{path}: rope_type llama3 without {error.args[0]}") from None
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        raise InputError(
+            f"{path}: {wrong['loc'][-1]} of rope_type llama3 is {wrong['input']!r}: {wrong['msg']}"
+        ) from None
+    return theta, scaling
+
+
+def _number(values: dict[str, Any], name: str, path: Path, default: int | None = None) -> int:
+    value = values.get(name)
+    if value is None:
+        value = default
+    if value is None:
+        raise InputError(f"{path}: {name} is missing")
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"{path}: {name} is {value!r}, expected a positive whole number")
+    return value

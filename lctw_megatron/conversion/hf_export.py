@@ -1,0 +1,92 @@
+"""A checkpoint, written under any layout, to a Hugging Face folder, streamed.
+
+Two tensors of a layer are in memory at a time: one is written while the next is read. config.json
+describes the model as it was trained: its rope_theta, scaling and maximum positions are those of
+the checkpoint's manifest.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from lctw_megatron.atomic import atomic_directory, write_json
+from lctw_megatron.conversion import dtypes, side_files
+from lctw_megatron.conversion.checkpoint_reader import CheckpointReader
+from lctw_megatron.conversion.finished import already_done, write_mark
+from lctw_megatron.conversion.hf_config import CONFIG, config_values
+from lctw_megatron.conversion.hf_import import Conversion
+from lctw_megatron.conversion.placement import StoredTensor, stored_tensors
+from lctw_megatron.conversion.safetensors_writer import SafetensorsWriter, plan_shards
+from lctw_megatron.model.checkpoint import MANIFEST, find_checkpoint, read_manifest
+from lctw_megatron.progress import Progress
+
+MAX_SHARD_BYTES = 5 * 10**9
+"""As transformers' save_pretrained."""
+
+
+def export_hf(
+    checkpoint: Path,
+    output: Path,
+    dtype: str = dtypes.KEEP,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    say: Callable[[str], None] = print,
+) -> Conversion:
+    """Convert ``checkpoint`` (or the newest of a run folder) to the folder ``output``.
+
+    The folder appears whole or not at all. dtype: of the exported weights, `fp32`, `bf16`, `fp16`
+    or `keep`. Raises InputError. Notes for the user go through ``say``.
+    """
+    checkpoint = find_checkpoint(checkpoint)
+    manifest = read_manifest(checkpoint)
+    tensors = list(stored_tensors(manifest.model))
+    reader = CheckpointReader(checkpoint)
+    reader.check(tensors)
+    name = manifest.dtype if dtype == dtypes.KEEP else dtype
+    target = dtypes.TORCH[name]
+    shapes = {part.name: part.shape for stored in tensors for part in stored.parts}
+    parameters = sum(math.prod(shape) for shape in shapes.values())
+    content = (checkpoint / ".metadata").read_bytes() + (checkpoint / MANIFEST).read_bytes()
+    source = {
+        "format": "lctw-megatron export 1",
+        # Every save writes an identifier of its own into .metadata.
+        "checkpoint": hashlib.blake2b(content, digest_size=16).hexdigest(),
+        "step": manifest.step,
+        "dtype": name,
+        "max_shard_bytes": max_shard_bytes,
+    }
+    if already_done(output, source, say):
+        return Conversion(len(shapes), parameters, 0)
+    config_values(
+        manifest.model, name, {}
+    )  # refuses what has no config.json, before anything is written
+    with atomic_directory(output) as folder:
+        shards = plan_shards(shapes, target, max_shard_bytes)
+        with SafetensorsWriter(folder, shards, target) as writer:
+            _write(reader, tensors, writer)
+        token_ids = side_files.take_out(checkpoint, manifest, folder)
+        write_json(folder / CONFIG, config_values(manifest.model, name, token_ids))
+        write_mark(folder, source)
+    return Conversion(len(shapes), parameters, parameters * target.itemsize)
+
+
+def _write(
+    reader: CheckpointReader, tensors: list[StoredTensor], writer: SafetensorsWriter
+) -> None:
+    sizes = [math.prod(stored.shape) * reader.dtype(stored).itemsize for stored in tensors]
+    memory = [np.empty(max(sizes), np.uint8) for _ in range(2)]
+    with ThreadPoolExecutor(1) as pool, Progress("export", sum(sizes), "B") as progress:
+        reading = pool.submit(reader.read, tensors[0], memory[0])
+        for number, stored in enumerate(tensors):
+            value = reading.result()
+            if number + 1 < len(tensors):  # read while this one is written
+                free = memory[(number + 1) % 2]
+                reading = pool.submit(reader.read, tensors[number + 1], free)
+            for part in stored.parts:
+                writer.begin(part.name)
+                for block in part.blocks:
+                    writer.write(value[block.row : block.row + block.rows])
+            progress.update(value.nbytes, tensors=len(stored.parts))

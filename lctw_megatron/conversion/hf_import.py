@@ -1,0 +1,192 @@
+"""A Hugging Face folder to a checkpoint, streamed: one tensor of one layer in memory at a time.
+
+Everything is checked before anything is written: the configuration, the header of every file, and
+that the tensors are exactly those of the architecture.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lctw_megatron.atomic import atomic_directory, write_json
+from lctw_megatron.config.schema import ModelConfig
+from lctw_megatron.conversion import dtypes, side_files
+from lctw_megatron.conversion.checkpoint_writer import CheckpointFiles
+from lctw_megatron.conversion.finished import already_done, write_mark
+from lctw_megatron.conversion.hf_config import CONFIG, GENERATION_CONFIG, read_config
+from lctw_megatron.conversion.hf_safetensors import SafetensorsFolder, tensor_of
+from lctw_megatron.conversion.placement import StoredTensor, head_width, stored_tensors
+from lctw_megatron.errors import InputError
+from lctw_megatron.model.checkpoint import MANIFEST, CheckpointManifest
+from lctw_megatron.progress import Progress
+
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_INVERSE_FREQUENCIES = ".self_attn.rotary_emb.inv_freq"
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion did."""
+
+    tensors: int
+    """Hugging Face tensors."""
+    parameters: int
+    bytes: int
+    """Of the converted weights; 0 if the output was there already."""
+
+
+def import_hf(
+    hf: Path, output: Path, dtype: str = dtypes.KEEP, say: Callable[[str], None] = print
+) -> Conversion:
+    """Convert the folder ``hf`` to the checkpoint folder ``output``.
+
+    It appears whole or not at all. dtype: of the stored weights, `fp32`, `bf16`, `fp16` or `keep`.
+    Raises InputError naming all that is wrong with the folder. Notes for the user go through
+    ``say``.
+    """
+    config = read_config(hf)
+    tensors = list(stored_tensors(config.model))
+    if config.ignored:
+        say(f"{hf / CONFIG}: without meaning for {config.model.architecture}: "
+            + ", ".join(config.ignored))  # fmt: skip
+    with SafetensorsFolder(hf) as source:
+        check_tensors(source, config.model, tensors)
+        name = _target_dtype(source, tensors, dtype)
+        sizes = [math.prod(part.shape) for stored in tensors for part in stored.parts]
+        source_of = _source(hf, source, name)
+        if already_done(output, source_of, say):
+            return Conversion(len(sizes), sum(sizes), 0)
+        manifest = CheckpointManifest(
+            step=0,
+            model=config.model,
+            dtype=name,  # type: ignore[arg-type]
+            tokenizer=side_files.tokenizer_identity(hf),
+        )
+        with atomic_directory(output) as folder:
+            side_files.bring_in(hf, folder, config.token_ids)
+            _write(source, tensors, dtypes.TORCH[name], folder)
+            write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
+            write_mark(folder, source_of)
+    return Conversion(len(sizes), sum(sizes), sum(sizes) * dtypes.TORCH[name].itemsize)
+
+
+def check_tensors(
+    source: SafetensorsFolder, model: ModelConfig, tensors: list[StoredTensor]
+) -> None:
+    """Raise InputError naming every tensor that is missing, unknown, of another shape or dtype.
+
+    Two kinds of tensors that say nothing new may be there if they say nothing false: a copy of tied
+    embeddings, and the rotary frequencies that old Llama folders carry.
+    """
+    wanted = {part.name: part.shape for stored in tensors for part in stored.parts}
+    found = source.entries
+    problems = [f"{name} is missing" for name in wanted if name not in found]
+    for name, entry in found.items():
+        if name in wanted:
+            if entry.shape != wanted[name]:
+                problems.append(f"{name} is {list(entry.shape)}, expected {list(wanted[name])}")
+            if entry.dtype not in dtypes.BY_SAFETENSORS:
+                problems.append(f"{name} has dtype {entry.dtype}")
+        elif name == _HEAD and model.tie_word_embeddings:
+            if _EMBEDDING in found and not _equal(source, _HEAD, _EMBEDDING):
+                problems.append(f"{name} differs from {_EMBEDDING}, although config.json ties them")
+        elif name.endswith(_INVERSE_FREQUENCIES):
+            if not _are_frequencies(source, name, model):
+                problems.append(f"{name} does not follow from rope_theta {model.rope_theta:g}")
+        else:
+            problems.append(f"{name} is unknown")
+    if problems:
+        raise InputError(
+            f"{source.folder}: the tensors are not those of its config.json: {'; '.join(problems)}"
+        )
+
+
+def read_stored(source: SafetensorsFolder, stored: StoredTensor, out: Tensor) -> None:
+    """Fill ``out`` (stored.shape) from the folder: parts in place, padding rows zero."""
+    for part in stored.parts:
+        for block in part.blocks:
+            source.read_rows(part.name, block.hf_row, out[block.row : block.row + block.rows])
+    out[stored.covered_rows :].zero_()
+
+
+def largest_bytes(tensors: list[StoredTensor], dtype: torch.dtype) -> int:
+    return max(math.prod(stored.shape) for stored in tensors) * dtype.itemsize
+
+
+def _write(
+    source: SafetensorsFolder, tensors: list[StoredTensor], dtype: torch.dtype, folder: Path
+) -> None:
+    memory = np.empty(largest_bytes(tensors, dtype), np.uint8)
+    total = sum(math.prod(stored.shape) for stored in tensors) * dtype.itemsize
+    with Progress("import", total, "B") as progress, CheckpointFiles(folder) as files:
+        for stored, following in zip(tensors, [*tensors[1:], None], strict=True):
+            for part in following.parts if following else ():
+                source.prefetch(part.name)
+            value = tensor_of(memory, dtype, stored.shape)
+            read_stored(source, stored, value)
+            files.add(stored, value)
+            progress.update(value.nbytes, tensors=len(stored.parts))
+        files.add_empty_states(tensors)
+
+
+def _target_dtype(source: SafetensorsFolder, tensors: list[StoredTensor], wanted: str) -> str:
+    if wanted != dtypes.KEEP:
+        return wanted
+    names = [part.name for stored in tensors for part in stored.parts]
+    kinds = sorted({dtypes.name_of(source.dtype(name)) for name in names})
+    if len(kinds) > 1:
+        counts = (
+            f"{sum(dtypes.name_of(source.dtype(name)) == kind for name in names)} in {kind}"
+            for kind in kinds
+        )
+        raise InputError(f"{source.folder}: tensors {', '.join(counts)}; choose one with --dtype")
+    return kinds[0]
+
+
+def _source(hf: Path, source: SafetensorsFolder, dtype: str) -> dict[str, Any]:
+    """What the checkpoint is made from: every file's size and time."""
+    paths = {entry.file for entry in source.entries.values()}
+    paths |= {hf / name for name in (CONFIG, GENERATION_CONFIG, *side_files.TOKENIZER_FILES)}
+    files = {
+        path.name: [path.stat().st_size, path.stat().st_mtime_ns]
+        for path in sorted(paths)
+        if path.is_file()
+    }
+    return {"format": "lctw-megatron import 1", "dtype": dtype, "files": files}
+
+
+def _equal(source: SafetensorsFolder, one: str, other: str) -> bool:
+    """Whether two tensors are the same, compared a few rows at a time."""
+    a, b = source.entries[one], source.entries[other]
+    if a.shape != b.shape or a.dtype != b.dtype or a.dtype not in dtypes.BY_SAFETENSORS:
+        return False
+    step = max(1, (1 << 26) // max(1, a.size // a.shape[0]))
+    for row in range(0, a.shape[0], step):
+        shape = (min(step, a.shape[0] - row), *a.shape[1:])
+        parts = [torch.empty(shape, dtype=source.dtype(one)) for _ in range(2)]
+        source.read_rows(one, row, parts[0])
+        source.read_rows(other, row, parts[1])
+        if not torch.equal(parts[0].view(torch.uint8), parts[1].view(torch.uint8)):
+            return False
+    return True
+
+
+def _are_frequencies(source: SafetensorsFolder, name: str, model: ModelConfig) -> bool:
+    """Whether the tensor holds 1 / theta^(2i/d), to the precision of its dtype."""
+    width = head_width(model)
+    entry = source.entries[name]
+    if model.rope_scaling or entry.shape != (width // 2,):
+        return False
+    if entry.dtype not in dtypes.BY_SAFETENSORS:
+        return False
+    stored = torch.empty(entry.shape, dtype=source.dtype(name))
+    source.read_rows(name, 0, stored)
+    exact = model.rope_theta ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
+    precision = 4 * max(torch.finfo(stored.dtype).eps, torch.finfo(torch.float32).eps)
+    return torch.allclose(stored.double(), exact, rtol=precision, atol=1e-7)

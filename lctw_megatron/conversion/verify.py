@@ -1,0 +1,198 @@
+"""Is a checkpoint the same model as a Hugging Face folder? Every tensor, and what both compute."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lctw_megatron.config.schema import ModelConfig
+from lctw_megatron.conversion import dtypes
+from lctw_megatron.conversion.checkpoint_reader import CheckpointReader
+from lctw_megatron.conversion.hf_config import read_config
+from lctw_megatron.conversion.hf_import import check_tensors, largest_bytes, read_stored
+from lctw_megatron.conversion.hf_safetensors import SafetensorsFolder, tensor_of
+from lctw_megatron.conversion.placement import (
+    StoredTensor,
+    head_width,
+    query_groups,
+    stored_tensors,
+)
+from lctw_megatron.model.checkpoint import read_manifest
+from lctw_megatron.progress import Progress
+
+# Fields of ModelConfig that config.json has not, or that matter in training only.
+_NOT_COMPARED = {"hidden_dropout", "attention_dropout", "attention", "init_method_std"}
+
+
+@dataclass
+class Comparison:
+    """All layers of one checkpoint tensor against the Hugging Face tensors in it."""
+
+    key: str
+    tensors: int = 0
+    elements: int = 0
+    different: int = 0
+    """Elements that are not the same bit for bit."""
+    largest: float = 0.0
+    """Largest absolute difference; infinite where only one side is a number."""
+
+
+@dataclass(frozen=True)
+class LogitsComparison:
+    tokens: int
+    largest: float
+    """Largest absolute difference between the two models' logits."""
+    same_choice: float
+    """Share of positions with the same most likely token."""
+
+
+def config_differences(hf: Path, checkpoint: Path) -> list[str]:
+    """`field: folder's value, checkpoint's value` of every field of the model that differs."""
+    theirs, ours = _normal(read_config(hf).model), _normal(read_manifest(checkpoint).model)
+    return [
+        f"{name}: {theirs[name]} in the folder, {ours[name]} in the checkpoint"
+        for name in theirs
+        if theirs[name] != ours[name]
+    ]
+
+
+def compare_tensors(hf: Path, checkpoint: Path) -> list[Comparison]:
+    """Compare every tensor of two folders with the same configuration, streamed.
+
+    Where the dtypes differ the wider side is first rounded to the narrower, which is what a
+    conversion does. Raises InputError for missing, unknown and wrongly shaped tensors.
+    """
+    tensors = list(stored_tensors(read_config(hf).model))
+    reader = CheckpointReader(checkpoint)
+    reader.check(tensors)
+    results: dict[str, Comparison] = {}
+    with SafetensorsFolder(hf) as source:
+        check_tensors(source, read_config(hf).model, tensors)
+        size = largest_bytes(tensors, torch.float32)
+        memory = [np.empty(size, np.uint8) for _ in range(2)]
+        with Progress("compare", len(tensors), "tensors") as progress:
+            for stored in tensors:
+                result = results.setdefault(stored.key, Comparison(stored.key))
+                _compare(source, reader, stored, memory, result)
+                progress.update()
+    return list(results.values())
+
+
+def _compare(
+    source: SafetensorsFolder,
+    reader: CheckpointReader,
+    stored: StoredTensor,
+    memory: list[np.ndarray],
+    result: Comparison,
+) -> None:
+    """Add one stored tensor to ``result``."""
+    ours = reader.read(stored, memory[0])
+    dtype = ours.dtype
+    for part in stored.parts:
+        dtype = dtypes.narrower(dtype, source.dtype(part.name))
+    theirs = tensor_of(memory[1], dtype, stored.shape)
+    read_stored(source, stored, theirs)
+    live = stored.covered_rows
+    a, b = ours[:live].to(dtype), theirs[:live]
+    result.tensors += len(stored.parts)
+    result.elements += a.numel()
+    bits = torch.int32 if dtype == torch.float32 else torch.int16
+    differs = a.view(bits) != b.view(bits)
+    if different := int(differs.sum()):
+        gap = (a[differs].float() - b[differs].float()).abs().nan_to_num(math.inf).max()
+        result.different += different
+        result.largest = max(result.largest, float(gap))
+
+
+def compare_logits(hf: Path, checkpoint: Path, tokens: Tensor) -> LogitsComparison:
+    """Run both models in float32 on ``tokens`` (int64 [sequences, length])."""
+    theirs = hf_logits(hf, tokens, dtypes.TORCH[read_manifest(checkpoint).dtype])
+    ours = megatron_logits(checkpoint, tokens)
+    return LogitsComparison(
+        tokens=tokens.numel(),
+        largest=float((ours - theirs).abs().nan_to_num(math.inf).max()),
+        same_choice=float((ours.argmax(-1) == theirs.argmax(-1)).double().mean()),
+    )
+
+
+@torch.no_grad()
+def hf_logits(hf: Path, tokens: Tensor, rounded_to: torch.dtype = torch.float32) -> Tensor:
+    """float32 logits [sequences, length, vocabulary] of transformers, weights rounded first."""
+    from transformers import AutoModelForCausalLM, __version__
+
+    from lctw_megatron.platform.world import default_device
+
+    dtype = "dtype" if int(__version__.split(".")[0]) >= 5 else "torch_dtype"  # renamed in 5
+    model = AutoModelForCausalLM.from_pretrained(hf, **{dtype: rounded_to})
+    model = model.float().to(default_device()).eval()
+    return model(tokens.to(default_device()), use_cache=False).logits.float().cpu()
+
+
+@torch.no_grad()
+def megatron_logits(checkpoint: Path, tokens: Tensor) -> Tensor:
+    """float32 logits [sequences, length, vocabulary] of our model, on one rank."""
+    from lctw_megatron.config.schema import LayoutConfig
+    from lctw_megatron.model.checkpoint import load_weights
+    from lctw_megatron.model.gpt import build_model
+    from lctw_megatron.platform.world import initialize, shut_down
+
+    model = read_manifest(checkpoint).model.model_copy(update={"attention": "sdpa"})
+    alone = not torch.distributed.is_initialized()
+    world = initialize(LayoutConfig(), seed=1)
+    try:
+        chunks = build_model(
+            model,
+            LayoutConfig(),
+            max_sequence_length=tokens.shape[1],
+            dtype=torch.float32,
+            device=world.device,
+            seed=None,
+        )
+        load_weights(chunks, checkpoint)
+        place = tokens.to(world.device)
+        positions = torch.arange(tokens.shape[1], device=world.device).expand_as(place)
+        logits = chunks[0].eval()(place, positions, None)
+        return logits[..., : model.vocab_size].float().cpu()
+    finally:
+        if alone:
+            shut_down()
+
+
+def tensor_table(results: list[Comparison]) -> str:
+    """One line for every checkpoint tensor and one for all of them."""
+    total = Comparison(
+        "all",
+        sum(result.tensors for result in results),
+        sum(result.elements for result in results),
+        sum(result.different for result in results),
+        max(result.largest for result in results),
+    )
+    width = max(len(result.key) for result in results)
+    lines = [
+        f"{'tensor':{width}}  {'HF tensors':>10}  {'elements':>14}  {'different':>12}  largest"
+    ]
+    for result in [*results, total]:
+        mark = f"{result.largest:.1e}  DIFFERENT" if result.different else "0"
+        lines.append(
+            f"{result.key:{width}}  {result.tensors:>10,}  {result.elements:>14,}  "
+            f"{result.different:>12,}  {mark}"
+        )
+    return "\n".join(lines)
+
+
+def logits_table(result: LogitsComparison, tolerance: float) -> str:
+    verdict = "equal" if result.largest <= tolerance else "DIFFERENT"
+    return (
+        f"logits of {result.tokens} tokens in float32: largest difference {result.largest:.1e} "
+        f"(tolerance {tolerance:g}), same most likely token at {100 * result.same_choice:.2f} % of "
+        f"the positions: {verdict}"
+    )
+
+
+def _normal(model: ModelConfig) -> dict[str, object]:
+    """All that decides the arithmetic and the shapes, defaults filled in."""
+    values = model.model_dump(exclude=_NOT_COMPARED)
+    return values | {"num_query_groups": query_groups(model), "kv_channels": head_width(model)}

@@ -1,0 +1,207 @@
+"""config.json is read as transformers reads it, and what we cannot compute is refused by name."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lctw_megatron.config.schema import ModelConfig, RopeScaling
+from lctw_megatron.conversion.architectures import ARCHITECTURES
+from lctw_megatron.conversion.hf_config import config_values, read_config
+from lctw_megatron.errors import InputError
+
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+SIZES = {
+    "vocab_size": 160, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+    "num_attention_heads": 32,
+}  # fmt: skip
+
+
+def write(folder: Path, values: dict[str, Any]) -> Path:
+    (folder / "config.json").write_text(json.dumps(values))
+    return folder
+
+
+def minimal(kind: str, **changes: Any) -> dict[str, Any]:
+    values = {"model_type": kind, **SIZES, **changes}
+    if kind == "mistral":
+        values.setdefault("sliding_window", None)
+    return values
+
+
+@pytest.mark.parametrize("kind", sorted(ARCHITECTURES))
+def test_what_config_json_leaves_out_means_what_transformers_means(kind, tmp_path):
+    from transformers import AutoConfig
+
+    write(tmp_path, minimal(kind))
+    theirs, ours = AutoConfig.from_pretrained(tmp_path), read_config(tmp_path).model
+    assert ours.num_query_groups == theirs.num_key_value_heads
+    assert ours.kv_channels == (getattr(theirs, "head_dim", None) or 64 // 32)
+    assert ours.max_position_embeddings == theirs.max_position_embeddings
+    assert ours.layernorm_epsilon == theirs.rms_norm_eps
+    assert ours.tie_word_embeddings == theirs.tie_word_embeddings
+    assert ours.init_method_std == theirs.initializer_range
+    assert ours.rope_theta == 10000.0 and ours.rope_scaling is None
+
+
+def rope_of_transformers(folder: Path) -> dict[str, Any]:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    if hasattr(config, "rope_parameters"):  # transformers 5
+        return config.rope_parameters
+    return {"rope_theta": config.rope_theta, **(config.rope_scaling or {"rope_type": "default"})}
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 5e5},
+        {"rope_theta": 5e5, "rope_scaling": None},
+        {"rope_theta": 5e5, "rope_scaling": {"rope_type": "default"}},
+        {"rope_theta": 5e5, "rope_scaling": LLAMA3},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+        {"rope_parameters": {**LLAMA3, "rope_theta": 5e5}},
+        {"rope_theta": 5e5, "rope_parameters": {**LLAMA3, "rope_theta": 5e5}},
+    ],
+)
+def test_rope_is_read_in_every_spelling(rope, tmp_path):
+    write(tmp_path, minimal("llama", max_position_embeddings=131072, **rope))
+    model = read_config(tmp_path).model
+    assert model.rope_theta == 5e5
+    scaled = "factor" in json.dumps(rope)
+    assert (model.rope_scaling is not None) == scaled
+    if scaled:
+        assert model.rope_scaling.original_max_position_embeddings == 8192
+    theirs = rope_of_transformers(tmp_path)
+    assert theirs["rope_theta"] == 5e5
+    assert theirs["rope_type"] == ("llama3" if scaled else "default")
+
+
+def test_llama3_scaling_without_its_original_length_takes_the_maximum_like_transformers(tmp_path):
+    scaling = {k: v for k, v in LLAMA3.items() if k != "original_max_position_embeddings"}
+    write(tmp_path, minimal("llama", max_position_embeddings=4096, rope_scaling=scaling))
+    ours = read_config(tmp_path).model.rope_scaling
+    assert ours is not None and ours.original_max_position_embeddings == 4096
+
+
+UNSUPPORTED = {
+    "rope yarn": ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'"),
+    "rope linear": ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),
+    "rope dynamic": ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
+    "rope longrope": (
+        "llama", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "'longrope'",
+    ),
+    "rope per layer type": (
+        "qwen3",
+        {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+        "full_attention",
+    ),
+    "partial rotation": ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+    "attention bias": ("llama", {"attention_bias": True}, "attention_bias True"),
+    "attention bias of Qwen3": ("qwen3", {"attention_bias": True}, "attention_bias True"),
+    "feed-forward bias": ("llama", {"mlp_bias": True}, "mlp_bias True"),
+    "pre-training TP": ("llama", {"pretraining_tp": 2}, "pretraining_tp 2"),
+    "activation": ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+    "Mistral's window": ("mistral", {"sliding_window": 4096}, "sliding_window 4096"),
+    "Qwen2's window": ("qwen2", {"use_sliding_window": True}, "use_sliding_window True"),
+    "Qwen3's layer types": (
+        "qwen3",
+        {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+        "layer_types 'sliding_attention'",
+    ),
+    "quantised": ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
+    "own code": ("llama", {"auto_map": {"AutoModel": "x.Y"}}, "auto_map"),
+    "another class": (
+        "llama", {"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequence",
+    ),
+    "another model": ("gpt2", {}, "model_type 'gpt2'"),
+    "two thetas": (
+        "llama",
+        {"rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 2e4}},
+        "keep one",
+    ),
+    "uneven groups": ("llama", {"num_key_value_heads": 5}, "num_key_value_heads 5"),
+    "a word for a number": ("llama", {"hidden_size": "big"}, "hidden_size is 'big'"),
+    "no size": ("llama", {"vocab_size": None}, "vocab_size is missing"),
+    "llama3 without factor": ("llama", {"rope_scaling": {"rope_type": "llama3"}}, "factor"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", sorted(UNSUPPORTED))
+def test_what_we_cannot_compute_is_refused_by_name(case, tmp_path):
+    kind, changes, named = UNSUPPORTED[case]
+    write(tmp_path, minimal(kind, **changes))
+    with pytest.raises(InputError, match=r"config\.json") as caught:
+        read_config(tmp_path)
+    assert named in str(caught.value), str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_mistral_without_a_word_on_its_window_means_4096_as_in_transformers(tmp_path):
+    write(tmp_path, {"model_type": "mistral", **SIZES})
+    with pytest.raises(InputError, match="sliding_window 4096, transformers' default"):
+        read_config(tmp_path)
+
+
+def test_all_unsupported_options_are_named_at_once(tmp_path):
+    write(tmp_path, minimal("llama", mlp_bias=True, attention_bias=True, hidden_act="relu"))
+    with pytest.raises(InputError) as caught:
+        read_config(tmp_path)
+    for name in ("mlp_bias", "attention_bias", "hidden_act"):
+        assert name in str(caught.value)
+
+
+def test_fields_without_meaning_are_listed(tmp_path):
+    write(tmp_path, minimal("llama", unknown_thing=1, torch_dtype="bfloat16", use_cache=True))
+    assert read_config(tmp_path).ignored == ["unknown_thing"]
+
+
+@pytest.mark.parametrize("text, named", [(None, "missing"), ("{", "JSON"), ("[]", "object")])
+def test_a_folder_without_a_config_is_refused(text, named, tmp_path):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(InputError, match=named):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize("kind", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("scaling", [None, RopeScaling(factor=8.0)])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_survives_the_way_out_and_back_and_transformers_reads_it(
+    kind, scaling, tied, tmp_path
+):
+    from transformers import AutoConfig
+
+    model = ModelConfig(
+        architecture=kind, num_layers=3, hidden_size=64, ffn_hidden_size=100,
+        num_attention_heads=8, num_query_groups=2, kv_channels=24, vocab_size=161,
+        max_position_embeddings=32768, rope_theta=15.3e6, rope_scaling=scaling,
+        layernorm_epsilon=1e-6, tie_word_embeddings=tied, init_method_std=0.03,
+        qkv_bias=ARCHITECTURES[kind].flags["qkv_bias"],
+        qk_norm=ARCHITECTURES[kind].flags["qk_norm"],
+    )  # fmt: skip
+    write(tmp_path, config_values(model, "bf16", {"eos_token_id": [2, 3]}))
+    back = read_config(tmp_path)
+    assert back.model == model
+    assert back.token_ids == {"eos_token_id": [2, 3]} and back.ignored == []
+    theirs = AutoConfig.from_pretrained(tmp_path)
+    assert type(theirs).__name__.lower() == f"{kind}config"
+    assert theirs.max_position_embeddings == 32768 and theirs.head_dim == 24
+    rope = rope_of_transformers(tmp_path)
+    assert rope["rope_theta"] == 15.3e6
+    assert rope["rope_type"] == ("llama3" if scaling else "default")
+    assert str(getattr(theirs, "dtype", None) or theirs.torch_dtype) == "torch.bfloat16"
+
+
+def test_a_model_with_parts_that_its_architecture_lacks_is_not_written():
+    model = ModelConfig(
+        num_layers=1, hidden_size=8, ffn_hidden_size=8, num_attention_heads=2, vocab_size=10,
+        max_position_embeddings=8, qkv_bias=True,
+    )  # fmt: skip
+    with pytest.raises(InputError, match="qkv_bias.*use architecture qwen2"):
+        config_values(model, "fp32", {})

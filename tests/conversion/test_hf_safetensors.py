@@ -1,0 +1,268 @@
+"""Damaged files, lying indices and wrong tensors: refused before writing, all of them by name."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from lctw_megatron.conversion.hf_import import import_hf
+from lctw_megatron.conversion.hf_safetensors import INDEX, SafetensorsFolder, read_header
+from lctw_megatron.conversion.safetensors_writer import (
+    SafetensorsWriter,
+    parse_size,
+    plan_shards,
+)
+from lctw_megatron.errors import InputError
+from tests.conversion.hf_models import make_model
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("originals")
+    make_model("llama", folder / "sharded", shard_size="100KB")
+    make_model("llama31_tied", folder / "tied")
+    make_model("qwen2", folder / "single")
+    assert len(list((folder / "sharded").glob("*.safetensors"))) > 2
+    return folder
+
+
+@pytest.fixture
+def refusal(originals, tmp_path):
+    """Copy a folder, spoil it, import it: the error's text; nothing may have been written."""
+
+    def run(name: str, spoil: Callable[[Path], None]) -> str:
+        folder = shutil.copytree(originals / name, tmp_path / name)
+        spoil(folder)
+        with pytest.raises(InputError) as caught:
+            import_hf(folder, tmp_path / "out", say=lambda text: None)
+        assert os.listdir(tmp_path) == [name]
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    return run
+
+
+def shards(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def change_index(folder: Path, change: Callable[[dict[str, str]], object]) -> None:
+    values = json.loads((folder / INDEX).read_text())
+    change(values["weight_map"])
+    (folder / INDEX).write_text(json.dumps(values))
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, {"format": "pt"})
+
+
+def test_every_missing_shard_is_named(refusal):
+    def spoil(folder: Path) -> None:
+        for path in shards(folder)[:2]:
+            path.unlink()
+
+    text = refusal("sharded", spoil)
+    assert "model-00001-of-" in text and "model-00002-of-" in text and "missing" in text
+
+
+@pytest.mark.parametrize(
+    "spoil, said",
+    [
+        (lambda data: data[:-100], "damaged"),  # cut off
+        (lambda data: data + b"x", "damaged"),  # longer than its header says
+        (lambda data: data[:5], "damaged"),
+        (lambda data: b"", "damaged"),
+        (lambda data: b"\xff" * 8 + data[8:], "damaged"),  # an absurd header length
+        (lambda data: data[:8] + b"!" + data[9:], "not valid"),
+        (lambda data: data.replace(b'"F32"', b'"F16"', 1), "bytes for F16"),
+        (lambda data: data.replace(b"[0,", b"[9,", 1), "damaged"),
+    ],
+)
+def test_every_damaged_shard_is_named(refusal, spoil, said):
+    def spoil_two(folder: Path) -> None:
+        for path in shards(folder)[:2]:
+            path.write_bytes(spoil(path.read_bytes()))
+
+    text = refusal("sharded", spoil_two)
+    assert "model-00001-of-" in text and "model-00002-of-" in text and said in text
+
+
+def test_an_index_that_names_the_wrong_file_is_refused(refusal):
+    def swap(where: dict[str, str]) -> None:
+        name = "model.layers.0.mlp.up_proj.weight"
+        where[name] = next(file for file in where.values() if file != where[name])
+
+    text = refusal("sharded", lambda folder: change_index(folder, swap))
+    assert "model.layers.0.mlp.up_proj.weight is not in model-" in text
+
+
+def test_tensors_that_the_index_hides_are_named(refusal):
+    hidden = ["model.layers.0.mlp.up_proj.weight", "model.norm.weight"]
+    text = refusal(
+        "sharded", lambda folder: change_index(folder, lambda where: [where.pop(n) for n in hidden])
+    )
+    assert all(name in text for name in hidden) and "not in the index" in text
+
+
+def test_tensors_that_only_the_index_has_are_named(refusal):
+    def invent(where: dict[str, str]) -> None:
+        file = next(iter(where.values()))
+        where |= {"model.extra_one": file, "model.extra_two": file}
+
+    text = refusal("sharded", lambda folder: change_index(folder, invent))
+    assert "model.extra_one is not in" in text and "model.extra_two is not in" in text
+
+
+def test_an_index_does_not_lead_out_of_its_folder(refusal):
+    def lead_out(where: dict[str, str]) -> None:
+        for name in where:
+            where[name] = "../elsewhere.safetensors"
+
+    text = refusal("sharded", lambda folder: change_index(folder, lead_out))
+    assert "../elsewhere.safetensors" in text and "do not belong" in text
+
+
+def test_all_missing_unknown_and_wrongly_shaped_tensors_are_named_at_once(refusal):
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors["model.layers.1.self_attn.q_proj.bias"], tensors["model.norm.weight"]
+        tensors["model.layers.0.mlp.gate.weight"] = torch.zeros(3)
+        tensors["model.layers.7.mlp.up_proj.weight"] = torch.zeros(3)
+        tensors["model.layers.2.mlp.down_proj.weight"] = torch.zeros(48, 99)
+        tensors["lm_head.weight"] = tensors["lm_head.weight"][:160].contiguous()
+        tensors["model.layers.3.mlp.up_proj.weight"] = torch.zeros(100, 48, dtype=torch.int8)
+
+    text = refusal("single", lambda folder: change_tensors(folder, change))
+    for said in (
+        "model.layers.1.self_attn.q_proj.bias is missing",
+        "model.norm.weight is missing",
+        "model.layers.0.mlp.gate.weight is unknown",
+        "model.layers.7.mlp.up_proj.weight is unknown",
+        "model.layers.2.mlp.down_proj.weight is [48, 99], expected [48, 100]",
+        "lm_head.weight is [160, 48], expected [161, 48]",
+        "model.layers.3.mlp.up_proj.weight has dtype I8",
+    ):
+        assert said in text, f"{said!r} not in {text!r}"
+
+
+def test_mixed_dtypes_need_a_choice(originals, tmp_path):
+    folder = shutil.copytree(originals / "single", tmp_path / "mixed")
+    change_tensors(
+        folder,
+        lambda tensors: tensors.update(
+            {"model.norm.weight": tensors["model.norm.weight"].bfloat16()}
+        ),
+    )
+    with pytest.raises(InputError, match="1 in bf16.*in fp32; choose one with --dtype"):
+        import_hf(folder, tmp_path / "out", say=lambda text: None)
+    import_hf(folder, tmp_path / "out", "fp32", say=lambda text: None)
+
+
+def test_pickled_weights_are_refused(refusal):
+    def spoil(folder: Path) -> None:
+        (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+    text = refusal("single", spoil)
+    assert "pytorch_model.bin" in text and "pickle" in text and "safetensors" in text
+
+
+def test_shards_without_an_index_are_refused(refusal):
+    text = refusal("sharded", lambda folder: (folder / INDEX).unlink())
+    assert INDEX in text and "model-00001-of-" in text
+
+
+def test_a_folder_without_weights_is_refused(refusal):
+    text = refusal("single", lambda folder: (folder / "model.safetensors").unlink())
+    assert "no model.safetensors" in text
+
+
+def test_a_copy_of_tied_embeddings_must_be_a_copy(originals, tmp_path, refusal):
+    def copy(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    def differ(tensors: dict[str, torch.Tensor]) -> None:
+        copy(tensors)
+        tensors["lm_head.weight"][160, 47] += 1e-3
+
+    text = refusal("tied", lambda folder: change_tensors(folder, differ))
+    assert "lm_head.weight differs from model.embed_tokens.weight" in text
+    folder = shutil.copytree(originals / "tied", tmp_path / "copy")
+    change_tensors(folder, copy)
+    import_hf(folder, tmp_path / "out", say=lambda text: None)
+
+
+def test_old_rotary_frequencies_must_follow_from_theta(originals, tmp_path, refusal):
+    name = "model.layers.2.self_attn.rotary_emb.inv_freq"
+
+    def add(theta: float) -> Callable[[dict[str, torch.Tensor]], None]:
+        width = 48 // 4
+        frequencies = 1.0 / theta ** (torch.arange(0, width, 2).float() / width)
+        return lambda tensors: tensors.update({name: frequencies.half()})
+
+    text = refusal("single", lambda folder: change_tensors(folder, add(10000.0)))
+    assert f"{name} does not follow from rope_theta 1e+06" in text
+    folder = shutil.copytree(originals / "single", tmp_path / "good")
+    change_tensors(folder, add(1e6))
+    import_hf(folder, tmp_path / "out", say=lambda text: None)
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=3), min_size=1, max_size=12),
+    st.integers(1, 600),
+)
+def test_shards_hold_every_tensor_once_in_order_and_keep_the_limit(shapes, limit):
+    tensors = {f"t{i}": tuple(shape) for i, shape in enumerate(shapes)}
+    planned = plan_shards(tensors, torch.bfloat16, limit)
+    assert [n for shard in planned for n in shard.tensors] == list(tensors)
+    for shard in planned:
+        size = sum(2 * torch.Size(shape).numel() for shape in shard.tensors.values())
+        assert size <= limit or len(shard.tensors) == 1
+    assert len({shard.file for shard in planned}) == len(planned)
+
+
+@pytest.mark.parametrize("limit", [10**9, 3000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_written_is_what_the_safetensors_library_and_we_read(limit, dtype, tmp_path):
+    tensors = {f"layer.{i}.weight": torch.randn(7 + i, 5, 3) for i in range(9)}
+    planned = plan_shards({n: tuple(t.shape) for n, t in tensors.items()}, dtype, limit)
+    with SafetensorsWriter(tmp_path, planned, dtype) as writer:
+        for name, tensor in tensors.items():
+            writer.begin(name)
+            writer.write(tensor[:2].contiguous())
+            writer.write(tensor[2:].contiguous())
+    read = {}
+    for path in shards(tmp_path):
+        read |= load_file(path)
+        assert read_header(path)
+    with SafetensorsFolder(tmp_path) as source:
+        for name, tensor in tensors.items():
+            assert torch.equal(read[name], tensor.to(dtype))
+            rows = torch.empty(3, 5, 3, dtype=dtype)
+            source.read_rows(name, 4, rows)
+            assert torch.equal(rows, tensor[4:7].to(dtype))
+            wide = torch.empty(3, 5, 3)
+            source.read_rows(name, 4, wide)
+            assert torch.equal(wide, tensor[4:7].to(dtype).float())
+
+
+@pytest.mark.parametrize(
+    "text, size",
+    [("5GB", 5 * 10**9), ("2GiB", 2**31), ("1.5 MB", 1500000), ("700", 700), ("3kb", 3000)],
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "5XB", "-1GB", "0", "five"])
+def test_sizes_that_are_none(text):
+    with pytest.raises(InputError, match="5GB"):
+        parse_size(text)

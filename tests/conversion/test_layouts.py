@@ -1,0 +1,118 @@
+"""An imported checkpoint loads under any layout, and one written under any layout exports."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lctw_megatron.conversion.hf_export import export_hf
+from lctw_megatron.conversion.hf_import import import_hf
+from lctw_megatron.conversion.verify import hf_logits
+from tests.conversion.hf_models import MODELS, assert_same_tensors, make_model, random_tokens
+from tests.distributed import run_distributed
+
+LENGTH = 160  # beyond the models' maximum of 64
+LOSSES = 1e-5  # float32, absolute; losses are around 6
+
+LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
+    2: {
+        "CP2": {"context": 2},
+        "TP2": {"tensor": 2},
+        "DP2": {},
+    },
+    4: {
+        "TP2xPP2": {"tensor": 2, "pipeline": 2},
+        "TP2+SPxPP2+VPP2": {
+            "tensor": 2, "sequence": True, "pipeline": 2, "virtual_pipeline": 2,
+        },
+        "TP2xCP2": {"tensor": 2, "context": 2},
+        "PP4": {"pipeline": 4},
+    },
+}  # fmt: skip
+"""Ranks, and the layouts that are tried on them."""
+
+
+def save_from(layouts: dict[str, dict[str, Any]], names: list[str], root: str) -> dict[str, float]:
+    """On every rank: load each imported model under each layout, save it from there with
+    megatron-core. Returns the largest error of the losses where a rank has all layers."""
+    from lctw_megatron.config.schema import LayoutConfig
+    from lctw_megatron.data import zigzag
+    from lctw_megatron.model.checkpoint import load_weights, model_state, read_manifest
+    from lctw_megatron.model.gpt import build_model
+    from lctw_megatron.platform.world import initialize
+    from lctw_megatron.training.checkpoint import CheckpointWriter
+
+    errors = {}
+    for label, sizes in layouts.items():
+        layout = LayoutConfig.model_validate(sizes)
+        world = initialize(layout, seed=1)
+        for name in names:
+            manifest = read_manifest(Path(root) / f"{name}_checkpoint")
+            chunks = build_model(
+                manifest.model, layout, max_sequence_length=LENGTH, dtype=torch.float32,
+                device=world.device, seed=None,
+            )  # fmt: skip
+            for chunk in chunks:  # what is not loaded must be seen
+                for parameter in chunk.parameters():
+                    parameter.data.fill_(float("nan"))
+            load_weights(chunks, Path(root) / f"{name}_checkpoint")
+            for chunk in chunks:
+                assert not any(p.isnan().any() for p in chunk.parameters()), (label, name)
+            if layout.pipeline == 1:
+                expected = torch.load(Path(root) / f"{name}_losses.pt")
+                part = losses(chunks[0], world.context_rank, layout.context)
+                wanted = zigzag.cut(expected, world.context_rank, layout.context, 1)
+                errors[f"{label} {name}"] = float((part - wanted).abs().max())
+            writer = CheckpointWriter(Path(root) / f"{name} {label}", keep_last=1)
+            writer.save(model_state(chunks), manifest)
+            writer.close()
+    return errors
+
+
+@torch.no_grad()
+def losses(chunk: Any, context_rank: int, context_size: int) -> Tensor:
+    """This context rank's part of the losses of the same tokens as in ``prepare``."""
+    from lctw_megatron.data import zigzag
+
+    tokens = random_tokens(LENGTH + 1)
+    cut = [
+        zigzag.cut(stream, context_rank, context_size, 1)
+        for stream in (tokens[:, :-1], torch.arange(LENGTH)[None], tokens[:, 1:])
+    ]
+    return chunk.eval()(cut[0], cut[1], None, labels=cut[2])
+
+
+def prepare(names: list[str], root: Path) -> None:
+    for name in names:
+        make_model(name, root / f"{name}_hf")
+        import_hf(root / f"{name}_hf", root / f"{name}_checkpoint")
+        tokens = random_tokens(LENGTH + 1)
+        logits = hf_logits(root / f"{name}_hf", tokens[:, :-1])
+        expected = torch.nn.functional.cross_entropy(
+            logits.transpose(1, 2), tokens[:, 1:], reduction="none"
+        )
+        torch.save(expected, root / f"{name}_losses.pt")
+
+
+def check(names: list[str], layouts: dict[str, dict[str, Any]], ranks: int, root: Path) -> None:
+    prepare(names, root)
+    for errors in run_distributed(save_from, ranks, layouts, names, str(root), timeout=500):
+        assert all(error < LOSSES for error in errors.values()), errors
+    for name in names:
+        for label in layouts:
+            output = root / f"{name} {label} hf"
+            export_hf(root / f"{name} {label}", output, max_shard_bytes=150_000)
+            assert_same_tensors(root / f"{name}_hf", output)
+
+
+def test_loaded_saved_and_exported_from_four_ranks(tmp_path):
+    layouts = {label: LAYOUTS[4][label] for label in ("TP2+SPxPP2+VPP2", "TP2xCP2")}
+    check(["llama", "qwen3_tied"], layouts, 4, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("ranks", sorted(LAYOUTS))
+def test_every_architecture_loaded_saved_and_exported_from_every_layout(ranks, tmp_path):
+    check(sorted(MODELS), LAYOUTS[ranks], ranks, tmp_path)

@@ -1,0 +1,88 @@
+"""verify sees what differs, however little, and says where."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lctw_megatron.conversion.hf_import import import_hf
+from lctw_megatron.conversion.verify import (
+    compare_logits,
+    compare_tensors,
+    config_differences,
+    tensor_table,
+)
+from tests.conversion.hf_models import make_model, random_tokens
+
+
+@pytest.fixture
+def pair(tmp_path) -> tuple[Path, Path]:
+    make_model("qwen2", tmp_path / "hf")
+    import_hf(tmp_path / "hf", tmp_path / "checkpoint")
+    return tmp_path / "hf", tmp_path / "checkpoint"
+
+
+def change(hf: Path, name: str, amount: float) -> None:
+    path = hf / "model.safetensors"
+    tensors = load_file(path)
+    tensors[name].view(-1)[-1] += amount
+    save_file(tensors, path, {"format": "pt"})
+
+
+def test_equal_folders_are_equal(pair):
+    assert config_differences(*pair) == []
+    results = compare_tensors(*pair)
+    assert sum(result.tensors for result in results) == 4 * 12 + 3
+    assert all(result.different == 0 for result in results)
+    assert compare_logits(*pair, random_tokens(100)).largest < 1e-5
+
+
+def test_one_element_of_one_tensor_is_seen_and_named(pair):
+    change(pair[0], "model.layers.2.self_attn.v_proj.bias", 0.5)
+    results = {result.key: result for result in compare_tensors(*pair)}
+    changed = results.pop("decoder.layers.self_attention.linear_qkv.bias")
+    assert changed.different == 1 and changed.largest == pytest.approx(0.5)
+    assert all(result.different == 0 for result in results.values())
+    assert "DIFFERENT" in tensor_table([changed]).splitlines()[1]
+    assert compare_logits(*pair, random_tokens(100)).largest > 1e-3
+
+
+def test_a_bit_that_no_tolerance_would_see_is_seen(pair):
+    change(pair[0], "model.layers.0.mlp.up_proj.weight", 1e-8)
+    assert sum(result.different for result in compare_tensors(*pair)) == 1
+
+
+def test_not_a_number_is_different_unless_on_both_sides(pair):
+    change(pair[0], "model.norm.weight", float("nan"))
+    result = next(r for r in compare_tensors(*pair) if r.different)
+    assert result.key == "decoder.final_layernorm.weight" and result.largest == float("inf")
+
+
+def test_a_rounded_import_is_equal_after_rounding(tmp_path):
+    make_model("llama", tmp_path / "hf")
+    import_hf(tmp_path / "hf", tmp_path / "checkpoint", "bf16")
+    results = compare_tensors(tmp_path / "hf", tmp_path / "checkpoint")
+    assert all(result.different == 0 for result in results)
+    tokens = random_tokens(50)
+    assert compare_logits(tmp_path / "hf", tmp_path / "checkpoint", tokens).largest < 1e-5
+
+
+def test_another_configuration_is_named(pair):
+    path = pair[0] / "config.json"
+    values = json.loads(path.read_text())
+    for place in (values, values.get("rope_parameters") or {}):
+        if "rope_theta" in place:
+            place["rope_theta"] = 2e6
+    path.write_text(json.dumps(values))
+    assert config_differences(*pair) == [
+        "rope_theta: 2000000.0 in the folder, 1000000.0 in the checkpoint"
+    ]
+
+
+def test_logits_are_computed_in_float32_whatever_is_stored(tmp_path):
+    make_model("qwen3", tmp_path / "hf", torch.bfloat16)
+    import_hf(tmp_path / "hf", tmp_path / "checkpoint")
+    tokens = random_tokens(130)
+    assert compare_logits(tmp_path / "hf", tmp_path / "checkpoint", tokens).largest < 1e-5
