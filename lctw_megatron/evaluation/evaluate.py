@@ -1,0 +1,280 @@
+"""Measure a checkpoint on held-out sequences and write evaluation.json."""
+
+import hashlib
+import io
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from lctw_megatron.atomic import write_json
+from lctw_megatron.config.schema import DataConfig, LayoutConfig
+from lctw_megatron.data.batch import Sample
+from lctw_megatron.data.sequence_source import SequenceSource
+from lctw_megatron.data.token_dataset import TokenDataset
+from lctw_megatron.errors import InputError
+from lctw_megatron.evaluation.longppl import ALPHA, BETA, key_tokens, perplexity
+from lctw_megatron.evaluation.probes import Probes, context_of, distance_of
+from lctw_megatron.evaluation.result_file import FORMAT, read_evaluation
+from lctw_megatron.progress import Progress
+from lctw_megatron.scoring.windows import check_windows
+
+if TYPE_CHECKING:
+    from lctw_megatron.evaluation.model_losses import ModelLosses
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What to measure, and how."""
+
+    sequence_length: int | None = None
+    """S; None: what the checkpoint was trained with."""
+    max_sequences: int = 32
+    window: int | None = None
+    """K, the short context of LongPPL and of the gain; None: neither."""
+    stride: int | None = None
+    """None: a quarter of the window, as in LongPPL's own experiments."""
+    near: int | None = None
+    """Largest distance called near; None: the window, else a quarter of S."""
+    key_checkpoint: str | None = None
+    """The evaluator that picks LongPPL's key tokens; None: the measured model itself."""
+    alpha: float = ALPHA
+    beta: float = BETA
+    tokens_per_forward: int = 16384
+
+
+def evaluate_to_file(
+    checkpoint: str | Path,
+    prefix: str,
+    output: str | Path,
+    settings: EvaluationSettings,
+    layout: LayoutConfig | None = None,
+) -> str | None:
+    """``evaluate``, written to ``output`` unless it is there already; a line that says so, on the
+    first rank. All ranks call it."""
+    from lctw_megatron.model.checkpoint import find_checkpoint
+
+    settings = complete(settings, checkpoint)
+    described = describe(settings, find_checkpoint(checkpoint), TokenDataset(prefix))
+    found = read_evaluation(output)
+    if found is not None and found["settings"] == described:
+        # Which rank this is was not asked for yet; torchrun and srun both say.
+        return summary_line(output, found) if os.environ.get("RANK", "0") == "0" else None
+    result = evaluate(checkpoint, prefix, settings, layout)
+
+    import torch.distributed as dist
+
+    first = dist.get_rank() == 0
+    if first:
+        write_json(output, result)
+    dist.barrier()
+    return summary_line(output, result) if first else None
+
+
+def summary_line(output: str | Path, result: dict[str, Any]) -> str:
+    """The losses in one line."""
+    classes = result["classes"]
+    parts = [
+        f"{name.replace('_', ' ')} {loss:.4f}"
+        for name, loss in zip(classes["bins"], classes["loss"], strict=True)
+        if loss is not None
+    ]
+    found = result.get("longppl") or {}
+    if found.get("longppl") is not None:
+        parts.append(f"LongPPL {found['longppl']:.2f} on {found['key_tokens']:,} key tokens")
+    targets = f"{result['targets']:,} targets of {len(result['sequences'])} sequences"
+    return f"{output}: loss {result['loss']:.4f} nats a target ({', '.join(parts)}), {targets}"
+
+
+def evaluate(
+    checkpoint: str | Path,
+    prefix: str,
+    settings: EvaluationSettings,
+    layout: LayoutConfig | None = None,
+) -> dict[str, Any]:
+    """Measure ``checkpoint`` on the held-out dataset ``prefix``; see ``result_file.FORMAT``.
+
+    checkpoint: a checkpoint folder or a run folder. All ranks call it, all get the result. Raises
+    InputError for whatever does not fit.
+    """
+    from lctw_megatron.evaluation.model_losses import ModelLosses
+    from lctw_megatron.evaluation.weight_sample import sample_or_reason
+
+    layout = layout or LayoutConfig()
+    settings = complete(settings, checkpoint)
+    assert settings.sequence_length and settings.near
+    length = settings.sequence_length
+    source = open_held_out(prefix, length)
+    numbers = chosen_sequences(len(source), settings.max_sequences)
+    keys = _key_tokens(settings, layout, source, numbers) if settings.key_checkpoint else None
+
+    model = ModelLosses(checkpoint, layout, length, settings.tokens_per_forward)
+    model.check_tokenizer(source.tokenizer, prefix)
+    probes = Probes(len(numbers), length, settings.near)
+    all_losses, key_losses = [], []
+    for row, sample, long_loss, short_loss in read_losses(model, source, numbers, settings):
+        probes.add(row, long_loss, short_loss, context_of(sample), distance_of(sample))
+        all_losses.append(long_loss[~np.isnan(long_loss)])
+        if short_loss is not None:
+            own = key_tokens(long_loss, short_loss, settings.alpha, settings.beta)
+            key_losses.append(long_loss[own if keys is None else keys[row]])
+    flat = np.concatenate(all_losses)
+    result: dict[str, Any] = {
+        "format": FORMAT,
+        "settings": describe(settings, model.checkpoint, source.dataset),
+        "sequences": [list(source.index.pieces(number)[0][:2]) for number in numbers],
+        "loss": float(flat.mean(dtype=np.float64)),
+        "targets": len(flat),
+        **probes.summary(with_gain=settings.window is not None),
+    }
+    if settings.window:
+        result["longppl"] = _longppl(flat, np.concatenate(key_losses), settings)
+    result["weights"] = sample_or_reason(model, settings.near, settings.max_sequences)
+    model.free()
+    return result
+
+
+def complete(settings: EvaluationSettings, checkpoint: str | Path) -> EvaluationSettings:
+    """``settings`` with what follows from the checkpoint and from each other. InputError."""
+    from lctw_megatron.model.checkpoint import find_checkpoint, read_manifest
+
+    manifest = read_manifest(find_checkpoint(checkpoint))
+    length = settings.sequence_length
+    if length is None:
+        run = manifest.run
+        length = run.data.sequence_length if run else manifest.model.max_position_embeddings
+    if length is None:
+        raise InputError(f"{checkpoint}: does not say its sequence length; give --sequence-length")
+    stride = settings.stride
+    if settings.window:
+        stride = stride or max(1, settings.window // 4)
+        check_windows(settings.window, stride, length)
+    elif stride or settings.key_checkpoint:
+        given = "--stride" if stride else "--key-checkpoint"
+        raise InputError(f"{given} has no meaning without --window; give the short context's size")
+    return replace(
+        settings,
+        sequence_length=length,
+        stride=stride,
+        near=settings.near or settings.window or max(1, length // 4),
+    )
+
+
+def describe(
+    settings: EvaluationSettings, checkpoint: Path, dataset: TokenDataset
+) -> dict[str, Any]:
+    """Everything the result depends on."""
+    described: dict[str, Any] = {
+        "checkpoint": str(checkpoint),
+        "weights": weights_identity(checkpoint),
+        "data": dataset.prefix,
+        "tokens_fingerprint": dataset.fingerprint,
+        **asdict(settings),
+    }
+    del described["tokens_per_forward"]
+    if settings.key_checkpoint:
+        from lctw_megatron.model.checkpoint import find_checkpoint
+
+        described["key_weights"] = weights_identity(find_checkpoint(settings.key_checkpoint))
+    return described
+
+
+def weights_identity(checkpoint: Path) -> str:
+    """Changes whenever the checkpoint is written anew; reads its manifest and file dates only."""
+    digest = hashlib.blake2b((checkpoint / "checkpoint.json").read_bytes(), digest_size=16)
+    for path in sorted(checkpoint.glob("*.distcp")):
+        status = path.stat()
+        digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def open_held_out(prefix: str, sequence_length: int) -> SequenceSource:
+    """The full sequences of a held-out dataset. InputError if no document is long enough.
+
+    Shorter last chunks of documents are left out: all their targets have little context.
+    """
+    longest = int(TokenDataset(prefix).lengths.max())
+    if longest <= sequence_length:
+        raise InputError(
+            f"{prefix}: the longest document has {longest} tokens, but the probes need more than "
+            f"--sequence-length {sequence_length}; evaluate shorter sequences or longer documents"
+        )
+    data = DataConfig(train=[], sequence_length=sequence_length, packing="chunk", tails="drop")
+    return SequenceSource(prefix, data)
+
+
+def chosen_sequences(available: int, most: int) -> list[int]:
+    """At most ``most`` numbers below ``available``, evenly spaced, so that few sequences still come
+    from many documents."""
+    count = min(most, available)
+    return [i * available // count for i in range(count)]
+
+
+class ReadLosses(NamedTuple):
+    """One sequence and what a model gives it."""
+
+    row: int
+    """Which of the chosen sequences it is."""
+    sample: Sample
+    long_loss: np.ndarray
+    """float32 [S], nats; NaN where there is no target."""
+    short_loss: np.ndarray | None
+    """Likewise, NaN also where not scored; None without a window."""
+
+
+def read_losses(
+    model: "ModelLosses",
+    source: SequenceSource,
+    numbers: list[int],
+    settings: EvaluationSettings,
+    label: str = "evaluate",
+) -> Iterator[ReadLosses]:
+    """The sequences ``numbers`` of ``source`` with their losses under ``model``."""
+    assert settings.sequence_length
+    bos_id = source.tokenizer.bos_id if source.tokenizer.add_bos else None
+    at_once = model.sequences_at_once(settings.sequence_length)
+    stream = sys.stderr if model.world.is_first else io.StringIO()
+    with Progress(label, len(numbers), "sequences", stream=stream) as progress:
+        for begin in range(0, len(numbers), at_once):
+            samples = [source.read(number) for number in numbers[begin : begin + at_once]]
+            long_loss = model.losses(samples)
+            short_loss = None
+            if settings.window and settings.stride:
+                short_loss = model.short_losses(samples, settings.window, settings.stride, bos_id)
+            for i, sample in enumerate(samples):
+                short_row = None if short_loss is None else short_loss[i]
+                yield ReadLosses(begin + i, sample, long_loss[i], short_row)
+            progress.update(len(samples), tokens=long_loss.size)
+
+
+def _key_tokens(
+    settings: EvaluationSettings, layout: LayoutConfig, source: SequenceSource, numbers: list[int]
+) -> np.ndarray:
+    """bool [N, S]: the key tokens under the evaluator."""
+    from lctw_megatron.evaluation.model_losses import ModelLosses
+
+    assert settings.key_checkpoint and settings.sequence_length
+    keys = np.zeros((len(numbers), settings.sequence_length), dtype=bool)
+    evaluator = ModelLosses(
+        settings.key_checkpoint, layout, settings.sequence_length, settings.tokens_per_forward
+    )
+    evaluator.check_tokenizer(source.tokenizer, source.prefix)
+    for read in read_losses(evaluator, source, numbers, settings, "key tokens"):
+        assert read.short_loss is not None
+        keys[read.row] = key_tokens(read.long_loss, read.short_loss, settings.alpha, settings.beta)
+    evaluator.free()
+    return keys
+
+
+def _longppl(all_losses: np.ndarray, key_losses: np.ndarray, settings: EvaluationSettings) -> Any:
+    return {
+        "longppl": perplexity(key_losses, np.ones(len(key_losses), dtype=bool)),
+        "perplexity": perplexity(all_losses, np.ones(len(all_losses), dtype=bool)),
+        "key_tokens": len(key_losses),
+        "key_share": len(key_losses) / len(all_losses),
+        "evaluator": settings.key_checkpoint or "the measured model itself",
+    }

@@ -1,0 +1,41 @@
+"""LongPPL: perplexity on the tokens for which a long context matters.
+
+Fang, Wang, Liu, Zhang, Jegelka, Gao, Ding, Wang, "What is Wrong with Perplexity for Long-context
+Language Modeling?", ICLR 2025 (arXiv:2410.23771). An *evaluator* model reads every target with the
+whole context and with a short one, and picks the key tokens, where
+
+    long-short difference    LSD = log p_long - log p_short > α    (long context makes it likelier)
+    long-context likelihood  LCL = log p_long               > β    (and then likely at all)
+
+LongPPL of the model under test is exp(mean long loss) over the key tokens. Models are comparable
+only on the same key tokens: give all of them one evaluator. The paper's settings are α = 2, β = -2,
+a short context of at most 4096 tokens and windows 1024 apart.
+
+Pure numpy: losses are arrays of one shape, in nats; NaN = not scored.
+"""
+
+import math
+
+import numpy as np
+
+ALPHA = 2.0
+BETA = -2.0
+
+
+def key_tokens(
+    long_loss: np.ndarray, short_loss: np.ndarray, alpha: float = ALPHA, beta: float = BETA
+) -> np.ndarray:
+    """bool: the targets with LSD > ``alpha`` and LCL > ``beta`` under the evaluator's losses.
+
+    A target without a short loss is none.
+    """
+    with np.errstate(invalid="ignore"):
+        return (short_loss - long_loss > alpha) & (-long_loss > beta)
+
+
+def perplexity(loss: np.ndarray, chosen: np.ndarray) -> float | None:
+    """exp of the mean of ``loss`` where ``chosen``; None if nothing is, infinity beyond floats."""
+    if not chosen.any():
+        return None
+    mean = float(loss[chosen].mean(dtype=np.float64))
+    return math.exp(mean) if mean < 700 else math.inf

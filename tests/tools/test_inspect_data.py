@@ -1,0 +1,129 @@
+import os
+import struct
+
+import numpy as np
+import pytest
+
+from lctw_megatron.data import TokenDataset
+from lctw_megatron.data.indexed_array import HEADER, IndexedArrayWriter
+from lctw_megatron.data.tokenizers import load_tokenizer
+from tests.data.small_data import count_up, write_sidecar, write_tokens
+from tests.tools.command import call
+from tools import inspect_data
+
+NAN = float("nan")
+
+
+@pytest.fixture
+def ask(capsys):
+    return lambda *arguments: call(inspect_data.main, capsys, *arguments)
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    return write_tokens(tmp_path / "corpus", count_up([5, 3, 900]), eos_id=2, add_eos=True)
+
+
+def test_it_prints_dataset_and_sidecars(ask, dataset):
+    write_sidecar(dataset, [[NAN] * 5, [NAN, 1.0, 3.0], [NAN] * 900], sequence_length=64)
+    answer = ask(dataset.prefix, "--verify")
+    assert answer.status == 0
+    for part in (
+        "documents                3",
+        "min 3, quartiles 3, 5, 5, max 900",
+        "documents end            with EOS (token 2)",
+        "documents begin          without BOS",
+        dataset.fingerprint,
+        "verified                 every token and length",
+        "corpus.short_loss",
+        "2 of 908 values (0.2 %)",
+        "min 1.0, mean 2.0, max 3.0 nats",
+        "documents, and multiples of 64",
+        "verified                 every value and length",
+    ):
+        assert part in answer.out
+    assert ask(dataset.prefix).out.count("verified") == 0
+
+
+def test_verify_refuses_a_changed_token(ask, tmp_path):
+    dataset = write_tokens(tmp_path / "corpus", [list(range(200_000))])
+    with open(dataset.prefix + ".bin", "rb+") as file:
+        file.seek(4096)  # between the sampled blocks
+        file.write(struct.pack("<i", 7))
+    assert ask(dataset.prefix).status == 0
+    answer = ask(dataset.prefix, "--verify")
+    assert answer.status == 2
+    assert "corpus.bin: fingerprint" in answer.err and "the tokens were changed" in answer.err
+
+
+def damage(path, size=None, position=None):
+    if size is not None:
+        os.truncate(path, size)
+    else:
+        with open(path, "rb+") as file:
+            file.seek(position)
+            file.write(b"\x7f")
+
+
+@pytest.mark.parametrize(
+    "ending, how, message",
+    [
+        (".bin", {"size": 100}, "corpus.bin: 100 bytes, but "),
+        (".idx", {"size": 60}, "corpus.idx: not a Megatron .idx file, or damaged: 60 bytes"),
+        (".idx", {"position": 0}, "corpus.idx: not a Megatron .idx file"),
+        (".idx", {"position": 17}, "dtype code 127, expected 1 to 8"),
+        (".idx", {"position": HEADER.size}, "corpus.bin: sample_digest is "),
+    ],
+)
+def test_damaged_files_are_one_line(ask, dataset, ending, how, message):
+    damage(dataset.prefix + ending, **how)
+    assert message in ask(dataset.prefix).error_line()
+
+
+def megatron_corpus(prefix, documents, dtype="int32"):
+    with IndexedArrayWriter(prefix, dtype) as writer:
+        for document in documents:
+            writer.add(np.array(document))
+    return str(prefix)
+
+
+def test_a_megatron_corpus_gets_a_manifest_from_its_data(ask, tmp_path, sentencepiece_model):
+    prefix = megatron_corpus(tmp_path / "theirs", [[7, 8, 2], [], [9, 2]])
+    assert "--write-manifest --tokenizer" in ask(prefix).error_line()
+    arguments = (prefix, "--write-manifest", "--tokenizer", sentencepiece_model)
+    assert ask(*arguments).status == 0
+    dataset = TokenDataset(prefix)
+    dataset.verify()
+    known = load_tokenizer(sentencepiece_model).identity
+    assert dataset.manifest.tokenizer == known.model_copy(update={"add_bos": False})
+    assert "there is a manifest already; remove it first" in ask(*arguments).error_line()
+
+
+@pytest.mark.parametrize(
+    "documents, add_bos, add_eos",
+    [
+        ([[1, 7, 2], [1, 2]], True, True),
+        ([[1, 7, 2], [7, 2]], False, True),
+        ([[1, 7, 2], [1, 8]], True, False),
+    ],
+)
+def test_bos_and_eos_are_what_all_documents_have(
+    ask, tmp_path, sentencepiece_model, documents, add_bos, add_eos
+):
+    prefix = megatron_corpus(tmp_path / "theirs", documents, "uint16")
+    assert ask(prefix, "--write-manifest", "--tokenizer", sentencepiece_model).status == 0
+    found = TokenDataset(prefix).manifest.tokenizer
+    assert (found.add_bos, found.add_eos) == (add_bos, add_eos)
+
+
+def test_a_token_beyond_the_vocabulary_gets_no_manifest(ask, tmp_path, sentencepiece_model):
+    prefix = megatron_corpus(tmp_path / "theirs", [[7], [8, 9, 500]])
+    answer = ask(prefix, "--write-manifest", "--tokenizer", sentencepiece_model)
+    assert "token id 500 at token 2 of document 1 is beyond the vocabulary" in answer.error_line()
+    assert not os.path.exists(prefix + ".json")
+
+
+def test_a_missing_prefix_and_half_of_a_request_are_refused(ask, tmp_path):
+    assert "nothing.bin: no such file" in ask(tmp_path / "nothing").error_line()
+    answer = ask(tmp_path / "nothing", "--write-manifest")
+    assert answer.status == 2 and "--write-manifest needs --tokenizer" in answer.err

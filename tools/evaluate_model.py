@@ -1,0 +1,119 @@
+"""Held-out loss of a checkpoint by position and by the distance of a target's last occurrence.
+
+With --window also LongPPL and the gain from long context. Alone, or under torchrun or srun. Done
+again only if the checkpoint, the data or a setting has changed.
+"""
+
+import argparse
+
+from lctw_megatron.cli import run_command
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+_positive.__name__ = "positive integer"  # argparse names it in its error
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="evaluate_model.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="tools/report.py draws what --output holds. --debug shows tracebacks.",
+    )
+    add = parser.add_argument
+    add(
+        "--checkpoint",
+        metavar="DIR",
+        required=True,
+        help="a run folder, its checkpoints or one checkpoint, trained or imported",
+    )
+    add("--data", metavar="PREFIX", required=True, help="held-out token dataset")
+    add(
+        "--output",
+        metavar="FILE",
+        help="default: evaluation.json in --checkpoint, where tools/report.py looks for a run's",
+    )
+    add(
+        "--sequence-length",
+        metavar="S",
+        type=_positive,
+        help="tokens of a sequence; default: the training's",
+    )
+    add(
+        "--max-sequences",
+        metavar="N",
+        type=_positive,
+        default=32,
+        help="sequences to measure, evenly spaced over the data; default: 32",
+    )
+    add(
+        "--window",
+        metavar="K",
+        type=_positive,
+        help="tokens of the short context; without it no LongPPL and no gain",
+    )
+    add(
+        "--stride",
+        metavar="D",
+        type=_positive,
+        help="distance between short windows; default: a quarter of --window",
+    )
+    add(
+        "--key-checkpoint",
+        metavar="DIR",
+        help="the model that picks LongPPL's key tokens: give all models the same one to compare "
+        "them; default: --checkpoint itself",
+    )
+    add("--alpha", type=float, default=2.0, help="LongPPL's bound on log p_long - log p_short")
+    add("--beta", type=float, default=-2.0, help="LongPPL's bound on log p_long")
+    add(
+        "--near",
+        metavar="D",
+        type=_positive,
+        help="a target is near if its token last stood at most D tokens back; default: --window, "
+        "else a quarter of the sequence",
+    )
+    add(
+        "--tokens-per-forward",
+        metavar="T",
+        type=_positive,
+        default=16384,
+        help="sequences are run together up to this many tokens; default: 16384",
+    )
+    add("--tensor", metavar="TP", type=_positive, default=1, help="tensor-parallel ranks")
+    add("--pipeline", metavar="PP", type=_positive, default=1, help="pipeline stages")
+    add("--context", metavar="CP", type=_positive, default=1, help="context-parallel ranks")
+    options = parser.parse_args(arguments)
+
+    from pathlib import Path
+
+    from lctw_megatron.config.schema import LayoutConfig
+    from lctw_megatron.evaluation.evaluate import EvaluationSettings, evaluate_to_file
+
+    settings = EvaluationSettings(
+        sequence_length=options.sequence_length,
+        max_sequences=options.max_sequences,
+        window=options.window,
+        stride=options.stride,
+        near=options.near,
+        key_checkpoint=options.key_checkpoint,
+        alpha=options.alpha,
+        beta=options.beta,
+        tokens_per_forward=options.tokens_per_forward,
+    )
+    layout = LayoutConfig(tensor=options.tensor, pipeline=options.pipeline, context=options.context)
+    output = options.output or Path(options.checkpoint) / "evaluation.json"
+    line = evaluate_to_file(options.checkpoint, options.data, output, settings, layout)
+    if line:
+        print(line)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
