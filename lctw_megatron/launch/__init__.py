@@ -1,0 +1,1 @@
+"""Running a recipe's stages, here or on SLURM."""

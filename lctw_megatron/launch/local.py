@@ -1,0 +1,117 @@
+"""Running stages here, one after the other."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from lctw_megatron.errors import InputError
+from lctw_megatron.launch.plan import Plan
+from lctw_megatron.launch.stages import Stage
+
+PROJECT = Path(__file__).parents[2]
+
+
+def run_stages(plan: Plan, stages: Sequence[Stage], ranks: int | None = None) -> int:
+    """Run ``stages`` in order, leaving out those that are done. Returns an exit status.
+
+    ranks: of stages that can use several; None: this machine's GPUs, on a CPU as few as the layout
+    allows. Stops at the first stage that fails, with its status; start again to go on.
+    """
+    check_needs(plan, stages)
+    for number, stage in enumerate(stages, 1):
+        title = f"[{number}/{len(stages)}] {stage.name}"
+        if plan.is_done(stage):
+            print(f"{title}: done before", flush=True)
+            continue
+        command = local_command(plan, stage, ranks)
+        print(f"{title}: {shlex.join(_shortened(command))}", flush=True)
+        started = time.monotonic()
+        status = _run(command)
+        if status:
+            print(f"{stage.name} ended with status {status}; start again to go on", file=sys.stderr)
+            return status
+        plan.set_done(stage)
+        print(f"{title}: done in {time.monotonic() - started:.0f} s", flush=True)
+    return 0
+
+
+def command_lines(plan: Plan, stages: Sequence[Stage], ranks: int | None = None) -> list[str]:
+    """What ``run_stages`` would run, as one would type it in the project's folder."""
+    lines = []
+    for stage in stages:
+        command = shlex.join(_shortened(local_command(plan, stage, ranks)))
+        lines.append(f"# {stage.name}{': done before' if plan.is_done(stage) else ''}\n{command}")
+    return lines
+
+
+def check_needs(plan: Plan, stages: Sequence[Stage], ahead: frozenset[str] = frozenset()) -> None:
+    """Refuse stages that need others which are neither done nor among them nor in ``ahead``."""
+    known = {stage.name: stage for stage in plan.stages}
+    names = {stage.name for stage in stages} | ahead
+    for stage in stages:
+        for need in stage.needs:
+            if need not in names and not plan.is_done(known[need]) and not plan.is_done(stage):
+                raise InputError(
+                    f"--stages: {stage.name} needs {need}, which is not done; add it to --stages"
+                )
+
+
+def local_command(plan: Plan, stage: Stage, ranks: int | None = None) -> list[str]:
+    """The command that runs ``stage`` on this machine, under torchrun if on several ranks."""
+    tool, *arguments = stage.arguments
+    script = [str(PROJECT / tool), *arguments]
+    world = stage.model_ranks
+    if stage.scales:
+        world = ranks or _most_ranks(plan, stage, max(_gpus(), stage.model_ranks))
+        plan.check_ranks(stage, world)
+    if world == 1:
+        return [sys.executable, *script]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*torchrun, f"--nproc-per-node={world}", *script]
+
+
+def _most_ranks(plan: Plan, stage: Stage, available: int) -> int:
+    """The most of ``available`` ranks that suit the stage; at least those of one model."""
+    for world in range(available, stage.model_ranks, -1):
+        try:
+            plan.check_ranks(stage, world)
+        except InputError:
+            continue
+        return world
+    return stage.model_ranks
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _shortened(command: list[str]) -> list[str]:
+    """The command as one would type it in the project folder."""
+    names = {sys.executable: "python"}
+    return [names.get(part, part.removeprefix(f"{PROJECT}{os.sep}")) for part in command]
+
+
+def _run(command: list[str]) -> int:
+    """Run ``command``; SIGTERM is handed on, so that training can save. Returns its status."""
+    process = subprocess.Popen(command)
+
+    def hand_on(number: int, frame: object) -> None:
+        process.send_signal(number)
+
+    previous = signal.signal(signal.SIGTERM, hand_on)
+    try:
+        while True:
+            try:
+                status = process.wait()
+                return 128 - status if status < 0 else status
+            except KeyboardInterrupt:  # the terminal has interrupted the command as well
+                continue
+    finally:
+        signal.signal(signal.SIGTERM, previous)

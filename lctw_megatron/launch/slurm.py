@@ -1,0 +1,189 @@
+"""Batch scripts for SLURM (job.sbatch.j2): for sbatch, and for plain bash on one node.
+
+One script a stage, two for a stage in parts: an array of jobs for the parts, and their merge.
+Ranks are started by srun, one task each, not by torchrun: a signal then reaches every rank directly
+(torchrun would kill ranks that take more than 30 s to save), and a rank's exit status comes back
+(torchrun makes a 1 of all of them), so that the script knows when to requeue itself.
+"""
+
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jinja2
+
+from lctw_megatron.config.schema import ClusterConfig
+from lctw_megatron.errors import InputError
+from lctw_megatron.launch.plan import Plan
+from lctw_megatron.launch.stages import Stage
+
+LEFT_STATUS = 75
+"""Exit status of a run that saved and left because it was asked to (training/leaving.py)."""
+
+MOST_FAILURES = 5
+"""Failures in a row after which a job that goes on where it stopped is not requeued any more."""
+
+_TEMPLATE = jinja2.Environment(
+    loader=jinja2.PackageLoader("lctw_megatron", "launch"),
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+    undefined=jinja2.StrictUndefined,
+).get_template("job.sbatch.j2")
+
+GPU_KINDS = {"train", "score", "evaluate"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One script to submit."""
+
+    name: str
+    stage: Stage
+    script: str
+    needs: tuple[str, ...]
+    """Names of jobs that must have succeeded before."""
+    parts: int | None = None
+    """Size of the array; None: a single job."""
+
+
+@dataclass(frozen=True)
+class _Size:
+    nodes: int
+    tasks: int
+    """Tasks, which are ranks, on each node."""
+
+
+def stage_jobs(plan: Plan, stage: Stage, cluster: ClusterConfig) -> list[Job]:
+    """The scripts of ``stage``, in the order in which they run. Raises InputError."""
+    size = _size(plan, stage, cluster)
+    if stage.shards == 1:
+        text = _script(plan, stage, stage.name, cluster, size, stage.arguments, None)
+        return [Job(stage.name, stage, text, stage.needs)]
+    parts, whole = f"{stage.name}-parts", (*stage.arguments, "--merge")
+    array = _script(plan, stage, parts, cluster, size, stage.arguments, stage.shards)
+    merge = _script(plan, stage, stage.name, cluster, _Size(1, 1), whole, None)
+    return [
+        Job(parts, stage, array, stage.needs, stage.shards),
+        Job(stage.name, stage, merge, (parts,)),
+    ]
+
+
+def _size(plan: Plan, stage: Stage, cluster: ClusterConfig) -> _Size:
+    """Nodes and tasks: all there are for a stage that scales, else as many as share one model."""
+    per_node = cluster.tasks_per_node or cluster.gpus_per_node or 1
+    if stage.scales and stage.shards == 1:
+        plan.check_ranks(stage, cluster.nodes * per_node)
+        return _Size(cluster.nodes, per_node)
+    nodes = math.ceil(stage.model_ranks / per_node)
+    if nodes > cluster.nodes:
+        raise InputError(
+            f"{stage.name} needs {stage.model_ranks} ranks; the cluster section has "
+            f"{cluster.nodes} nodes with {per_node} ranks each"
+        )
+    return _Size(nodes, math.ceil(stage.model_ranks / nodes))
+
+
+def _script(
+    plan: Plan,
+    stage: Stage,
+    name: str,
+    cluster: ClusterConfig,
+    size: _Size,
+    arguments: Sequence[str],
+    parts: int | None,
+) -> str:
+    ranks = size.nodes * size.tasks
+    merges = name == stage.name and stage.shards > 1
+    # Signals before the time limit reach what srun started, not the script's shell.
+    in_steps = ranks > 1 or (stage.restarts and not merges)
+    title = f"{name} of {plan.recipe_path}"
+    title += f" on {ranks} ranks" if ranks > 1 else ""
+    title += f" in {parts} parts" if parts else ""
+    container = f"{cluster.container} " if cluster.container else ""
+    here = _ranks_of_one_node(plan, stage, size)
+    program = "python" if here == 1 else f"torchrun --standalone --nproc-per-node={here}"
+    environment = [f"export {key}={shlex.quote(v)}" for key, v in cluster.environment.items()]
+    return _TEMPLATE.render(
+        sbatch=_sbatch_lines(plan, stage, name, cluster, size, parts, in_steps),
+        title=title,
+        in_steps=in_steps,
+        folder=shlex.quote(str(plan.folder)),
+        setup=[*(f"module load {name}" for name in cluster.modules), *environment, *cluster.setup],
+        command=_lines(f"{container}python", arguments),
+        arguments=_grouped(arguments),
+        here=f"{container}{program}",
+        srun="".join(f" {option}" for option in _srun_options(cluster)),
+        python=f"{container}python",
+        parts=parts,
+        restarts=stage.restarts,
+        mark=shlex.quote(str(plan.folder / stage.name)),
+        fingerprint=plan.fingerprints[stage.name],
+        left_status=LEFT_STATUS,
+        most_failures=MOST_FAILURES,
+    )
+
+
+def _sbatch_lines(
+    plan: Plan,
+    stage: Stage,
+    name: str,
+    cluster: ClusterConfig,
+    size: _Size,
+    parts: int | None,
+    in_steps: bool,
+) -> list[str]:
+    gpus = min(size.tasks, cluster.gpus_per_node) if stage.kind in GPU_KINDS else 0
+    settings = {
+        "job-name": f"{plan.recipe.name}-{name}",
+        "output": plan.folder / f"{name}{'-%a' if parts else ''}.log",
+        "open-mode": "append",
+        "array": f"0-{parts - 1}" if parts else None,
+        "nodes": size.nodes,
+        "ntasks-per-node": size.tasks,
+        "gpus-per-node": gpus or None,
+        "cpus-per-task": stage.cpus or cluster.cpus_per_task,
+        "time": cluster.time_limit,
+        "signal": f"TERM@{cluster.signal_seconds}" if in_steps else None,
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "constraint": cluster.constraint,
+    }
+    lines = [f"--{key}={value}" for key, value in settings.items() if value is not None]
+    return [*lines, "--requeue", *cluster.sbatch]
+
+
+def _srun_options(cluster: ClusterConfig) -> list[str]:
+    # Since SLURM 22.05 srun does not take it over from sbatch, and gives every task one core.
+    cpus = [f"--cpus-per-task={cluster.cpus_per_task}"] if cluster.cpus_per_task else []
+    return [*cpus, *cluster.srun]
+
+
+def _lines(program: str, arguments: Sequence[str]) -> list[str]:
+    """A command on one line or, if that is long, with an option and its values on each."""
+    groups = _grouped(arguments)
+    line = " ".join([program, *groups])
+    return [line] if len(line) <= 95 else [f"{program} {groups[0]}", *groups[1:]]
+
+
+def _grouped(arguments: Sequence[str]) -> list[str]:
+    """Each option with its values as one quoted text; before them the tool and its own."""
+    groups: list[str] = []
+    for argument in arguments:
+        quoted = shlex.quote(argument)
+        if argument.startswith("--") or not groups:
+            groups.append(quoted)
+        else:
+            groups[-1] += f" {quoted}"
+    return groups
+
+
+def _ranks_of_one_node(plan: Plan, stage: Stage, size: _Size) -> int:
+    """Ranks to start without SLURM: those of one node, if they suit the layout and the batch."""
+    try:
+        plan.check_ranks(stage, size.tasks)
+    except InputError:
+        return size.nodes * size.tasks
+    return size.tasks

@@ -1,0 +1,252 @@
+"""The stages of a recipe: the command line of each, and which others it needs.
+
+prepare                    the corpus to a token dataset
+train-RUN                  after the run it starts from, and after score if it needs the sidecar
+score                      after the run that is the scorer (score-PREFIX for several datasets)
+export-RUN evaluate-RUN    after train-RUN
+verify-RUN                 after export-RUN, with evaluation.verify_exports
+report                     after every evaluation; without an evaluation section after training
+
+Exported, evaluated and reported on are the final runs: those that no other run starts from or is
+scored by.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lctw_megatron.config.load import checkpoints_of
+from lctw_megatron.config.schema import (
+    EvaluationConfig,
+    PrepareConfig,
+    Recipe,
+    RunConfig,
+    ScoringConfig,
+)
+from lctw_megatron.weighting.parse import parse_weighting
+
+KINDS = ("prepare", "score", "train", "export", "verify", "evaluate", "report")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a recipe: a command of tools/ and what must be done before it."""
+
+    name: str
+    kind: str
+    """One of KINDS."""
+    arguments: tuple[str, ...]
+    """The tool, as `tools/train.py`, and its arguments."""
+    output: str
+    """What it leaves behind: a file or folder that is there when it is done."""
+    needs: tuple[str, ...] = ()
+    """Names of the stages that must be done before."""
+    model_ranks: int = 1
+    """Ranks that share one model; a multiple of it is started."""
+    scales: bool = False
+    """Whether more ranks make it faster."""
+    cpus: int | None = None
+    """CPU cores it can use, if it knows."""
+    shards: int = 1
+    """Independent parts, `--shard I/N` each and then `--merge`, where an array of jobs can run."""
+    restarts: bool = False
+    """Whether it goes on where it stopped when it is started again after a failure."""
+    configuration: str = field(default="", repr=False)
+    """What decides the result, if it is not the arguments."""
+
+
+def all_stages(
+    recipe: Recipe, runs: list[RunConfig], recipe_path: str, overrides: Iterable[str]
+) -> list[Stage]:
+    """The stages of ``recipe``, whose runs are resolved in ``runs``, kind by kind."""
+    scored = _scored_prefixes(recipe, runs)
+    stages = [_prepare_stage(recipe.prepare)] if recipe.prepare else []
+    if recipe.scoring:
+        for prefix, name in scored.items():
+            stages.append(_score_stage(recipe, recipe.scoring, prefix, name))
+    for run in runs:
+        stages.append(_train_stage(recipe, run, scored, recipe_path, tuple(overrides)))
+    final = final_runs(recipe, runs)
+    stages += [_export_stage(run) for run in final]
+    if recipe.evaluation and recipe.evaluation.verify_exports:
+        stages += [_verify_stage(run) for run in final]
+    if recipe.evaluation:
+        stages += [_evaluate_stage(recipe, recipe.evaluation, run) for run in final]
+    return [*stages, _report_stage(recipe, final)]
+
+
+def final_runs(recipe: Recipe, runs: Iterable[RunConfig]) -> list[RunConfig]:
+    """The runs that no other run starts from or is scored by."""
+    used = {values.get("start") for values in recipe.runs.values()}
+    if recipe.scoring:
+        used.add(recipe.scoring.scorer)
+    runs = list(runs)
+    return [run for run in runs if run.name not in used] or runs
+
+
+def _data_needs(recipe: Recipe, prefixes: Iterable[str]) -> list[str]:
+    """`prepare`, if it makes one of the token datasets."""
+    if recipe.prepare is None:
+        return []
+    made = {recipe.prepare.output_prefix, f"{recipe.prepare.output_prefix}-validation"}
+    return ["prepare"] if made & set(prefixes) else []
+
+
+def _reads_scores(recipe: Recipe, run: RunConfig) -> bool:
+    """Whether the run reads the sidecar that the recipe's scoring section makes."""
+    needs = parse_weighting(run.weighting).scheme.needs_short_loss
+    frozen = run.weighting.mode == "frozen"
+    return bool(needs and frozen and recipe.scoring and run.data.scores == recipe.scoring.name)
+
+
+def _scored_prefixes(recipe: Recipe, runs: Iterable[RunConfig]) -> dict[str, str]:
+    """Prefix of each token dataset that is to be scored -> name of its stage."""
+    corpora = [corpus for run in runs if _reads_scores(recipe, run) for corpus in run.data.train]
+    prefixes = list(dict.fromkeys(corpus.prefix for corpus in corpora))
+    if len(prefixes) == 1:
+        return {prefixes[0]: "score"}
+    names = [Path(prefix).name for prefix in prefixes]
+    if len(set(names)) < len(names):
+        names = [str(number) for number in range(len(prefixes))]
+    return {prefix: f"score-{name}" for prefix, name in zip(prefixes, names, strict=True)}
+
+
+def _prepare_stage(prepare: PrepareConfig) -> Stage:
+    arguments = ["tools/preprocess.py", "--input", *prepare.inputs]
+    arguments += ["--output-prefix", prepare.output_prefix]
+    if prepare.tokenizer:
+        arguments += ["--tokenizer", prepare.tokenizer]
+    if prepare.train_sentencepiece:
+        arguments += ["--train-sentencepiece", str(prepare.train_sentencepiece)]
+    if prepare.text_field != "text":
+        arguments += ["--text-field", prepare.text_field]
+    if prepare.skip_bad:
+        arguments += ["--skip-bad"]
+    if prepare.max_bytes:
+        arguments += ["--max-bytes", str(prepare.max_bytes)]
+    if prepare.validation_documents:
+        arguments += ["--validation-documents", str(prepare.validation_documents)]
+    arguments += ["--workers", str(prepare.workers)]
+    return Stage(
+        "prepare",
+        "prepare",
+        tuple(arguments),
+        f"{prepare.output_prefix}.json",
+        cpus=prepare.workers,
+    )
+
+
+def _score_stage(recipe: Recipe, scoring: ScoringConfig, prefix: str, name: str) -> Stage:
+    arguments = ["tools/score.py", "--data", prefix]
+    arguments += ["--checkpoint", checkpoints_of(recipe, scoring.scorer)]
+    arguments += ["--window", str(scoring.window), "--stride", str(scoring.stride)]
+    if scoring.sequence_length:
+        arguments += ["--sequence-length", str(scoring.sequence_length)]
+    if scoring.name != "short_loss":
+        arguments += ["--name", scoring.name]
+    if scoring.score_first_window:
+        arguments += ["--score-first-window"]
+    arguments += ["--tokens-per-forward", str(scoring.tokens_per_forward)]
+    arguments += ["--precision", scoring.precision]
+    for option, ranks in (("--tensor", scoring.tensor), ("--pipeline", scoring.pipeline)):
+        if ranks > 1:
+            arguments += [option, str(ranks)]
+    scorer = [f"train-{scoring.scorer}"] if scoring.scorer in recipe.runs else []
+    return Stage(
+        name,
+        "score",
+        tuple(arguments),
+        f"{prefix}.{scoring.name}.json",
+        needs=(*_data_needs(recipe, [prefix]), *scorer),
+        model_ranks=scoring.tensor * scoring.pipeline,
+        scales=True,
+        shards=scoring.shards,
+        restarts=True,
+    )
+
+
+def _train_stage(
+    recipe: Recipe,
+    run: RunConfig,
+    scored: dict[str, str],
+    recipe_path: str,
+    overrides: tuple[str, ...],
+) -> Stage:
+    arguments = ["tools/train.py", recipe_path, "--run", run.name]
+    for override in overrides:
+        arguments += ["--set", override]
+    needs = _data_needs(recipe, [c.prefix for c in (*run.data.train, *run.data.validation)])
+    if _reads_scores(recipe, run):
+        needs += [scored[corpus.prefix] for corpus in run.data.train]
+    start = recipe.runs[run.name].get("start")
+    if start in recipe.runs:
+        needs.append(f"train-{start}")
+    return Stage(
+        f"train-{run.name}",
+        "train",
+        tuple(arguments),
+        f"{run.run_dir}/checkpoints",
+        needs=tuple(dict.fromkeys(needs)),
+        model_ranks=run.layout.tensor * run.layout.pipeline * run.layout.context,
+        scales=True,
+        restarts=True,
+        # Without defaults, so that a field that is new in the schema changes nothing.
+        configuration=run.model_dump_json(exclude_defaults=True),
+    )
+
+
+def _export_stage(run: RunConfig) -> Stage:
+    arguments = ["tools/convert.py", "export", "--checkpoint", f"{run.run_dir}/checkpoints"]
+    output = f"{run.run_dir}/hf"
+    arguments += ["--output", output]
+    return Stage(f"export-{run.name}", "export", tuple(arguments), output, (f"train-{run.name}",))
+
+
+def _verify_stage(run: RunConfig) -> Stage:
+    folder = f"{run.run_dir}/hf"
+    checkpoint = f"{run.run_dir}/checkpoints"
+    arguments = ("tools/convert.py", "verify", "--hf", folder, "--checkpoint", checkpoint)
+    return Stage(f"verify-{run.name}", "verify", arguments, folder, (f"export-{run.name}",))
+
+
+def _evaluate_stage(recipe: Recipe, evaluation: EvaluationConfig, run: RunConfig) -> Stage:
+    arguments = ["tools/evaluate_model.py", "--checkpoint", f"{run.run_dir}/checkpoints"]
+    output = f"{run.run_dir}/evaluation.json"
+    arguments += ["--data", evaluation.data, "--output", output]
+    needs = [*_data_needs(recipe, [evaluation.data]), f"train-{run.name}"]
+    layout = run.layout
+    for option, value, default in [
+        ("--sequence-length", evaluation.sequence_length, None),
+        ("--max-sequences", evaluation.max_sequences, None),
+        ("--window", evaluation.window, None),
+        ("--stride", evaluation.stride, None),
+        ("--near", evaluation.near, None),
+        ("--tensor", layout.tensor, 1),
+        ("--pipeline", layout.pipeline, 1),
+        ("--context", layout.context, 1),
+    ]:
+        if value != default:
+            arguments += [option, str(value)]
+    if key := evaluation.key_checkpoint:
+        arguments += ["--key-checkpoint", checkpoints_of(recipe, key)]
+        if key in recipe.runs and key != run.name:
+            needs.append(f"train-{key}")
+    return Stage(
+        f"evaluate-{run.name}",
+        "evaluate",
+        tuple(arguments),
+        output,
+        needs=tuple(needs),
+        model_ranks=layout.tensor * layout.pipeline * layout.context,
+    )
+
+
+def _report_stage(recipe: Recipe, runs: list[RunConfig]) -> Stage:
+    arguments = ["tools/report.py", *(run.run_dir for run in runs)]
+    output = f"{recipe.output_dir}/report"
+    arguments += ["--output", output]
+    if recipe.evaluation and recipe.evaluation.note:
+        arguments += ["--note", recipe.evaluation.note]
+    last = "evaluate" if recipe.evaluation else "train"
+    needs = tuple(f"{last}-{run.name}" for run in runs)
+    return Stage("report", "report", tuple(arguments), output, needs)

@@ -1,0 +1,129 @@
+"""Stages run one after the other, once, and stop where something fails."""
+
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lctw_megatron.errors import InputError
+from lctw_megatron.launch import local
+from lctw_megatron.launch.plan import Plan
+from tests.launch.conftest import RECIPE
+
+SINGLE = RECIPE.replace("layout: {tensor: 2, sequence: true}", "layout: single")
+
+
+@pytest.fixture
+def fake_tools(tmp_path, monkeypatch):
+    """A project whose tools write down their arguments and create a stage's output."""
+    tools = tmp_path / "project" / "tools"
+    tools.mkdir(parents=True)
+    for name in ("preprocess", "train", "score", "convert", "evaluate_model", "report"):
+        (tools / f"{name}.py").write_text(
+            "import os, pathlib, sys\n"
+            f"print('{name}', *sys.argv[1:], file=open('said', 'a'))\n"
+            "for name in ('data/books.json', 'data/books.short_loss.json', 'out/report',\n"
+            "             *(f'out/{r}/{o}' for r in ('base', 'uniform', 'dense')\n"
+            "               for o in ('checkpoints', 'hf', 'evaluation.json'))):\n"
+            "    pathlib.Path(name).mkdir(parents=True, exist_ok=True)\n"
+            f"sys.exit(int(os.environ.get('{name.upper()}_STATUS', 0)))\n"
+        )
+    monkeypatch.setattr(local, "PROJECT", tools.parent)
+    return lambda: Path("said").read_text().splitlines() if Path("said").exists() else []
+
+
+def test_stages_run_in_order_and_only_once(plan, fake_tools, capfd):
+    made = plan(SINGLE)
+    assert local.run_stages(made, made.stages) == 0
+    assert [line.split()[0] for line in fake_tools()] == [
+        "preprocess", "train", "score", "train", "train",
+        "convert", "convert", "evaluate_model", "evaluate_model", "report",
+    ]  # fmt: skip
+    assert "[3/10] score: python tools/score.py --data data/books" in capfd.readouterr().out
+    assert local.run_stages(made, made.stages) == 0
+    assert len(fake_tools()) == 10
+    assert "[10/10] report: done before" in capfd.readouterr().out
+
+
+def test_a_failure_stops_the_chain_and_the_next_start_goes_on(plan, fake_tools, monkeypatch):
+    made = plan(SINGLE)
+    monkeypatch.setenv("SCORE_STATUS", "7")
+    assert local.run_stages(made, made.stages) == 7
+    assert [line.split()[0] for line in fake_tools()] == ["preprocess", "train", "score"]
+    monkeypatch.delenv("SCORE_STATUS")
+    assert local.run_stages(made, made.stages) == 0
+    assert [line.split()[0] for line in fake_tools()[3:5]] == ["score", "train"]
+
+
+def test_a_stage_without_what_it_needs_is_refused(plan, fake_tools):
+    made = plan(SINGLE)
+    with pytest.raises(InputError, match="train-base needs prepare, which is not done"):
+        local.run_stages(made, made.select(["train"]))
+    assert fake_tools() == []
+    assert local.run_stages(made, made.select(["prepare"])) == 0
+    assert local.run_stages(made, made.select(["train-base"])) == 0
+
+
+def test_several_ranks_run_under_torchrun(plan, monkeypatch):
+    made = plan()
+    train, score = made.select(["train-dense", "score"])[::-1]
+    assert (train.name, score.name) == ("train-dense", "score")
+    command = local.local_command(made, train)
+    assert command[:4] == [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    assert command[4] == "--nproc-per-node=2"  # as few as the layout allows
+    assert local.local_command(made, score)[1].endswith("tools/score.py")
+    assert "--nproc-per-node=4" in local.local_command(made, train, ranks=4)
+    with pytest.raises(InputError, match="train-dense on 3 ranks"):
+        local.local_command(made, train, ranks=3)
+    monkeypatch.setattr(local, "_gpus", lambda: 7)
+    assert "--nproc-per-node=4" in local.local_command(made, train)  # 6 does not divide the batch
+    assert "--nproc-per-node=7" in local.local_command(made, score)
+    (report,) = made.select(["report"])
+    assert local.local_command(made, report, ranks=4)[0:2] == [
+        sys.executable,
+        str(local.PROJECT / "tools/report.py"),
+    ]
+
+
+def test_sigterm_is_handed_on_so_that_training_can_save(plan, fake_tools, tmp_path):
+    import signal
+    import subprocess
+
+    (tmp_path / "project/tools/preprocess.py").write_text(
+        "import signal, sys, time\n"
+        "def leave(*_):\n"
+        "    print('saved', file=open('said', 'a', buffering=1))\n"
+        "    sys.exit(75)\n"
+        "signal.signal(signal.SIGTERM, leave)\n"
+        "print('ready', file=open('said', 'a', buffering=1))\n"
+        "time.sleep(60)\n"
+    )
+    plan(SINGLE)
+    code = (
+        "import pathlib, sys\n"
+        "from lctw_megatron.launch import local, plan\n"
+        f"local.PROJECT = pathlib.Path({str(tmp_path / 'project')!r})\n"
+        "made = plan.make_plan('recipe.yaml')\n"
+        "sys.exit(local.run_stages(made, made.select(['prepare'])))\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
+    for _ in range(600):
+        if fake_tools() == ["ready"]:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 75
+    assert fake_tools() == ["ready", "saved"]
+
+
+def test_dry_run_shows_the_commands(plan):
+    made: Plan = plan()
+    lines = local.command_lines(made, made.select(["train-dense"]))
+    assert lines == [
+        "# train-dense\npython -m torch.distributed.run --standalone --nproc-per-node=2 "
+        "tools/train.py recipe.yaml --run dense"
+    ]
+    alone = replace(made.select(["train-base"])[0], name="export-x")
+    assert "tools/train.py" in local.local_command(made, alone)[1]

@@ -1,0 +1,144 @@
+"""Submitting, asking and submitting again, with stubs in the place of sbatch and squeue."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from lctw_megatron.config.schema import ClusterConfig
+from lctw_megatron.errors import InputError
+from lctw_megatron.launch import queue
+from lctw_megatron.launch.order import Order, carry_out, read_order, status
+
+CPU = ClusterConfig(nodes=2, gpus_per_node=0, tasks_per_node=2)
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """sbatch that numbers jobs from 1 and writes its arguments down; squeue that shows a file."""
+    stubs = tmp_path / "stubs"
+    stubs.mkdir()
+    (stubs / "sbatch").write_text(
+        '#!/bin/bash\necho "$@" >> said\n'
+        '[ -n "$REFUSE" ] && { echo "no such partition" >&2; exit 1; }\n'
+        "wc -l < said\n"
+    )
+    (stubs / "squeue").write_text("#!/bin/bash\n[ -e waiting ] && cat waiting; exit 0\n")
+    for path in stubs.iterdir():
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{stubs}:{os.environ['PATH']}")
+
+    class Slurm:
+        @staticmethod
+        def said() -> dict[str, str]:
+            """Script name -> the options it was last submitted with."""
+            lines = [line.split() for line in Path("said").read_text().splitlines()]
+            return {Path(line[-1]).stem: " ".join(line[1:-1]) for line in lines}
+
+        @staticmethod
+        def waiting(text: str) -> None:
+            Path("waiting").write_text(text)
+
+    return Slurm()
+
+
+def finish(plan, *names: str) -> None:
+    for stage in plan.stages:
+        if stage.name in names:
+            Path(stage.output).mkdir(parents=True, exist_ok=True)
+            plan.set_done(stage)
+
+
+def test_the_chain_is_submitted_with_its_dependencies(plan, slurm):
+    made = plan()
+    queue.submit(made, made.stages, CPU)
+    ids = json.loads((made.folder / "jobs.json").read_text())
+    names = ["prepare", "train-base", "score-parts", "score", "train-uniform", "train-dense"]
+    assert list(ids.values()) == [str(n) for n in range(1, 12)]
+    assert list(ids)[:6] == names
+    said = slurm.said()
+    after = "--dependency=afterok:{} --kill-on-invalid-dep=yes"
+    assert said["prepare"] == ""
+    assert said["train-base"] == after.format("1")
+    assert said["score-parts"] == after.format("1:2") + " --array=0,1,2,3"
+    assert said["score"] == after.format("3")
+    assert said["train-dense"] == after.format("1:4:2")
+    assert (made.folder / "train-dense.sbatch").read_text().startswith("#!/bin/bash")
+
+
+def test_submitting_again_leaves_out_what_is_done_or_queued(plan, slurm, capsys):
+    made = plan()
+    queue.submit(made, made.stages, CPU)
+    finish(made, "prepare", "train-base")
+    for part in (0, 2):
+        made.mark(made.select(["score"])[0], part).write_text(made.fingerprints["score"])
+    slurm.waiting("5 RUNNING\n99 PENDING\n")
+    Path("said").write_text("\n" * 20)
+    capsys.readouterr()
+    queue.submit(made, made.stages, CPU)
+    output = capsys.readouterr().out
+    assert "prepare: done before" in output
+    assert "train-uniform: job 5 is in the queue" in output
+    lines = Path("said").read_text().splitlines()[20:]
+    submitted = [Path(line.split()[-1]).stem for line in lines]
+    assert submitted == [
+        "score-parts", "score", "train-dense", "export-uniform", "export-dense",
+        "evaluate-uniform", "evaluate-dense", "report",
+    ]  # fmt: skip
+    assert "--array=1,3" in lines[0] and "--dependency" not in lines[0]
+    assert "--dependency=afterok:22 " in lines[2]  # score; base is done
+    assert "--dependency=afterok:5 " in lines[3]  # the one in the queue
+
+
+def test_status_says_where_every_job_stands(plan, slurm):
+    made = plan()
+    jobs = queue.plan_jobs(made, made.stages, CPU)
+    assert all("not submitted" in line for line in queue.status_lines(made, jobs))
+    queue.submit(made, made.stages, CPU)
+    finish(made, "prepare")
+    made.mark(made.select(["score"])[0], 1).write_text(made.fingerprints["score"])
+    slurm.waiting("3 PENDING\n3 RUNNING\n3 PENDING\n6 PENDING\n")
+    lines = {line.split()[0]: line for line in queue.status_lines(made, jobs)}
+    assert lines["prepare"].split()[1] == "done"
+    assert "failed or cancelled, job 2 " in lines["train-base"]
+    assert lines["train-base"].endswith("out/launch/train-base.log")
+    assert "pending and running, job 3, 1 of 4 parts done" in lines["score-parts"]
+    assert "pending, job 6" in lines["train-dense"]
+
+
+def test_an_order_is_kept_for_status_and_resume(plan, slurm, capsys):
+    plan()
+    order = Order("recipe.yaml", ("training.steps=50",), ("prepare", "train-base"), "slurm")
+    assert carry_out(order, dry_run=True) == 0
+    assert "##### out/launch/train-base.sbatch" in capsys.readouterr().out
+    assert not Path("out").exists()
+    assert carry_out(order) == 0
+    assert read_order("out") == order
+    assert status("out") == 0
+    assert "failed or cancelled, job 2" in capsys.readouterr().out
+    assert carry_out(read_order("out")) == 0
+    assert "--set training.steps=50" not in slurm.said()["train-base"]  # it is in the script
+    assert "training.steps=50" in Path("out/launch/train-base.sbatch").read_text()
+    with pytest.raises(InputError, match="nothing was launched into elsewhere"):
+        read_order("elsewhere")
+
+
+def test_what_slurm_refuses_is_passed_on(plan, slurm, monkeypatch):
+    made = plan()
+    monkeypatch.setenv("REFUSE", "1")
+    with pytest.raises(InputError, match="sbatch .*: no such partition"):
+        queue.submit(made, made.stages, CPU)
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(InputError, match="sbatch: not found; submit on a machine of the cluster"):
+        queue.submit(made, made.stages, CPU)
+
+
+def test_stages_that_need_others_not_on_their_way_are_refused(plan, slurm):
+    made = plan()
+    with pytest.raises(InputError, match="train-base needs prepare, which is not done"):
+        queue.submit(made, made.select(["train-base"]), CPU)
+    queue.submit(made, made.select(["prepare"]), CPU)
+    slurm.waiting("1 RUNNING\n")
+    queue.submit(made, made.select(["train-base"]), CPU)
+    assert slurm.said()["train-base"].startswith("--dependency=afterok:1 ")

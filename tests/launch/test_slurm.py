@@ -1,0 +1,204 @@
+"""The batch scripts: as in golden/, and doing what they should under bash and a SLURM of stubs.
+
+RENEW_GOLDEN=1 python -m pytest tests/launch/test_slurm.py writes golden/ anew; read the difference.
+"""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from lctw_megatron.config.schema import ClusterConfig
+from lctw_megatron.errors import InputError
+from lctw_megatron.launch.slurm import LEFT_STATUS, stage_jobs
+from lctw_megatron.training.leaving import REQUEUE_STATUS
+from tests.launch.conftest import RECIPE
+
+GOLDEN = Path(__file__).parent / "golden"
+
+GPU_CLUSTER = ClusterConfig(
+    partition="long",
+    account="project-7",
+    qos="high",
+    constraint="h100",
+    nodes=2,
+    gpus_per_node=4,
+    cpus_per_task=12,
+    time_limit="12:00:00",
+    signal_seconds=600,
+    modules=["cuda/12.4"],
+    environment={"NCCL_DEBUG": "WARN", "CACHE": "/scratch/my files"},
+    setup=["source .venv/bin/activate"],
+    container="apptainer exec --nv image.sif",
+    srun=["--cpu-bind=cores"],
+    sbatch=["--exclusive"],
+)
+
+
+def jobs(plan, cluster, *names):
+    found = [job for stage in plan.stages for job in stage_jobs(plan, stage, cluster)]
+    return [job for job in found if job.name in names] if names else found
+
+
+def test_scripts_are_those_in_golden(plan, request):
+    made = plan()
+    folder = Path(request.path).parent / "golden"
+    scripts = {f"cpu-{job.name}": job.script for job in jobs(made, made.recipe.cluster)}
+    scripts |= {f"gpu-{job.name}": job.script for job in jobs(made, GPU_CLUSTER)}
+    chosen = [
+        "cpu-prepare", "cpu-score-parts", "cpu-score", "cpu-train-dense", "cpu-export-dense",
+        "gpu-score-parts", "gpu-train-dense", "gpu-evaluate-dense",
+    ]  # fmt: skip
+    for name in chosen:
+        path = folder / f"{name}.sbatch"
+        if os.environ.get("RENEW_GOLDEN"):
+            path.write_text(scripts[name])
+        assert scripts[name] == path.read_text(), name
+    assert {path.stem for path in folder.iterdir()} == set(chosen)
+
+
+def test_every_script_is_good_bash_and_names_its_needs(plan):
+    made = plan()
+    for cluster in (made.recipe.cluster, GPU_CLUSTER):
+        for job in jobs(made, cluster):
+            check = subprocess.run(["bash", "-n"], input=job.script, text=True, capture_output=True)
+            assert check.returncode == 0, check.stderr
+    needs = {job.name: job.needs for job in jobs(made, GPU_CLUSTER)}
+    assert needs["score-parts"] == ("prepare", "train-base")
+    assert needs["score"] == ("score-parts",)
+    assert needs["train-dense"] == ("prepare", "score", "train-base")
+
+
+def test_ranks_that_do_not_fit_the_cluster_are_refused(plan):
+    with pytest.raises(InputError, match="train-uniform on 1 ranks"):
+        jobs(plan(), ClusterConfig(nodes=1, gpus_per_node=1), "train-dense")
+    made = plan(RECIPE.replace("shards: 4", "shards: 4, tensor: 2, pipeline: 2"))
+    cluster = ClusterConfig(nodes=1, gpus_per_node=2)
+    with pytest.raises(InputError, match="score needs 4 ranks; .* 1 nodes with 2 ranks"):
+        jobs(made, cluster, "score")
+
+
+def test_the_status_that_asks_to_be_requeued_is_the_trainers():
+    assert LEFT_STATUS == REQUEUE_STATUS
+
+
+# Two tasks, one after the other; like the real one it returns the largest exit status.
+SRUN = """
+while [ "${1#--}" != "$1" ]; do shift; done
+export SLURM_PROCID SLURM_LOCALID SLURM_NTASKS=2
+most=0
+for SLURM_PROCID in 0 1; do
+    SLURM_LOCALID=$SLURM_PROCID
+    "$@" || { status=$?; [ $status -gt $most ] && most=$status; }
+done
+exit $most
+"""
+
+
+@pytest.fixture
+def run_script(tmp_path, monkeypatch):
+    """Runs a script with stubs on the path; returns its status and what the stubs were told."""
+    stubs = tmp_path / "stubs"
+    stubs.mkdir()
+    said = tmp_path / "said"
+
+    def stub(name: str, body: str) -> None:
+        path = stubs / name
+        path.write_text(f"#!/bin/bash\n{body}\n")
+        path.chmod(0o755)
+
+    stub("srun", SRUN)
+    stub("scontrol", f'if [ "$1" = show ]; then printf "n1\\nn2\\n"; else echo "$@" >> {said}; fi')
+    for name in ("python", "torchrun"):
+        stub(
+            name,
+            f'echo {name} "$@" "${{RANK:-}}/${{WORLD_SIZE:-}}@${{MASTER_ADDR:-}}" >> {said}\n'
+            "exit ${STATUS:-0}",
+        )
+
+    def run(script: str, **environment: str) -> tuple[int, list[str]]:
+        said.unlink(missing_ok=True)
+        path = f"{stubs}:{os.environ['PATH']}"
+        clean = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
+        result = subprocess.run(
+            ["bash"], input=script.replace("source .venv/bin/activate\n", ""), text=True,
+            env=clean | {"PATH": path} | environment, capture_output=True, timeout=60,
+        )  # fmt: skip
+        return result.returncode, said.read_text().splitlines() if said.exists() else []
+
+    return run
+
+
+IN_JOB = {"SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "n[1-2]"}
+TRAIN = "tools/train.py recipe.yaml --run dense"
+
+
+def test_a_finished_training_leaves_its_mark(plan, run_script):
+    made = plan()
+    (job,) = jobs(made, made.recipe.cluster, "train-dense")
+    assert run_script(job.script, **IN_JOB) == (
+        0,
+        [f"python {TRAIN} 0/2@n1", f"python {TRAIN} 1/2@n1"],
+    )
+    assert made.mark(job.stage).read_text().strip() == made.fingerprints["train-dense"]
+
+
+def test_without_slurm_the_script_runs_on_this_node(plan, run_script):
+    made = plan()
+    (job,) = jobs(made, made.recipe.cluster, "train-dense")
+    status, said = run_script(job.script)
+    assert (status, said) == (0, [f"torchrun --standalone --nproc-per-node=2 {TRAIN} /@"])
+    made.mark(job.stage).unlink()
+    assert run_script(job.script, STATUS="75")[0] == 75
+    assert not made.mark(job.stage).exists()
+
+
+def test_a_training_that_was_asked_to_leave_is_requeued_for_ever(plan, run_script):
+    made = plan()
+    (job,) = jobs(made, made.recipe.cluster, "train-dense")
+    for _ in range(8):
+        status, said = run_script(job.script, STATUS="75", **IN_JOB)
+        assert (status, said[-1]) == (0, "requeue 41")
+    assert not made.mark(job.stage).exists()
+
+
+def test_a_training_that_fails_is_requeued_five_times(plan, run_script):
+    made = plan()
+    (job,) = jobs(made, made.recipe.cluster, "train-dense")
+    for _ in range(5):
+        assert run_script(job.script, STATUS="137", **IN_JOB)[1][-1] == "requeue 41"
+    status, said = run_script(job.script, STATUS="137", **IN_JOB)
+    assert status == 137 and "requeue 41" not in said
+    assert len((made.folder / "train-dense.failures").read_text().splitlines()) == 6
+    run_script(job.script, STATUS="75", **IN_JOB)  # it got on: the count begins anew
+    assert run_script(job.script, STATUS="137", **IN_JOB)[1][-1] == "requeue 41"
+
+
+def test_a_mistake_of_the_user_is_not_tried_again(plan, run_script):
+    made = plan()
+    (job,) = jobs(made, made.recipe.cluster, "train-dense")
+    status, said = run_script(job.script, STATUS="2", **IN_JOB)
+    assert status == 2 and "requeue 41" not in said
+
+
+def test_parts_are_array_tasks_or_one_after_the_other(plan, run_script):
+    made = plan()
+    parts, merge = jobs(made, made.recipe.cluster, "score-parts", "score")
+    status, said = run_script(parts.script, SLURM_ARRAY_TASK_ID="2", **IN_JOB)
+    assert status == 0 and all("--shard 2/4" in line for line in said)
+    assert [made.is_done(parts.stage, part) for part in range(4)] == [False, False, True, False]
+    status, said = run_script(parts.script)
+    assert [line.split("--shard ")[1].split()[0] for line in said] == ["0/4", "1/4", "2/4", "3/4"]
+    assert run_script(parts.script, STATUS="1")[0] == 1
+    status, said = run_script(merge.script, **IN_JOB)
+    assert status == 0 and len(said) == 1 and said[0].endswith("--merge /@")
+
+
+def test_a_plain_stage_that_fails_leaves_no_mark(plan, run_script):
+    made = plan()
+    (job,) = jobs(made, made.recipe.cluster, "prepare")
+    assert run_script(job.script, STATUS="3", **IN_JOB)[0] == 3
+    assert not made.mark(job.stage).exists()
+    assert run_script(job.script, **IN_JOB)[0] == 0
+    assert made.mark(job.stage).exists()
