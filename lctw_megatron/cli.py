@@ -53,3 +53,14 @@ def run_command(main: Callable[[list[str]], int | None]) -> None:
         status = 130
     sys.stdout.flush()
     sys.exit(status)
+
+
+def positive(text: str) -> int:
+    """For argparse's `type`."""
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+positive.__name__ = "positive integer"  # argparse names it in its error

@@ -5,7 +5,7 @@ import resource
 import time
 from pathlib import Path
 
-from lctw_megatron.cli import run_command
+from lctw_megatron.cli import positive, run_command
 
 IMPORT = """Convert a Hugging Face folder (Llama, Mistral, Qwen2, Qwen3; safetensors) to a
 checkpoint that can be loaded under any layout. Streamed, so the size of the model does not matter:
@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument(
         "--length",
         metavar="N",
-        type=int,
+        type=positive,
         default=512,
         help="tokens to run on (default: %(default)s)",
     )

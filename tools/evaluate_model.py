@@ -6,17 +6,7 @@ again only if the checkpoint, the data or a setting has changed.
 
 import argparse
 
-from lctw_megatron.cli import run_command
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
-
-
-_positive.__name__ = "positive integer"  # argparse names it in its error
+from lctw_megatron.cli import positive, run_command
 
 
 def main(arguments: list[str]) -> int:
@@ -42,26 +32,27 @@ def main(arguments: list[str]) -> int:
     add(
         "--sequence-length",
         metavar="S",
-        type=_positive,
-        help="tokens of a sequence; default: the training's",
+        type=positive,
+        help="tokens of a sequence; default: the training's, of an imported model "
+        "its max_position_embeddings",
     )
     add(
         "--max-sequences",
         metavar="N",
-        type=_positive,
+        type=positive,
         default=32,
         help="sequences to measure, evenly spaced over the data; default: 32",
     )
     add(
         "--window",
         metavar="K",
-        type=_positive,
+        type=positive,
         help="tokens of the short context; without it no LongPPL and no gain",
     )
     add(
         "--stride",
         metavar="D",
-        type=_positive,
+        type=positive,
         help="distance between short windows; default: a quarter of --window",
     )
     add(
@@ -75,20 +66,20 @@ def main(arguments: list[str]) -> int:
     add(
         "--near",
         metavar="D",
-        type=_positive,
+        type=positive,
         help="a target is near if its token last stood at most D tokens back; default: --window, "
         "else a quarter of the sequence",
     )
     add(
         "--tokens-per-forward",
         metavar="T",
-        type=_positive,
+        type=positive,
         default=16384,
         help="sequences are run together up to this many tokens; default: 16384",
     )
-    add("--tensor", metavar="TP", type=_positive, default=1, help="tensor-parallel ranks")
-    add("--pipeline", metavar="PP", type=_positive, default=1, help="pipeline stages")
-    add("--context", metavar="CP", type=_positive, default=1, help="context-parallel ranks")
+    add("--tensor", metavar="TP", type=positive, default=1, help="tensor-parallel ranks")
+    add("--pipeline", metavar="PP", type=positive, default=1, help="pipeline stages")
+    add("--context", metavar="CP", type=positive, default=1, help="context-parallel ranks")
     options = parser.parse_args(arguments)
 
     from pathlib import Path

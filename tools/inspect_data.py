@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from lctw_megatron.cli import run_command
+from lctw_megatron.cli import positive, run_command
 from lctw_megatron.data.inspection import (
     describe,
     describe_sidecar,
@@ -84,7 +84,7 @@ def _add_views(add: Callable[..., Any]) -> None:
     add(
         "--sample",
         metavar="N",
-        type=_count,
+        type=positive,
         help="of all: only N sequences, evenly spaced (a million targets take a few seconds)",
     )
     add(
@@ -92,7 +92,12 @@ def _add_views(add: Callable[..., Any]) -> None:
         metavar="FILE",
         help="documents by their mean gain from long context, best first, as JSON lines",
     )
-    add("--step", metavar="N", type=_count, help="PREFIX is a run's folder: what step N read")
+    add(
+        "--step",
+        metavar="N",
+        type=_count,
+        help="PREFIX is a run's folder: what step N, counted from 0, read",
+    )
     add("--html", metavar="FILE", help="write the view as one HTML file too")
     add("--png", metavar="FILE", help="draw the first page of the text as a picture too")
     add(
@@ -102,7 +107,7 @@ def _add_views(add: Callable[..., Any]) -> None:
         help="what colours and ranks; difference is short - long loss; default: weight",
     )
     add("--offset", metavar="N", type=_count, default=0, help="text: skip the first N targets")
-    add("--tokens", metavar="N", type=_count, default=2000, help="text: N targets; default: 2000")
+    add("--tokens", metavar="N", type=positive, default=2000, help="text: N targets; default: 2000")
     add("--color", choices=("auto", "always", "never"), default="auto", help="of text")
 
 
@@ -110,7 +115,7 @@ def _add_weighing(add: Callable[..., Any]) -> None:
     add(
         "--sequence-length",
         metavar="S",
-        type=_count,
+        type=positive,
         help="weigh sequences of S tokens, as training does; default: whole documents",
     )
     add("--packing", choices=("chunk", "pack"), default="chunk", help="default: chunk")
@@ -133,7 +138,7 @@ def _add_weighing(add: Callable[..., Any]) -> None:
     add(
         "--near",
         metavar="D",
-        type=_count,
+        type=positive,
         help="statistics: near is at most D tokens back; default: a quarter of the sequence",
     )
     add("--long", metavar="NAME", default="long_loss", help="sidecar; default: long_loss")
@@ -146,10 +151,10 @@ def _add_weighing(add: Callable[..., Any]) -> None:
     add(
         "--window",
         metavar="K",
-        type=_count,
+        type=positive,
         help="with --checkpoint: it gives the short losses too, from K tokens",
     )
-    add("--stride", metavar="D", type=_count, help="of --window; default: a quarter of it")
+    add("--stride", metavar="D", type=positive, help="of --window; default: a quarter of it")
 
 
 def main(arguments: list[str]) -> int | None:
@@ -166,7 +171,15 @@ def main(arguments: list[str]) -> int | None:
         parser().error("--png is for --document and --sequence")
     if options.html and not (look or text):
         parser().error("--html is for --document, --sequence, --top and --statistics")
+    if options.document is not None and options.sequence is not None:
+        parser().error("--document or --sequence, not both")
+    if options.rank_documents and (look or text):
+        parser().error("--rank-documents is a view of its own")
     view = look or text or options.rank_documents or options.step is not None
+    if view and (options.verify or options.write_manifest):
+        parser().error("--verify and --write-manifest go without a view")
+    if options.overrides and not (look or text):
+        parser().error("--set is for --document, --sequence, --top and --statistics")
     if view and len(options.prefix) > 1:
         parser().error("a view takes one PREFIX")
     if options.step is not None:

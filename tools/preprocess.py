@@ -2,7 +2,7 @@
 
 import argparse
 
-from lctw_megatron.cli import run_command
+from lctw_megatron.cli import positive, run_command
 from lctw_megatron.config.schema import PrepareConfig
 from lctw_megatron.data.preprocess import preprocess
 
@@ -13,13 +13,6 @@ not depend on --workers. --debug shows the traceback of an error.
 example:
   python tools/preprocess.py --input stdlib --output-prefix data/stdlib --train-sentencepiece 4096
 """
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
 
 
 def parser() -> argparse.ArgumentParser:

@@ -6,17 +6,7 @@ each `--shard I/N`, and then once with `--merge`. Start it again to finish what 
 
 import argparse
 
-from lctw_megatron.cli import run_command
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
-
-
-_positive.__name__ = "positive integer"  # argparse names it in its error
+from lctw_megatron.cli import positive, run_command
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -44,11 +34,11 @@ def main(arguments: list[str]) -> int:
         required=True,
         help="the scorer: a run folder, its checkpoints or one checkpoint, trained or imported",
     )
-    add("--window", metavar="K", type=_positive, required=True, help="tokens the scorer sees")
+    add("--window", metavar="K", type=positive, required=True, help="tokens the scorer sees")
     add(
         "--stride",
         metavar="D",
-        type=_positive,
+        type=positive,
         required=True,
         help="distance between windows: targets have K-D to K-1 tokens of context, and scoring "
         "reads the corpus K/D times",
@@ -56,7 +46,7 @@ def main(arguments: list[str]) -> int:
     add(
         "--sequence-length",
         metavar="S",
-        type=_positive,
+        type=positive,
         help="windows restart at every multiple of S too; default: only at documents",
     )
     add("--name", default="short_loss", help="of the sidecar; default: short_loss")
@@ -69,16 +59,16 @@ def main(arguments: list[str]) -> int:
     add(
         "--tokens-per-forward",
         metavar="T",
-        type=_positive,
+        type=positive,
         default=16384,
         help="windows are run together up to this many tokens, which decides the memory; "
         "default: 16384",
     )
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="default: fp32")
-    add("--tensor", metavar="TP", type=_positive, default=1, help="tensor-parallel ranks")
-    add("--pipeline", metavar="PP", type=_positive, default=1, help="pipeline stages")
+    add("--tensor", metavar="TP", type=positive, default=1, help="tensor-parallel ranks")
+    add("--pipeline", metavar="PP", type=positive, default=1, help="pipeline stages")
     part = parser.add_mutually_exclusive_group()
-    part.add_argument("--shards", metavar="N", type=_positive, help="pieces of the work")
+    part.add_argument("--shards", metavar="N", type=positive, help="pieces of the work")
     part.add_argument(
         "--shard", metavar="I/N", type=_shard, help="score only piece I (0 to N-1) of N; no merge"
     )

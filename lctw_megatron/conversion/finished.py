@@ -26,8 +26,9 @@ def already_done(output: Path, source: dict[str, Any], say: Callable[[str], None
     above = next(parent for parent in output.absolute().parents if parent.exists())
     if not above.is_dir():
         raise InputError(f"{output}: {above} is a file, a folder was expected")
-    for leftover in sorted(output.parent.glob(f".{output.name}.*.tmp")):  # see atomic_directory
-        say(f"{leftover}: left by a conversion that was interrupted; it can be deleted")
+    for ending in ("tmp", "old"):  # see atomic_directory
+        for leftover in sorted(output.parent.glob(f".{output.name}.*.{ending}")):
+            say(f"{leftover}: left by a conversion that was interrupted; it can be deleted")
     if not output.exists():
         return False
     if not output.is_dir():

@@ -20,6 +20,7 @@ from lctw_megatron.conversion.placement import (
     query_groups,
     stored_tensors,
 )
+from lctw_megatron.errors import InputError
 from lctw_megatron.model.checkpoint import read_manifest
 from lctw_megatron.progress import Progress
 
@@ -108,9 +109,19 @@ def _compare(
 
 
 def compare_logits(hf: Path, checkpoint: Path, tokens: Tensor) -> LogitsComparison:
-    """Run both models in float32 on ``tokens`` (int64 [sequences, length])."""
-    theirs = hf_logits(hf, tokens, dtypes.TORCH[read_manifest(checkpoint).dtype])
-    ours = megatron_logits(checkpoint, tokens)
+    """Run both models in float32 on ``tokens`` (int64 [sequences, length]), the weights of both
+    rounded to the narrower dtype of the two, as compare_tensors does. InputError for a token that
+    the model does not have."""
+    size = read_manifest(checkpoint).model.vocab_size or 0
+    if wrong := [token for token in tokens.flatten().tolist() if not 0 <= token < size]:
+        raise InputError(f"token id {wrong[0]}: {checkpoint} has a vocabulary of {size}")
+    rounded_to = dtypes.TORCH[read_manifest(checkpoint).dtype]
+    with SafetensorsFolder(hf) as source:
+        for stored in stored_tensors(read_config(hf).model):
+            for part in stored.parts:
+                rounded_to = dtypes.narrower(rounded_to, source.dtype(part.name))
+    theirs = hf_logits(hf, tokens, rounded_to)
+    ours = megatron_logits(checkpoint, tokens, rounded_to)
     return LogitsComparison(
         tokens=tokens.numel(),
         largest=float((ours - theirs).abs().nan_to_num(math.inf).max()),
@@ -132,8 +143,11 @@ def hf_logits(hf: Path, tokens: Tensor, rounded_to: torch.dtype = torch.float32)
 
 
 @torch.no_grad()
-def megatron_logits(checkpoint: Path, tokens: Tensor) -> Tensor:
-    """float32 logits [sequences, length, vocabulary] of our model, on one rank."""
+def megatron_logits(
+    checkpoint: Path, tokens: Tensor, rounded_to: torch.dtype = torch.float32
+) -> Tensor:
+    """float32 logits [sequences, length, vocabulary] of our model, on one rank, weights rounded
+    first."""
     from lctw_megatron.config.schema import LayoutConfig
     from lctw_megatron.model.checkpoint import load_weights
     from lctw_megatron.model.gpt import build_model
@@ -152,6 +166,8 @@ def megatron_logits(checkpoint: Path, tokens: Tensor) -> Tensor:
             seed=None,
         )
         load_weights(chunks, checkpoint)
+        for parameter in chunks[0].parameters():
+            parameter.copy_(parameter.to(rounded_to))
         place = tokens.to(world.device)
         positions = torch.arange(tokens.shape[1], device=world.device).expand_as(place)
         logits = chunks[0].eval()(place, positions, None)

@@ -112,6 +112,8 @@ class Inspection:
                 top.add(targets)
             if statistics is not None:
                 statistics.add(targets)
+        if statistics is not None and not statistics.targets:
+            raise InputError(f"{self.scored.dataset.prefix}: no targets to count")
         parts: list[str] = []
         sections: list[Section] = []
         if chosen is not None and selected is not None:
@@ -135,11 +137,16 @@ class Inspection:
             sequences = [self.scored.sequence(view.sequence)]
         else:
             return None
+        if not sequences:
+            raise InputError(
+                f"document {view.document}: shorter than --sequence-length, and --tails drop "
+                "leaves such documents out"
+            )
         lengths = [sum(piece.length for piece in pieces) for pieces in sequences]
         ends = list(itertools.accumulate(lengths))
         total = ends[-1]
         if view.offset >= total:
-            raise InputError(f"--offset {view.offset}: there are only {total} targets")
+            raise InputError(f"--offset {view.offset}: there are {total} targets")
         if view.top or view.statistics:
             return _Chosen(sequences, 0, total)
         first = bisect.bisect_right(ends, view.offset)

@@ -8,6 +8,7 @@ Legend of shapes: n sequences, S tokens of a sequence.
 """
 
 import gc
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -99,9 +100,18 @@ class ModelLosses:
     def losses(self, samples: Sequence[Sample]) -> np.ndarray:
         """Losses of the targets of ``samples``: float32 [n, S], nats; NaN where there is no target.
 
-        A collective call.
+        A collective call. InputError if the model's loss of a target is not finite.
         """
-        return self._gather(samples, self._long_losses)
+        losses = self._gather(samples, self._long_losses)
+        wrong = ~np.isfinite(losses) & _live(samples)
+        if wrong.any():
+            row, target = np.argwhere(wrong)[0]
+            raise InputError(
+                f"{self.checkpoint}: its loss of target {target} of a sequence from document "
+                f"{samples[row].documents[0]} is {losses[row, target]}; evaluate an earlier "
+                "checkpoint"
+            )
+        return losses
 
     def short_losses(
         self, samples: Sequence[Sample], window: int, stride: int, bos_id: int | None
@@ -173,12 +183,11 @@ class ModelLosses:
             for chosen, part in zip(rows, parts, strict=True):
                 part = part.float().cpu()
                 for row, values in zip(chosen, part, strict=True):
-                    whole[0, row, place] = values.nan_to_num()
+                    whole[0, row, place] = values.nan_to_num(posinf=math.inf)
                     whole[1, row, place] = values.isnan().float()
         dist.all_reduce(whole)
         values, unknown = whole[:, : len(samples)].numpy()
-        live = np.stack([sample.labels != IGNORE for sample in samples])
-        return np.where((unknown > 0) | ~live, np.float32(np.nan), values)
+        return np.where((unknown > 0) | ~_live(samples), np.float32(np.nan), values)
 
     @torch.no_grad()
     def _long_losses(self, batches: list[Batch]) -> list[Tensor] | None:
@@ -211,3 +220,8 @@ class ModelLosses:
 
 def _hand_over(output: Tensor, non_loss_data: bool = False) -> Tensor:
     return output
+
+
+def _live(samples: Sequence[Sample]) -> np.ndarray:
+    """bool [n, S]: where there is a target."""
+    return np.stack([sample.labels != IGNORE for sample in samples])

@@ -137,9 +137,8 @@ class ScoredTokens:
     def sequence(self, number: int) -> list[Piece]:
         """The pieces of a sequence. InputError if there is none of this number."""
         if not 0 <= number < len(self):
-            raise InputError(
-                f"{self.dataset.prefix}: there is no sequence {number}, only 0 to {len(self) - 1}"
-            )
+            there = f"only 0 to {len(self) - 1}" if len(self) else "nor any other"
+            raise InputError(f"{self.dataset.prefix}: there is no sequence {number}, {there}")
         if self.way.sequence_length:
             return self.index.pieces(number)
         return [Piece(number, 0, int(self.dataset.lengths[number]) - 1)]

@@ -7,13 +7,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lctw_megatron.conversion.hf_export import export_hf
 from lctw_megatron.conversion.hf_import import import_hf
 from lctw_megatron.conversion.verify import (
     compare_logits,
     compare_tensors,
     config_differences,
+    hf_logits,
+    megatron_logits,
     tensor_table,
 )
+from lctw_megatron.errors import InputError
 from tests.conversion.hf_models import make_model, random_tokens
 
 
@@ -37,6 +41,8 @@ def test_equal_folders_are_equal(pair):
     assert sum(result.tensors for result in results) == 4 * 12 + 3
     assert all(result.different == 0 for result in results)
     assert compare_logits(*pair, random_tokens(100)).largest < 1e-5
+    with pytest.raises(InputError, match="token id 161: .* has a vocabulary of 161"):
+        compare_logits(*pair, torch.tensor([[1, 161]]))
 
 
 def test_one_element_of_one_tensor_is_seen_and_named(pair):
@@ -67,6 +73,17 @@ def test_a_rounded_import_is_equal_after_rounding(tmp_path):
     assert all(result.different == 0 for result in results)
     tokens = random_tokens(50)
     assert compare_logits(tmp_path / "hf", tmp_path / "checkpoint", tokens).largest < 1e-5
+
+
+def test_a_rounded_export_is_equal_after_rounding(pair, tmp_path):
+    export_hf(pair[1], tmp_path / "rounded", "bf16")
+    results = compare_tensors(tmp_path / "rounded", pair[1])
+    assert all(result.different == 0 for result in results)
+    tokens = random_tokens(50)
+    assert compare_logits(tmp_path / "rounded", pair[1], tokens).largest < 1e-5
+    # Against the weights themselves the logits do differ.
+    assert compare_logits(*pair, tokens).largest < 1e-5
+    assert (megatron_logits(pair[1], tokens) - hf_logits(tmp_path / "rounded", tokens)).max() > 1e-4
 
 
 def test_another_configuration_is_named(pair):

@@ -16,6 +16,7 @@ from lctw_megatron.data.token_dataset import TokenDataset
 from lctw_megatron.data.tokenizers import load_tokenizer
 from lctw_megatron.errors import InputError
 from lctw_megatron.evaluation.evaluate import EvaluationSettings, evaluate, open_held_out
+from lctw_megatron.evaluation.model_losses import ModelLosses
 from lctw_megatron.evaluation.report import write_report
 from lctw_megatron.evaluation.step_documents import describe_step, step_documents
 from tests.distributed import run_distributed
@@ -229,6 +230,16 @@ def test_bad_settings_are_named_in_one_line(trained, changes, message):
     with pytest.raises(InputError, match=message) as error:
         evaluate(folder / "run", validation, replace(SETTINGS, **changes))
     assert "\n" not in str(error.value)
+
+
+def test_a_loss_that_is_not_finite_is_no_missing_target(trained):
+    folder, validation, _ = trained
+    source = open_held_out(validation, SEQUENCE)
+    model = ModelLosses(folder / "run", LayoutConfig(), SEQUENCE, 4096)
+    assert np.isfinite(model.losses([source.read(0)])).all()
+    next(model.chunks[0].parameters()).data[int(source.read(0).tokens[5])] = float("nan")
+    with pytest.raises(InputError, match="its loss of target 5 of a sequence .* is nan"):
+        model.losses([source.read(0)])
 
 
 def test_data_of_another_tokenizer_and_damaged_output_are_refused(trained, tmp_path):

@@ -125,5 +125,14 @@ def test_a_token_beyond_the_vocabulary_gets_no_manifest(ask, tmp_path, sentencep
 
 def test_a_missing_prefix_and_half_of_a_request_are_refused(ask, tmp_path):
     assert "nothing.bin: no such file" in ask(tmp_path / "nothing").error_line()
+    for wrong, message in {
+        ("--document", 1, "--sequence", 1): "not both",
+        ("--document", 1, "--rank-documents", "x"): "a view of its own",
+        ("--statistics", "--verify"): "without a view",
+        ("--set", "interpolation=0"): "--set is for",
+        ("--statistics", "--sample", 0): "positive integer",
+    }.items():
+        answer = ask(tmp_path / "nothing", *wrong)
+        assert answer.status == 2 and message in answer.err, wrong
     answer = ask(tmp_path / "nothing", "--write-manifest")
     assert answer.status == 2 and "--write-manifest needs --tokenizer" in answer.err

@@ -1,5 +1,6 @@
 """tools/preprocess.py as a user meets it: mistakes, interruptions, a full disk."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -102,8 +103,8 @@ def test_a_mistake_is_one_line_and_leaves_nothing(ask, corpus, prefix, content, 
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--workers", "0"], "argument --workers: invalid positive value: '0'"),
-        (["--max-bytes", "x"], "argument --max-bytes: invalid positive value: 'x'"),
+        (["--workers", "0"], "argument --workers: invalid positive integer value: '0'"),
+        (["--max-bytes", "x"], "argument --max-bytes: invalid positive integer value: 'x'"),
         (["--validation-documents", "-1"], "--validation-documents: a number from 0 on"),
         (["--train-sentencepiece", "300"], "not allowed with argument --tokenizer"),
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),

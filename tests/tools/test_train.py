@@ -18,7 +18,7 @@ from tests.training.layouts import make_data, make_run
 from tests.training.runs import checkpoints, logged, write_recipe
 from tools import train as tool
 
-STEPS = 24
+STEPS = 60
 TIMEOUT = 240.0  # seconds; a start alone takes 10 where others use the cores
 MODEL = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 

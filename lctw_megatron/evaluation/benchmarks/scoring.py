@@ -5,10 +5,13 @@ cross-entropy of all positions. Ours has the same batches to work with, and comp
 target is scored. Speed is measured in turn in one process, memory in a process of its own for each.
 """
 
+import json
 import multiprocessing
 import resource
+import tempfile
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,9 +19,11 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from lctw_megatron.config.schema import LayoutConfig, ModelConfig
+from lctw_megatron.config.schema import LayoutConfig, ModelConfig, PrepareConfig
 from lctw_megatron.data.token_dataset import TokenDataset
+from lctw_megatron.errors import InputError
 from lctw_megatron.evaluation.benchmarks.measure import measure_in_turn
+from lctw_megatron.evaluation.benchmarks.sixteen_bits import weight_changes
 from lctw_megatron.model.checkpoint import find_checkpoint, read_manifest
 from lctw_megatron.model.spec import DTYPES
 from lctw_megatron.platform.world import initialize
@@ -93,6 +98,45 @@ def transformers(task: Task, windows_per_forward: int | None = None) -> Losses:
         return torch.cat(result)
 
     return losses
+
+
+def scoring_benchmark(hf: Path, text: list[str], output: Path, **sizes: Any) -> int:
+    """Measure a Hugging Face model on the longest document of ``text`` (as tools/preprocess.py
+    takes it), print all numbers and write them to ``output``. sizes: fields of Task."""
+    from lctw_megatron.conversion.hf_import import import_hf
+    from lctw_megatron.data.preprocess import preprocess
+
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint, prefix = Path(folder) / "checkpoint", f"{folder}/text"
+        import_hf(hf, checkpoint, say=lambda _: None)
+        preprocess(PrepareConfig(inputs=text, output_prefix=prefix, tokenizer=str(hf)))
+        lengths = TokenDataset(prefix).lengths
+        task = Task(prefix, str(checkpoint), str(hf), document=int(lengths.argmax()), **sizes)
+        if lengths.max() < task.tokens:
+            raise InputError(
+                f"--text {' '.join(text)}: its longest document has {lengths.max()} tokens, "
+                f"{task.tokens} are needed; give a longer one"
+            )
+        results = measure(task)
+        results["change of weights in 16 bits"] = _sixteen_bits(task)
+    results["task"] |= {
+        "data": [Path(name).name for name in text], "checkpoint": "imported", "hf": hf.name,
+    }  # fmt: skip
+    output.write_text(json.dumps(results, indent=1) + "\n")
+    for name, row in results.items():
+        if isinstance(row, dict):
+            print(f"{name}: {json.dumps(row)}")
+        else:
+            print(f"{name}: {row}")
+    return 0
+
+
+def _sixteen_bits(task: Task) -> dict[str, Any]:
+    """weight_changes of the targets that have a whole long window before them."""
+    short = ours(task)()
+    long_window = 4 * task.window
+    long = ours(task._replace(window=long_window, stride=long_window // 2))()
+    return weight_changes(long[None], short[-len(long) :][None])
 
 
 def measure(task: Task, repeats: int = 3) -> dict[str, Any]:
