@@ -9,8 +9,9 @@ again:
   launch.py status RUN     where every stage of the output folder RUN stands
   launch.py resume RUN     run, or submit, what is missing there, as it was launched
 
-Stages are prepare, train-RUN, score, export-RUN, evaluate-RUN and report. Finished ones are
-skipped; their marks, scripts and logs are in OUTPUT_DIR/launch. --debug shows tracebacks.
+Stages are prepare, train-RUN, score (score-PREFIX with several datasets), export-RUN, verify-RUN,
+evaluate-RUN and report. Finished ones are skipped; their marks, scripts and logs are in
+OUTPUT_DIR/launch. --debug shows tracebacks.
 
 examples:
   python tools/launch.py recipes/quickstart/recipe.yaml

@@ -44,6 +44,11 @@ def carry_out(order: Order, dry_run: bool = False) -> int:
         for job in queue.plan_jobs(plan, stages, cluster):
             print(f"##### {queue.script_path(plan, job)}\n\n{job.script}")
         return 0
+    if not Path("tools/launch.py").is_file():
+        raise InputError(
+            f"{Path.cwd()}: the jobs' scripts name tools/..., which is not here; start "
+            "tools/launch.py in the project's folder"
+        )
     write_json(plan.folder / "order.json", asdict(order))
     queue.submit(plan, stages, cluster)
     return 0

@@ -40,8 +40,10 @@ class Plan:
         return Path(self.recipe.output_dir) / "launch"
 
     def mark(self, stage: Stage, part: int | None = None) -> Path:
-        """The file that says that ``stage`` (or one part of its array) is done."""
-        return self.folder / f"{stage.name}{'' if part is None else f'.{part}'}.done"
+        """The file that says that ``stage`` (or one part of its array) is done. The marks of the
+        parts last until the parts are merged."""
+        array = "" if part is None else f".{part}-of-{stage.shards}"
+        return self.folder / f"{stage.name}{array}.done"
 
     def is_done(self, stage: Stage, part: int | None = None) -> bool:
         try:

@@ -17,9 +17,7 @@ from lctw_megatron.config.schema import ClusterConfig
 from lctw_megatron.errors import InputError
 from lctw_megatron.launch.plan import Plan
 from lctw_megatron.launch.stages import Stage
-
-LEFT_STATUS = 75
-"""Exit status of a run that saved and left because it was asked to (training/leaving.py)."""
+from lctw_megatron.training.leaving import REQUEUE_STATUS
 
 MOST_FAILURES = 5
 """Failures in a row after which a job that goes on where it stopped is not requeued any more."""
@@ -106,7 +104,7 @@ def _script(
     program = "python" if here == 1 else f"torchrun --standalone --nproc-per-node={here}"
     environment = [f"export {key}={shlex.quote(v)}" for key, v in cluster.environment.items()]
     return _TEMPLATE.render(
-        sbatch=_sbatch_lines(plan, stage, name, cluster, size, parts, in_steps),
+        sbatch=_sbatch_lines(plan, stage, name, cluster, size, parts, in_steps, merges),
         title=title,
         in_steps=in_steps,
         folder=shlex.quote(str(plan.folder)),
@@ -120,7 +118,8 @@ def _script(
         restarts=stage.restarts,
         mark=shlex.quote(str(plan.folder / stage.name)),
         fingerprint=plan.fingerprints[stage.name],
-        left_status=LEFT_STATUS,
+        merges=merges,
+        left_status=REQUEUE_STATUS,
         most_failures=MOST_FAILURES,
     )
 
@@ -133,8 +132,10 @@ def _sbatch_lines(
     size: _Size,
     parts: int | None,
     in_steps: bool,
+    merges: bool,
 ) -> list[str]:
-    gpus = min(size.tasks, cluster.gpus_per_node) if stage.kind in GPU_KINDS else 0
+    needs_gpus = stage.kind in GPU_KINDS and not merges
+    gpus = min(size.tasks, cluster.gpus_per_node) if needs_gpus else 0
     settings = {
         "job-name": f"{plan.recipe.name}-{name}",
         "output": plan.folder / f"{name}{'-%a' if parts else ''}.log",
@@ -145,13 +146,16 @@ def _sbatch_lines(
         "gpus-per-node": gpus or None,
         "cpus-per-task": stage.cpus or cluster.cpus_per_task,
         "time": cluster.time_limit,
-        "signal": f"TERM@{cluster.signal_seconds}" if in_steps else None,
+        # A part has nothing to save: what it scores is one file at its end.
+        "signal": f"TERM@{cluster.signal_seconds}" if in_steps and not parts else None,
         "partition": cluster.partition,
         "account": cluster.account,
         "qos": cluster.qos,
         "constraint": cluster.constraint,
     }
-    lines = [f"--{key}={value}" for key, value in settings.items() if value is not None]
+    lines = [
+        f"--{key}={shlex.quote(str(value))}" for key, value in settings.items() if value is not None
+    ]
     return [*lines, "--requeue", *cluster.sbatch]
 
 

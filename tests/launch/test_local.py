@@ -2,7 +2,6 @@
 
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -125,5 +124,3 @@ def test_dry_run_shows_the_commands(plan):
         "# train-dense\npython -m torch.distributed.run --standalone --nproc-per-node=2 "
         "tools/train.py recipe.yaml --run dense"
     ]
-    alone = replace(made.select(["train-base"])[0], name="export-x")
-    assert "tools/train.py" in local.local_command(made, alone)[1]

@@ -109,6 +109,8 @@ def test_status_says_where_every_job_stands(plan, slurm):
 
 def test_an_order_is_kept_for_status_and_resume(plan, slurm, capsys):
     plan()
+    Path("tools").mkdir()
+    Path("tools/launch.py").touch()
     order = Order("recipe.yaml", ("training.steps=50",), ("prepare", "train-base"), "slurm")
     assert carry_out(order, dry_run=True) == 0
     assert "##### out/launch/train-base.sbatch" in capsys.readouterr().out
@@ -122,6 +124,9 @@ def test_an_order_is_kept_for_status_and_resume(plan, slurm, capsys):
     assert "training.steps=50" in Path("out/launch/train-base.sbatch").read_text()
     with pytest.raises(InputError, match="nothing was launched into elsewhere"):
         read_order("elsewhere")
+    Path("tools/launch.py").unlink()
+    with pytest.raises(InputError, match="start tools/launch.py in the project's folder"):
+        carry_out(order)
 
 
 def test_what_slurm_refuses_is_passed_on(plan, slurm, monkeypatch):

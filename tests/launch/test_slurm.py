@@ -3,6 +3,7 @@
 RENEW_GOLDEN=1 python -m pytest tests/launch/test_slurm.py writes golden/ anew; read the difference.
 """
 
+import dataclasses
 import os
 import subprocess
 from pathlib import Path
@@ -11,8 +12,7 @@ import pytest
 
 from lctw_megatron.config.schema import ClusterConfig
 from lctw_megatron.errors import InputError
-from lctw_megatron.launch.slurm import LEFT_STATUS, stage_jobs
-from lctw_megatron.training.leaving import REQUEUE_STATUS
+from lctw_megatron.launch.slurm import stage_jobs
 from tests.launch.conftest import RECIPE
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -79,10 +79,6 @@ def test_ranks_that_do_not_fit_the_cluster_are_refused(plan):
         jobs(made, cluster, "score")
 
 
-def test_the_status_that_asks_to_be_requeued_is_the_trainers():
-    assert LEFT_STATUS == REQUEUE_STATUS
-
-
 # Two tasks, one after the other; like the real one it returns the largest exit status.
 SRUN = """
 while [ "${1#--}" != "$1" ]; do shift; done
@@ -131,6 +127,7 @@ def run_script(tmp_path, monkeypatch):
 
 
 IN_JOB = {"SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "n[1-2]"}
+IN_PART = IN_JOB | {"SLURM_ARRAY_JOB_ID": "40", "SLURM_ARRAY_TASK_ID": "2"}
 TRAIN = "tools/train.py recipe.yaml --run dense"
 
 
@@ -185,7 +182,10 @@ def test_a_mistake_of_the_user_is_not_tried_again(plan, run_script):
 def test_parts_are_array_tasks_or_one_after_the_other(plan, run_script):
     made = plan()
     parts, merge = jobs(made, made.recipe.cluster, "score-parts", "score")
-    status, said = run_script(parts.script, SLURM_ARRAY_TASK_ID="2", **IN_JOB)
+    assert "--signal" not in parts.script and "--gpus" not in merge.script
+    status, said = run_script(parts.script, STATUS="137", **IN_PART)
+    assert status == 0 and said[-1] == "requeue 40_2"  # alone, not the whole array
+    status, said = run_script(parts.script, **IN_PART)
     assert status == 0 and all("--shard 2/4" in line for line in said)
     assert [made.is_done(parts.stage, part) for part in range(4)] == [False, False, True, False]
     status, said = run_script(parts.script)
@@ -193,6 +193,24 @@ def test_parts_are_array_tasks_or_one_after_the_other(plan, run_script):
     assert run_script(parts.script, STATUS="1")[0] == 1
     status, said = run_script(merge.script, **IN_JOB)
     assert status == 0 and len(said) == 1 and said[0].endswith("--merge /@")
+    # Once merged the parts' marks are gone: without its output the stage is to be done as a whole.
+    assert made.mark(merge.stage).exists() and not made.is_done(merge.stage)
+    assert not any(made.is_done(parts.stage, part) for part in range(4))
+
+
+def test_other_numbers_of_parts_are_other_parts(plan):
+    made = plan()
+    (stage,) = made.select(["score"])
+    made.folder.mkdir(parents=True)
+    made.mark(stage, 0).write_text(made.fingerprints["score"])
+    assert made.is_done(stage, 0)
+    assert not made.is_done(dataclasses.replace(stage, shards=8), 0)
+
+
+def test_spaces_in_a_folders_name_reach_sbatch_quoted(plan):
+    made = plan(RECIPE.replace("output_dir: out", "output_dir: my runs"))
+    (job,) = jobs(made, made.recipe.cluster, "prepare")
+    assert "\n#SBATCH --output='my runs/launch/prepare.log'\n" in job.script
 
 
 def test_a_plain_stage_that_fails_leaves_no_mark(plan, run_script):

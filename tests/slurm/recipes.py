@@ -33,7 +33,7 @@ training: {{steps: 6, global_batch_size: 8, lr: 1.0e-3, warmup_steps: 2, tensorb
 runs:
   base:
     data: {{sequence_length: 64}}
-    training: {{steps: 40, save_interval: 10}}
+    training: {{steps: 100, save_interval: 10}}
   dense: {{start: base, weighting: dense}}
 scoring: {{scorer: base, window: 64, stride: 48, shards: 2}}
 evaluation: {{data: "{folder}/data/text-validation", max_sequences: 4, window: 64}}

@@ -29,7 +29,7 @@ def test_the_chain_finishes_on_two_nodes_with_two_ranks_each(
 
 def test_its_losses_are_those_of_one_process_here(chain: Launched, tmp_path: Path) -> None:
     here = launch(tmp_path, "--stages", "prepare", "train", "score", "--ranks", "1")
-    for run, steps in {"base": 40, "dense": 6}.items():
+    for run, steps in {"base": 100, "dense": 6}.items():
         ours, theirs = chain.losses(run), here.losses(run)
         assert [line["step"] for line in ours] == list(range(steps))
         for found, expected in zip(ours, theirs, strict=True):

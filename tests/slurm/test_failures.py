@@ -36,7 +36,7 @@ def wait_until_requeued(slurm: SmallSlurm, job: str) -> None:
 def assert_as_undisturbed(again: Launched, chain: Launched) -> None:
     log = again.log("train-base")
     assert again.done() == {"train-base"}, log
-    starts = [int(step) for step in re.findall(r"base: steps (\d+)\.\.40, 4 ranks", log)]
+    starts = [int(step) for step in re.findall(r"base: steps (\d+)\.\.100, 4 ranks", log)]
     assert starts[0] == 0 and starts[-1] >= 10, log
     assert again.losses("base") == chain.losses("base")
 
@@ -85,6 +85,7 @@ def test_a_killed_slurmd_whose_ranks_live_on_ends_the_job_which_goes_on(
     assert_as_undisturbed(again, chain)
 
 
+@pytest.mark.timeout(1300)
 def test_the_quickstart_with_fewer_steps(slurm: SmallSlurm, tmp_path: Path) -> None:
     cluster = cluster_file(tmp_path)
     output = tmp_path / "quickstart"
