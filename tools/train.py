@@ -35,7 +35,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--allow-changes",
         action="store_true",
-        help="resume although the data, the batch size or the weighting have changed",
+        help="resume although data, tokenizer, sequence length, batch size, seed, weighting or "
+        "model settings have changed",
     )
     options = parser.parse_args(arguments)
 

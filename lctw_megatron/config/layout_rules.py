@@ -76,7 +76,7 @@ def _check_switches(layout: LayoutConfig) -> None:
             "layout.sequence: true splits norms over the tensor-parallel ranks and needs "
             "layout.tensor > 1, found 1"
         )
-    if layout.virtual_pipeline and layout.virtual_pipeline > 1 and layout.pipeline == 1:
+    if layout.virtual_pipeline and layout.pipeline == 1:
         raise InputError(
             f"layout.virtual_pipeline {layout.virtual_pipeline} needs layout.pipeline > 1, found 1"
         )
@@ -149,7 +149,7 @@ def _check_batch(run: RunConfig, world_size: int | None) -> tuple[int | None, in
     )
     micro_batches = training.global_batch_size // (training.micro_batch_size * data)
     # megatron-core's interleaved schedule raises on this (schedules.py, "dependency bubbles").
-    if layout.virtual_pipeline and layout.virtual_pipeline > 1:
+    if layout.virtual_pipeline:
         _must_divide(
             micro_batches,
             "micro batches of a step",

@@ -18,10 +18,20 @@ def check_run(run: RunConfig) -> None:
                     f"weighting.{field} is missing; weighting.mode: self scores its own windows "
                     "and needs weighting.window and weighting.stride"
                 )
+        if run.layout.sequence and weighting.window and weighting.window % run.layout.tensor:
+            raise InputError(
+                f"weighting.window ({weighting.window}) must be divisible by layout.tensor "
+                f"({run.layout.tensor}; layout.sequence is on, and the windows are split too)"
+            )
     _check_windows("weighting", weighting.window, weighting.stride, sequence_length)
     training = run.training
     if training.min_lr > training.lr:
         raise InputError(f"training.min_lr {training.min_lr} is above training.lr {training.lr}")
+    if training.eval_interval and not run.data.validation:
+        raise InputError(
+            f"training.eval_interval is {training.eval_interval}, but data.validation names no "
+            "dataset; give one or leave eval_interval out"
+        )
     positions = run.model.max_position_embeddings
     if positions and positions < sequence_length:
         raise InputError(

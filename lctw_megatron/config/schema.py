@@ -136,7 +136,7 @@ class LayoutConfig(Section):
     """SP: norms and residuals are split over the TP ranks too. Needs tensor > 1."""
     pipeline: Positive = 1
     """PP: stages of consecutive layers."""
-    virtual_pipeline: Positive | None = None
+    virtual_pipeline: Annotated[int, Field(gt=1)] | None = None
     """VPP: model chunks on each pipeline rank (interleaved schedule). Needs pipeline > 1."""
     context: Positive = 1
     """CP: every sequence is split over this many ranks, zigzag."""

@@ -12,7 +12,7 @@ import numpy as np
 from lctw_megatron.data import zigzag
 
 IGNORE = -100
-"""The label of a position that is not a target."""
+"""The label of a position that is not a target (as in torch and Hugging Face)."""
 
 PADDING = 0
 """The input token where there is none; no live position sees it."""

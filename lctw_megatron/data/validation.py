@@ -36,7 +36,9 @@ class ValidationLoader:
         cp_rank: int = 0,
         cp_size: int = 1,
         vocab_size: int | None = None,
+        multiple: int = 1,
     ) -> None:
+        """multiple: the number of microbatches is one of this."""
         self._rank = Rank(micro_batch_size, dp_rank, dp_size, cp_rank, cp_size)
         check_cut(data, cp_size)
         self._data = data
@@ -46,10 +48,12 @@ class ValidationLoader:
         count = min(sequences, available)
         self._chosen = [i * available // count for i in range(count)]
         self._padding = assemble([], data.sequence_length, None)
+        self._multiple = multiple
 
     def __len__(self) -> int:
         """Microbatches of one pass on every rank."""
-        return math.ceil(len(self._chosen) / self._rank.sequences_at_once)
+        rounds = math.ceil(len(self._chosen) / self._rank.sequences_at_once / self._multiple)
+        return rounds * self._multiple
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for microbatch in range(len(self)):

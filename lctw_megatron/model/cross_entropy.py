@@ -20,8 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-IGNORE = -100
-"""The label of a row without a target (as in torch and Hugging Face): loss 0, no work."""
+from lctw_megatron.data.batch import IGNORE
 
 
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -25,9 +25,8 @@ class WindowIndex:
 
     positions [windows, K] int64: the position in the sequence whose input the window reads there;
     -1 past its end. scored [windows, K] bool: whether the target at that position (its label) is
-    scored. first [windows] bool: whether the window begins in the middle of its piece (needs a
-    BOS). The first window of every piece is left out: its targets have the same context in the long
-    pass.
+    scored. The first window of every piece is left out: its targets have the same context in the
+    long pass.
     """
 
     def __init__(self, boundaries: list[int], live: np.ndarray, window: int, stride: int) -> None:

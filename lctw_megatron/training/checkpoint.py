@@ -46,9 +46,9 @@ class CheckpointWriter:
     """Writes OUTPUT/step_00000100 folders. All ranks call ``save``; one save is under way at most.
 
     A folder is written under a temporary name and renamed by the first rank once every rank's files
-    are on the disk and the manifest in it, so a folder with the final name is complete. A save that
-    fails on any rank (a full disk) is an InputError on all of them, also if it fails in the
-    background; what was written of it is removed and the older checkpoints stay.
+    are on the disk and the manifest in it, so a folder with the final name is complete. Data that
+    any rank could not write (a full disk) are an InputError on all of them, also if it happens in
+    the background; what was written is removed and the older checkpoints stay.
     """
 
     folder: Path
@@ -117,8 +117,12 @@ class CheckpointWriter:
         # megatron-core's first file, a small one, is written by this rank alone while the others
         # wait for it: a disk that is full already must be found here.
         probe = temporary / "probe"
-        probe.write_bytes(bytes(1 << 16))
-        probe.unlink()
+        try:
+            probe.write_bytes(bytes(1 << 16))
+            probe.unlink()
+        except OSError:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
         return temporary
 
     def _publish(self, temporary: Path, manifest: CheckpointManifest) -> None:
@@ -137,13 +141,21 @@ class CheckpointWriter:
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
         sync_directory(self.folder)
-        self._remove_old()
+        self._remove_old(manifest.step)
 
-    def _remove_old(self) -> None:
-        for path in complete_checkpoints(self.folder)[: -self.keep_last]:
-            step = int(path.name.removeprefix("step_"))
+    def _remove_old(self, newest: int) -> None:
+        """What is beyond ``newest``, the step just saved, was damaged and skipped: it must not
+        count as kept."""
+        kept = [
+            (step, path)
+            for path in complete_checkpoints(self.folder)
+            if (step := int(path.name.removeprefix("step_"))) <= newest
+        ]
+        for step, path in kept[: -self.keep_last]:
             if not (self.keep_every and step % self.keep_every == 0):
-                shutil.rmtree(path)
+                # First what makes it a complete one: a kill in between leaves no half of it.
+                (path / MANIFEST).unlink(missing_ok=True)
+                shutil.rmtree(path, ignore_errors=True)
 
     def _on_first_rank(
         self, name: str, temporary: Path | None, action: Callable[[], Result]
@@ -198,33 +210,34 @@ def run_state(chunks: list[Any], optimizer: Any, loading: bool = False) -> dict[
     return state
 
 
-def resume(
-    folder: Path,
-    chunks: list[Any],
-    optimizer: Any,
-    accept: Callable[[CheckpointManifest], None],
-    say: Callable[[str], None],
-) -> CheckpointManifest | None:
-    """Load the newest complete checkpoint of ``folder``; None if there is none. All ranks call it.
+def newest_checkpoint(
+    folder: Path, say: Callable[[str], None]
+) -> tuple[Path, CheckpointManifest] | None:
+    """The newest complete checkpoint of ``folder``; None if there is none. All ranks call it.
 
-    ``accept(manifest)`` may refuse to go on from it (other data, another scheme). A half-written or
-    damaged checkpoint is skipped with a line through ``say``.
+    A half-written or damaged one is skipped with a line through ``say``. The first rank chooses for
+    all: on a network file system they need not see the same at the same moment.
     """
-    for leftover in sorted(folder.glob(".step_*.tmp")) if folder.is_dir() else []:
-        say(f"{leftover}: half-written, not used")
-    for path in reversed(complete_checkpoints(folder)):
-        try:
-            check_files(path)
-            manifest = read_manifest(path)
-        except InputError as error:
-            say(f"{path} is skipped: {error}")
-            continue
-        accept(manifest)
-        try:
-            loaded = dist_checkpointing.load(run_state(chunks, optimizer, True), str(path))
-        except CheckpointingException as error:
-            raise InputError(f"{path}: {' '.join(str(error).split())[:300]}") from None
-        load_model_state(chunks, loaded)
-        optimizer.load_state_dict(loaded["optimizer"])
-        return manifest
-    return None
+    found: list[Any] = [None]
+    if dist.get_rank() == 0:
+        for leftover in sorted(folder.glob(".step_*.tmp")) if folder.is_dir() else []:
+            say(f"{leftover}: half-written, not used")
+        for path in reversed(complete_checkpoints(folder)):
+            try:
+                check_files(path)
+                found = [(path, read_manifest(path))]
+                break
+            except InputError as error:
+                say(f"{path} is skipped: {error}")
+    dist.broadcast_object_list(found, 0)
+    return found[0]
+
+
+def resume(checkpoint: Path, chunks: list[Any], optimizer: Any) -> None:
+    """Load weights and optimizer. All ranks call it. InputError if they do not fit."""
+    try:
+        loaded = dist_checkpointing.load(run_state(chunks, optimizer, True), str(checkpoint))
+    except CheckpointingException as error:
+        raise InputError(f"{checkpoint}: {' '.join(str(error).split())[:300]}") from None
+    load_model_state(chunks, loaded)
+    optimizer.load_state_dict(loaded["optimizer"])

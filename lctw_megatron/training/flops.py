@@ -1,8 +1,9 @@
 """Floating-point operations of training, as the mathematics needs them.
 
-Model FLOPs: every matrix product counted exactly (2 m n k), attention by the causal pairs that it
-really has, the backward pass as twice the forward. What a layout or recomputation does on top is
-not counted, so that figures compare between layouts (Chowdhery et al. 2022, "PaLM", appendix B).
+Model FLOPs: every matrix product counted exactly (2 m n k), attention by its causal pairs (those of
+a training step as if each sequence were one document), the backward pass as twice the forward. What
+a layout or recomputation does on top is not counted, so that figures compare between layouts
+(Chowdhery et al. 2022, "PaLM", appendix B).
 """
 
 from collections.abc import Iterable

@@ -4,6 +4,7 @@ Read `train` first; everything else in this folder is one of its lines.
 """
 
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from lctw_megatron.atomic import atomic_file, write_json
@@ -25,7 +26,12 @@ from lctw_megatron.model.gpt import build_model
 from lctw_megatron.platform.world import World, initialize
 from lctw_megatron.progress import Progress
 from lctw_megatron.training import flops
-from lctw_megatron.training.checkpoint import CheckpointWriter, resume, run_state
+from lctw_megatron.training.checkpoint import (
+    CheckpointWriter,
+    newest_checkpoint,
+    resume,
+    run_state,
+)
 from lctw_megatron.training.leaving import REQUEUE_STATUS
 from lctw_megatron.training.metrics import MetricsLog, peak_memory_gib
 from lctw_megatron.training.optimizer import build_optimizer, wrap_data_parallel
@@ -74,11 +80,16 @@ class Trainer:
         )
         self.wrapped = wrap_data_parallel(self.chunks)
         folder = Path(run.run_dir) / "checkpoints"
-        if run.start:
+        own = newest_checkpoint(folder, self.say)
+        if run.start and own is None:
             load_weights(self.chunks, find_checkpoint(run.start))
         self.optimizer = build_optimizer(self.wrapped, run.training)
-        manifest = resume(folder, self.chunks, self.optimizer, self._accept, self.say)
-        self.first_step = manifest.step if manifest else 0
+        self.first_step = 0
+        if own is not None:
+            path, manifest = own
+            self._accept(manifest)
+            resume(path, self.chunks, self.optimizer)
+            self.first_step = manifest.step
         self.log = self._open_log()
         tokenizer = self.loader.sources[0].tokenizer
         self.stepper = Stepper(
@@ -138,6 +149,8 @@ class Trainer:
             cp_rank=world.context_rank,
             cp_size=run.layout.context,
             vocab_size=run.model.vocab_size,
+            # The interleaved schedule takes its micro batches in rounds of the stages.
+            multiple=run.layout.pipeline if run.layout.virtual_pipeline else 1,
         )
         losses = self.stepper.evaluate(list(loader))
         return {f"validation/{name}": value for name, value in losses.items()}
@@ -308,6 +321,7 @@ class Trainer:
         if self.world.is_first:
             line = write_trouble(self.loader, error, Path(self.config.run_dir))
         if self.skipped > budget:
+            self.writer.finish()  # a save that is under way is worth keeping
             raise InputError(line)
         self.say(f"{line} (left out, {self.skipped} of training.nonfinite_budget={budget})")
         return {"skipped": 1.0}
@@ -318,10 +332,11 @@ class Trainer:
         if loss is not None and self.spikes.is_spike(loss) and self.world.is_first:
             samples = describe_samples(self.loader, step)
             documents = sorted({p["document"] for s in samples for p in s["pieces"]})
-            write_json(
-                Path(self.config.run_dir) / f"spike_step_{step:08d}.json",
-                {"step": step, "loss": loss, "sequences": samples},
-            )
+            with suppress(OSError):  # a full disk ends the run at its next save, on all ranks
+                write_json(
+                    Path(self.config.run_dir) / f"spike_step_{step:08d}.json",
+                    {"step": step, "loss": loss, "sequences": samples},
+                )
             self.say(f"step {step}: loss spike to {loss:.3f}, documents {documents}")
 
 

@@ -8,6 +8,7 @@ is counted twice, and context-parallel parts add up like data-parallel ones.
 import json
 import os
 import resource
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lctw_megatron.atomic import atomic_file
 from lctw_megatron.weighting.occurrence import CLASSES
 from lctw_megatron.weighting.statistics import WeightStatistics
 
@@ -104,9 +106,8 @@ class MetricsLog:
                     kept.append(line)
             except (json.JSONDecodeError, KeyError):
                 break  # a line torn by a kill; everything after it is redone
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
-        temporary.write_text("".join(kept))
-        os.replace(temporary, self.path)
+        with atomic_file(self.path, "w") as file:
+            file.write("".join(kept))
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Append the values of ``step``. Floats are written so that they read back bit-equal."""
@@ -115,9 +116,7 @@ class MetricsLog:
         # then the lines wait in the file's buffer.
         with suppress(OSError):
             self._file.flush()
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+        self._on_board(lambda board: [board.add_scalar(k, v, step) for k, v in values.items()])
 
     def sync(self) -> None:
         """Raises OSError unless all lines are on the disk."""
@@ -127,8 +126,15 @@ class MetricsLog:
     def close(self) -> None:
         with suppress(OSError):
             self._file.close()
+        self._on_board(lambda board: board.close())
+
+    def _on_board(self, action: Callable[[Any], object]) -> None:
+        """TensorBoard goes without what a full disk does not take, and without the rest too."""
         if self._board is not None:
-            self._board.close()
+            try:
+                action(self._board)
+            except OSError:
+                self._board = None
 
 
 def move(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:

@@ -13,16 +13,18 @@ class StopRequest:
     """Set by a signal on any rank; read by all at once, between steps."""
 
     def __init__(self, device: torch.device) -> None:
-        self._asked = torch.zeros(1, device=device)
+        self._asked, self._device = False, device
         self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
         self._leaving = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._asked.fill_(1)
+        # Nothing of torch here: the processes that write a checkpoint are forked, SLURM signals
+        # them as well, and CUDA does not work in them.
+        self._asked = True
 
     def agreed(self) -> bool:
         """Whether any rank was asked. A collective call of all ranks."""
-        asked = self._asked.clone()
+        asked = torch.tensor(float(self._asked), device=self._device)
         dist.all_reduce(asked, dist.ReduceOp.MAX)
         self._leaving = bool(asked.item())
         return self._leaving

@@ -24,16 +24,18 @@ def write_trouble(loader: TokenLoader, error: NonFinite, run_dir: Path) -> str:
     samples = describe_samples(loader, error.step)
     chosen = sorted({row for _, row in error.rows}) or list(range(len(samples)))
     path = run_dir / f"nonfinite_step_{error.step:08d}.json"
-    write_json(
-        path,
-        {
-            "step": error.step,
-            "weighted_loss": str(error.loss),
-            "gradient_norm": str(error.norm),
-            "ranks": sorted({rank for rank, _ in error.rows}),
-            "sequences": [samples[row] for row in chosen],
-        },
-    )
+    details = {
+        "step": error.step,
+        "weighted_loss": str(error.loss),
+        "gradient_norm": str(error.norm),
+        "ranks": sorted({rank for rank, _ in error.rows}),
+        "sequences": [samples[row] for row in chosen],
+    }
+    try:
+        write_json(path, details)
+        written = f"details in {path}"
+    except OSError as failure:  # this rank alone must not end by it
+        written = f"{path} could not be written ({failure.strerror})"
     where = "; ".join(
         f"{samples[row]['corpus']} sequence {samples[row]['sequence']} (documents "
         f"{', '.join(str(piece['document']) for piece in samples[row]['pieces'])})"
@@ -43,7 +45,7 @@ def write_trouble(loader: TokenLoader, error: NonFinite, run_dir: Path) -> str:
     what = f"the loss of {where}{more}" if error.rows else "the gradient, all losses are finite,"
     ranks = ", ".join(str(rank) for rank in sorted({rank for rank, _ in error.rows}))
     seen = f" on rank {ranks}" if ranks else ""
-    return f"{error}: {what} is not finite{seen}; no weight was changed, details in {path}"
+    return f"{error}: {what} is not finite{seen}; no weight was changed, {written}"
 
 
 def describe_samples(loader: TokenLoader, step: int) -> list[dict[str, Any]]:

@@ -37,11 +37,6 @@ class WeightStatistics:
         """The statistics of two batches together."""
         return WeightStatistics(self.sums + other.sums, self.largest.maximum(other.largest))
 
-    def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
-        """Make these the statistics of all ranks of ``group``: the one of DP × CP."""
-        dist.all_reduce(self.sums, dist.ReduceOp.SUM, group=group)
-        dist.all_reduce(self.largest, dist.ReduceOp.MAX, group=group)
-
     def summary(self) -> dict[str, float]:
         """Numbers for the log; those that are not defined (no targets, uniform weights) are left
         out."""
@@ -66,7 +61,7 @@ def weight_statistics(
 
     With a context-parallel ``group`` these are this rank's parts; the call gathers whole sequences
     for Spearman's correlation (a collective call) and the group's first rank counts it, so that
-    ``all_reduce`` over DP × CP counts every sequence once.
+    reducing over DP × CP counts every sequence once.
     """
     live = mask != 0
     w = weights.double().where(live, 0.0)

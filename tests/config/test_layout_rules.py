@@ -30,7 +30,7 @@ def run_config(**changes: Any) -> RunConfig:
     }
     for path, value in changes.items():
         section, field = path.split("__")
-        values[section][field] = value
+        values.setdefault(section, {})[field] = value
     return RunConfig.model_validate(values)
 
 

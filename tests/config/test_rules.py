@@ -67,6 +67,20 @@ def test_positions_cover_the_sequence_and_the_rates_are_ordered():
         check_run(run_config(training__min_lr=1.0))
 
 
+def test_validation_needs_data():
+    check_run(run_config(training__eval_interval=5, data__validation=[{"prefix": "held-out"}]))
+    with pytest.raises(InputError, match="eval_interval is 5, but data.validation names no"):
+        check_run(run_config(training__eval_interval=5))
+
+
+def test_windows_of_self_scoring_are_split_over_the_tensor_ranks_too():
+    split = dict(layout__tensor=4, layout__sequence=True, weighting__mode="self")
+    dense = dict(weighting__scheme="dense", weighting__window=64, weighting__stride=48)
+    check_run(run_config(**split, **dense))
+    with pytest.raises(InputError, match=r"weighting.window \(62\) must be divisible by layout.t"):
+        check_run(run_config(**split, **dense | {"weighting__window": 62}))
+
+
 def test_the_parallel_sizes_are_checked_too():
     with pytest.raises(InputError, match="layout.pipeline"):
         check_run(run_config(layout__pipeline=3))

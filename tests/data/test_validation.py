@@ -47,6 +47,12 @@ def test_all_sequences_once_and_then_masked_rows(data) -> None:
     }
 
 
+def test_microbatches_come_in_multiples(data) -> None:
+    loader = ValidationLoader(data, sequences=3, micro_batch_size=1, multiple=2)
+    assert len(loader) == 4
+    assert first_tokens(loader) == [[1000], [2000], [2008], [None]]
+
+
 def test_a_few_sequences_are_evenly_spaced(data) -> None:
     loader = ValidationLoader(data, sequences=3, micro_batch_size=1)
     assert first_tokens(loader) == [[1000], [2000], [2008]]  # numbers 0, 2 and 4 of 7

@@ -73,7 +73,7 @@ def make_run(
         weighting |= {"mode": mode, "window": WINDOW, "stride": STRIDE, "tokens_per_forward": 64}
     training = dict(
         steps=3, global_batch_size=8, micro_batch_size=2, lr=1e-3, warmup_steps=0, clip_grad=0.0,
-        tensorboard=False,
+        tensorboard=False, eval_sequences=5,
     ) | changes.pop("training", {})  # fmt: skip
     return RunConfig.model_validate(
         {
@@ -82,6 +82,7 @@ def make_run(
             "seed": 7,
             "data": {
                 "train": [{"prefix": prefix}],
+                "validation": [{"prefix": prefix}],
                 "sequence_length": SEQUENCE,
                 "packing": packing,
             },
@@ -144,14 +145,16 @@ def one_pass(
 
 def three_steps(run: RunConfig) -> dict[str, Any]:
     """All optimizer steps of ``run``, three if nothing else was said, by the real trainer in
-    float32; its metrics and the trained weights."""
+    float32; its metrics, the plain losses of five held-out sequences (which no layout's batches
+    divide evenly) and the trained weights."""
     from lctw_megatron.training.loop import Trainer
 
     trainer = Trainer(run)
     try:
         steps = range(run.training.steps)
         metrics = [trainer.stepper.step(n, list(trainer.loader.step(n))) for n in steps]
-        return {"metrics": metrics, "weights": shards(trainer.chunks)}
+        validation = trainer.evaluate()
+        return {"metrics": metrics, "validation": validation, "weights": shards(trainer.chunks)}
     finally:
         trainer.close()
 

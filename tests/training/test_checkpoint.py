@@ -199,6 +199,23 @@ def test_half_written_and_damaged_checkpoints_are_skipped_with_a_line(
     assert checkpoints(copy) == [4, 6]
 
 
+def test_a_damaged_newer_checkpoint_does_not_push_out_the_one_just_saved(
+    data: str, copy: Path, uninterrupted: list[Any]
+) -> None:
+    """Stopped again before the damaged step is reached, and with one checkpoint to be kept."""
+    folder = copy / "checkpoints"
+    shutil.copytree(folder / step_name(STOP), folder / step_name(6))
+    for step in (STOP, 6):
+        _truncate(folder / step_name(step))
+    run = dense_run(data, copy, training={"keep_last": 1, "save_interval": 100})
+    with sigterm_after(3):
+        assert train(run) == 75
+    assert 3 in checkpoints(copy) and 2 not in checkpoints(copy)
+    assert train(run) == 0
+    assert logged(copy) == uninterrupted
+    assert checkpoints(copy) == [6]
+
+
 def test_without_a_whole_checkpoint_a_run_begins_anew(
     data: str, copy: Path, uninterrupted: list[Any]
 ) -> None:

@@ -77,7 +77,8 @@ def kill_once(recipe: Path, after: int, number: int, chance: random.Random) -> b
         assert all(process.is_alive() for process in ranks.processes), text
         assert time.monotonic() < deadline, text
         time.sleep(0.001)
-    time.sleep(chance.random() * 0.05)
+    if number % 2:
+        time.sleep(chance.random() * 0.05)
     ranks.kill(chance.randrange(2))
     return bool(set(half_written.glob(".*.tmp")) - known)
 

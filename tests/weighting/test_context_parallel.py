@@ -65,7 +65,8 @@ def weigh_all(group: dist.ProcessGroup | None) -> dict[str, Any]:
             weights = join(gathered, dim=1)
             dist.all_reduce(sums, group=group)
             dist.all_reduce(total, group=group)
-            statistics.all_reduce(group)
+            dist.all_reduce(statistics.sums, group=group)
+            dist.all_reduce(statistics.largest, dist.ReduceOp.MAX, group=group)
         results[name] = (weights, sums, float(total), statistics)
     return results
 
