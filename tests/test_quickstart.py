@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -28,6 +30,7 @@ def quickstart(folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=590)
 
 
+@pytest.mark.timeout(1300)
 def test_the_quickstart_goes_from_text_to_exported_models_and_a_report(tmp_path: Path) -> None:
     result = quickstart(tmp_path / "q")
     assert result.returncode == 0, result.stderr[-2000:] + result.stdout[-2000:]
@@ -42,4 +45,4 @@ def test_the_quickstart_goes_from_text_to_exported_models_and_a_report(tmp_path:
     assert "http://" not in page.replace("http://www.w3.org", "")
 
     again = quickstart(tmp_path / "q")
-    assert again.returncode == 0 and "train.py" not in again.stdout.replace("skipped", "")
+    assert again.returncode == 0 and "train.py" not in again.stdout

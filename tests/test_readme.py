@@ -1,0 +1,61 @@
+"""What the READMEs tell the reader to type: every option exists, every Python line runs."""
+
+import argparse
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", *ROOT.glob("recipes/*/README.md")])
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The page's code of a language, its indentation inside a list taken away."""
+    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```", page.read_text(), re.M | re.S)
+    return [re.sub(f"^{indent}", "", code, flags=re.M) for indent, code in found]
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words of every command line."""
+    lines = "".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+class Parsed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+def test_every_command_is_one_that_its_tool_takes(page, monkeypatch):
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(self, *arguments, **options):
+        parse(self, *arguments, **options)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    found = commands(page)
+    assert len(found) >= 2
+    for words in found:
+        if words[0] == "make":  # tests/test_house.py
+            continue
+        tool = next(place for place, word in enumerate(words) if word.startswith("tools/"))
+        assert words[0] in ("python", "torchrun"), words
+        specification = importlib.util.spec_from_file_location("tool", ROOT / words[tool])
+        module = importlib.util.module_from_spec(specification)
+        specification.loader.exec_module(module)
+        with pytest.raises(Parsed):
+            module.main(words[tool + 1 :])
+        for recipe in (word for word in words if word.startswith("recipes/")):
+            assert (ROOT / recipe).is_file(), recipe
+
+
+def test_the_python_lines_run():
+    (code,) = blocks(ROOT / "README.md", "python")
+    names = {"long_loss": torch.rand(2, 8), "short_loss": torch.rand(2, 8)}
+    exec(code, names)
+    assert names["weights"].shape == (2, 8) and names["weights"].dtype == torch.float32
