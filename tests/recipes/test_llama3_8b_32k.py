@@ -1,13 +1,20 @@
-"""The Llama 3 8B recipe says what the paper's settings are, and fits 8 and 64 GPUs."""
+"""The Llama 3 8B recipe says what the paper's settings are, and fits 8 and 64 GPUs.
 
+RENEW_GOLDEN=1 python -m pytest tests/recipes writes its batch scripts anew; read the difference.
+"""
+
+import os
 from pathlib import Path
 
 import pytest
 
 from lctw_megatron.config.layout_rules import check_layout
 from lctw_megatron.config.load import load_recipe, resolve_run
+from lctw_megatron.launch.plan import make_plan
+from lctw_megatron.launch.queue import plan_jobs
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "llama3_8b_32k" / "recipe.yaml"
+PROJECT = Path(__file__).parents[2]
+RECIPE = PROJECT / "recipes" / "llama3_8b_32k" / "recipe.yaml"
 
 
 def test_the_settings_are_those_of_the_paper():
@@ -35,3 +42,19 @@ def test_plain_training_for_comparison_is_one_override_away():
     run = resolve_run(load_recipe(RECIPE, ["weighting=uniform", "output_dir=runs/uniform"]))
     assert run.weighting.scheme == "uniform" and run.weighting.window is None
     assert run.run_dir == "runs/uniform/main"
+
+
+def test_the_scripts_beside_it_are_what_launch_renders(monkeypatch):
+    monkeypatch.chdir(PROJECT)
+    plan = make_plan(
+        "recipes/llama3_8b_32k/recipe.yaml", (), lambda _: resolve_run(load_recipe(RECIPE)).model
+    )
+    folder = RECIPE.parent / "sbatch"
+    scripts = {
+        f"{j.name}.sbatch": j.script for j in plan_jobs(plan, plan.stages, plan.recipe.cluster)
+    }
+    if os.environ.get("RENEW_GOLDEN"):
+        folder.mkdir(exist_ok=True)
+        for name, script in scripts.items():
+            (folder / name).write_text(script)
+    assert {path.name: path.read_text() for path in folder.iterdir()} == scripts

@@ -167,10 +167,17 @@ class SmallSlurm:
         daemon.wait()
         if daemon_only:
             return
-        for pid, environment in _processes():
-            own = environment.get("SLURM_CONF") == self.environment["SLURM_CONF"]
-            if own and environment.get("SLURMD_NODENAME") == node:
-                _kill(pid)
+        running = [
+            pid
+            for pid, environment in _processes()
+            if environment.get("SLURM_CONF") == self.environment["SLURM_CONF"]
+            and environment.get("SLURMD_NODENAME") == node
+        ]
+        # First those that would still report what has ended: a machine without power does not.
+        for pid in {step for pid in running for step in _steps_above(pid)}:
+            _kill(pid)
+        for pid in running:
+            _kill(pid)
 
     def start_node(self, node: str) -> None:
         self._daemon(node, "slurmd", "-D", "-N", node)
@@ -277,11 +284,25 @@ def _seconds(elapsed: str) -> int:
 
 def _is_child(pid: int) -> bool:
     """Whether a slurmstepd started the process itself."""
+    return _parent(pid) in _steps_above(pid)
+
+
+def _steps_above(pid: int) -> list[int]:
+    """Every slurmstepd among a process and its ancestors."""
+    found = []
+    while pid > 1:
+        with suppress(OSError):
+            if "slurmstepd" in Path(f"/proc/{pid}/comm").read_text():
+                found.append(pid)
+        pid = _parent(pid)
+    return found
+
+
+def _parent(pid: int) -> int:
     try:
-        parent = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
-        return "slurmstepd" in Path(f"/proc/{parent}/comm").read_text()
+        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
     except OSError:
-        return False
+        return 0
 
 
 def _kill(pid: int) -> None:
