@@ -174,8 +174,8 @@ class SmallSlurm:
             and environment.get("SLURMD_NODENAME") == node
         ]
         # First those that would still report what has ended: a machine without power does not.
-        for pid in {step for pid in running for step in _steps_above(pid)}:
-            _kill(pid)
+        for step in {step for pid in running for step in _steps_above(pid)}:
+            _kill(step)
         for pid in running:
             _kill(pid)
 
