@@ -1,6 +1,6 @@
 """Held-out loss of a checkpoint by position and by the distance of a target's last occurrence.
 
-With --window also LongPPL and the gain from long context. Alone, or under torchrun or srun. Done
+With --window also LongPPL and the gain from long context. Alone, or under torchrun. Done
 again only if the checkpoint, the data or a setting has changed.
 """
 

@@ -1,6 +1,6 @@
 """Score every token of a corpus under a short-context model: PREFIX.short_loss.bin, .idx, .json.
 
-Alone, under torchrun or srun (data-parallel ranks take shards), or as independent jobs, one for
+Alone, under torchrun (data-parallel ranks take shards), or as independent jobs, one for
 each `--shard I/N`, and then once with `--merge`. Start it again to finish what is missing.
 """
 

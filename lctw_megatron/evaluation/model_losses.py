@@ -171,7 +171,7 @@ class ModelLosses:
         batches = [
             make_microbatch(
                 [samples[row] if row < len(samples) else padding for row in chosen], data, rank
-            ).tensors
+            )
             for chosen in rows
         ]
         parts = compute([move(batch, world.device) for batch in batches])

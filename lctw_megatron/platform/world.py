@@ -42,6 +42,22 @@ def default_device() -> torch.device:
     return torch.device("cpu")
 
 
+def started_together() -> bool:
+    """Whether this process is one of several ranks that a launcher started, or alone.
+
+    InputError for tasks of a plain srun, which would all take themselves for the only one.
+    """
+    if "RANK" in os.environ:
+        return True
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if tasks > 1:
+        raise InputError(
+            f"srun started {tasks} tasks without RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and "
+            "MASTER_PORT; export them as the scripts of tools/launch.py do, or use torchrun"
+        )
+    return False
+
+
 def initialize(layout: LayoutConfig, seed: int, timeout_minutes: float = 30) -> World:
     """Join the ranks started by torchrun or srun (or be alone) and form megatron-core's groups.
 
@@ -60,7 +76,7 @@ def initialize(layout: LayoutConfig, seed: int, timeout_minutes: float = 30) -> 
         timeout = datetime.timedelta(minutes=timeout_minutes)
         # The device type keeps object collectives and barriers of CPU tensors on gloo.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        if "RANK" in os.environ:
+        if started_together():
             dist.init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(

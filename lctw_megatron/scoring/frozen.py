@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch.distributed as dist
 
 from lctw_megatron.data.manifest import SidecarManifest
 from lctw_megatron.errors import InputError
-from lctw_megatron.platform.world import World, initialize, shut_down
+from lctw_megatron.platform.world import World, initialize, shut_down, started_together
 from lctw_megatron.progress import Progress, human
 from lctw_megatron.scoring.job import Job
 from lctw_megatron.scoring.merge import merge
@@ -41,14 +42,15 @@ def score(job: Job, request: Request, say: Callable[[str], None]) -> SidecarMani
     Finished work is never done again, and without any left no model is loaded. ``say`` gets lines
     for the user, on the first rank. Raises InputError on the first rank, SystemExit on the others.
     """
-    together = "RANK" in os.environ
-    world = initialize(job.layout, seed=0) if together else None
+    world = initialize(job.layout, seed=0) if started_together() else None
+    # Ranks wait for each other as long as a shard takes, or the first one's reading of the corpus.
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=30)) if world else None
     try:
-        work = _agreed(world, lambda: _survey(job, request, say))
+        work = _agreed(world, patient, lambda: _survey(job, request, say))
         if work is not None and work.pending:
             world = world or initialize(job.layout, seed=0)
             _score_shards(job, work, world, say)
-            dist.barrier()
+            dist.barrier(patient)
         if world is not None and not world.is_first:
             return None
         if work is None:
@@ -127,7 +129,9 @@ def _shard_losses(
         yield losses
 
 
-def _agreed(world: World | None, decide: Callable[[], _Work | None]) -> _Work | None:
+def _agreed(
+    world: World | None, patient: dist.ProcessGroup | None, decide: Callable[[], _Work | None]
+) -> _Work | None:
     """What the first rank decides: ranks on other nodes may see files late."""
     if world is None or world.size == 1:
         return decide()
@@ -138,7 +142,7 @@ def _agreed(world: World | None, decide: Callable[[], _Work | None]) -> _Work | 
             answer = [decide(), None]
         except InputError as problem:
             answer, error = [None, str(problem)], problem
-    dist.broadcast_object_list(answer)
+    dist.broadcast_object_list(answer, group=patient)
     if answer[1] is not None:
         raise error or SystemExit(2)
     return answer[0]

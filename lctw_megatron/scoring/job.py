@@ -156,7 +156,7 @@ class Job:
             )
         for path, (_, number) in shard_files(self.folder).items():
             if number != asked:
-                path.unlink()
+                path.unlink(missing_ok=True)
         work = max(-(-self.plan.tokens // SHARD_TOKENS), 4 * ranks)
         return asked or max(1, min(work, self.plan.blocks, _MOST_SHARDS))
 
@@ -170,14 +170,14 @@ class Job:
             found = ShardReader(path).settings
         except InputError as error:
             say(f"scored again: {error}")
-            path.unlink()
+            path.unlink(missing_ok=True)
             return False
         try:
             self._compare(str(path), found)
         except InputError:
             if not overwrite:
                 raise
-            path.unlink()
+            path.unlink(missing_ok=True)
             return False
         return True
 
@@ -199,7 +199,7 @@ class Job:
     def remove_shards(self) -> None:
         """After the merge. Shards of other settings, someone else's work, are left alone."""
         for path in shard_files(self.folder):
-            with suppress(InputError):  # a damaged one is of no use to anyone
+            with suppress(InputError, FileNotFoundError):  # a damaged one is of no use to anyone
                 if ShardReader(path).settings != self.settings:
                     return
         shutil.rmtree(self.folder, ignore_errors=True)

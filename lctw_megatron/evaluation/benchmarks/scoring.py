@@ -2,13 +2,15 @@
 
 transformers does what a plain script does: a forward over a batch of windows, then the
 cross-entropy of all positions. Ours has the same batches to work with, and computes logits where a
-target is scored. Speed is measured in turn in one process, memory in a process of its own for each.
+target is scored.
 """
 
 import json
 import multiprocessing
 import resource
+import statistics
 import tempfile
+import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -16,13 +18,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from lctw_megatron.config.schema import LayoutConfig, ModelConfig, PrepareConfig
 from lctw_megatron.data.token_dataset import TokenDataset
 from lctw_megatron.errors import InputError
-from lctw_megatron.evaluation.benchmarks.measure import measure_in_turn
 from lctw_megatron.evaluation.benchmarks.sixteen_bits import weight_changes
 from lctw_megatron.model.checkpoint import find_checkpoint, read_manifest
 from lctw_megatron.model.spec import DTYPES
@@ -139,53 +141,71 @@ def _sixteen_bits(task: Task) -> dict[str, Any]:
     return weight_changes(long[None], short[-len(long) :][None])
 
 
-def measure(task: Task, repeats: int = 3) -> dict[str, Any]:
-    """Everything about one task as plain numbers. Takes 2 + 3 x (1 + repeats) passes."""
-    sides = {
-        "ours": ours(task),
-        "transformers": transformers(task),
-        "transformers, one window at a time": transformers(task, 1),
+def measure(task: Task, repeats: int = 2) -> dict[str, Any]:
+    """Everything about one task as plain numbers. Every pass runs in a process of its own, which
+    gives its peak memory; the sides are taken in turn."""
+    sides: dict[str, tuple[Any, ...]] = {
+        "ours": (ours, task),
+        "transformers": (transformers, task),
+        "transformers, one window at a time": (transformers, task, 1),
     }
-    costs = measure_in_turn(list(sides.values()), torch.device("cpu"), repeats)
+    passes: dict[str, list[Pass]] = {name: [] for name in sides}
+    for _ in range(repeats):
+        for name, side in sides.items():
+            passes[name].append(_in_a_process(*side))
     read = int((task.table()[:, 2] - task.table()[:, 1]).sum())
     results: dict[str, Any] = {
         "task": task._asdict(),
         "threads": torch.get_num_threads(),
         "tokens read": read,
     }
-    for name, cost in zip(sides, costs, strict=True):
-        results[name] = {"seconds": cost.seconds, "tokens per second": read / cost.seconds}
-    for name, arguments in (("ours", ()), ("transformers", ()), (list(sides)[2], (1,))):
-        results[name]["peak bytes"] = _peak_bytes(ours if name == "ours" else transformers,
-                                                  task, *arguments)  # fmt: skip
-        results[name]["speed of ours"] = results[name]["seconds"] / results["ours"]["seconds"]
-        results[name]["memory of ours"] = (
-            results["ours"]["peak bytes"] / results[name]["peak bytes"]
-        )
+    for name, found in passes.items():
+        seconds = statistics.median(one.seconds for one in found)
+        peak = statistics.median(one.peak_bytes for one in found)
+        results[name] = {
+            "seconds": seconds,
+            "tokens per second": read / seconds,
+            "peak bytes": peak,
+            "speed of ours": seconds / statistics.median(one.seconds for one in passes["ours"]),
+            "memory of ours": statistics.median(one.peak_bytes for one in passes["ours"]) / peak,
+        }
     model = read_manifest(find_checkpoint(task.checkpoint)).model
     results["FLOPs of transformers / ours"] = _flops_ratio(model, task)
-    expected, found = sides["transformers"](), sides["ours"]()
-    results["mean loss"] = float(found.double().mean())
-    results["largest difference"] = float((found - expected).abs().max())
-    results["where our time goes"] = _shares(sides["ours"])
+    expected, found_losses = passes["transformers"][0].losses, passes["ours"][0].losses
+    results["mean loss"] = float(found_losses.mean(dtype=np.float64))
+    results["mean loss of transformers"] = float(expected.mean(dtype=np.float64))
+    results["largest difference"] = float(np.abs(found_losses - expected).max())
+    results["where our time goes"] = _shares(ours(task))
     return results
 
 
-def _peak_bytes(side: Callable[..., Losses], *arguments: Any) -> int:
-    """Most memory that a fresh process held that loads the model and does the task once."""
+class Pass(NamedTuple):
+    """One pass over the windows in a process of its own."""
+
+    seconds: float
+    peak_bytes: int
+    """Most memory that the process held, the model and its loading included."""
+    losses: NDArray[np.float32]
+
+
+def _in_a_process(side: Callable[..., Losses], *arguments: Any) -> Pass:
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_run_once, args=(sender, side, arguments))
     process.start()
     sender.close()
-    peak = int(receiver.recv())
+    result = Pass(*receiver.recv())
     process.join()
-    return peak
+    return result
 
 
 def _run_once(sender: Connection, side: Callable[..., Losses], arguments: tuple[Any, ...]) -> None:
-    side(*arguments)()
-    sender.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    losses = side(*arguments)
+    start = time.perf_counter()
+    found = losses().numpy()
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    sender.send((seconds, peak, found))
 
 
 def _flops_ratio(model: ModelConfig, task: Task) -> float:
