@@ -1,5 +1,7 @@
 """Files and folders that appear whole or not at all."""
 
+import errno
+import fcntl
 import json
 import os
 import secrets
@@ -17,6 +19,22 @@ def sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Let one process of all in. It is let go by a crash too.
+
+    BlockingIOError, without ``wait``, if another holds it. Where the file system has no locks, all
+    are let in.
+    """
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+        yield
 
 
 def _beside(path: Path, suffix: str) -> Path:
@@ -73,8 +91,14 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         if path.exists():
             old = _beside(path, "old")
             os.replace(path, old)
-            os.replace(temporary, path)
-            shutil.rmtree(old)
+            try:
+                os.replace(temporary, path)
+            except OSError:
+                if not path.exists():
+                    os.replace(old, path)
+                raise
+            finally:
+                shutil.rmtree(old, ignore_errors=True)
         else:
             os.replace(temporary, path)
         sync_directory(path.parent)

@@ -34,6 +34,7 @@ def run_command(main: Callable[[list[str]], int | None]) -> None:
         warnings.simplefilter("ignore")
     try:
         status = main(arguments) or 0
+        sys.stdout.flush()
     except InputError as error:
         if debug:
             raise
@@ -51,7 +52,6 @@ def run_command(main: Callable[[list[str]], int | None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130
-    sys.stdout.flush()
     sys.exit(status)
 
 

@@ -1,4 +1,4 @@
-"""Train a run of a recipe, alone or under torchrun or srun."""
+"""Train a run of a recipe, alone, under torchrun, or under srun as tools/launch.py does."""
 
 import argparse
 import sys
@@ -42,9 +42,11 @@ def main(arguments: list[str]) -> int:
 
     from lctw_megatron.config.load import dump_yaml, load_recipe, resolve_run
     from lctw_megatron.model.checkpoint import checkpoint_model
+    from lctw_megatron.weighting import parse_weighting
 
     recipe = load_recipe(options.recipe, options.overrides)
     run = resolve_run(recipe, options.run, checkpoint_model)
+    parse_weighting(run.weighting)
     if options.dry_run:
         from lctw_megatron.training.estimate import describe_layout
 

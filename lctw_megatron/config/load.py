@@ -24,7 +24,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from lctw_megatron.config.complaints import build, check_values, nearest
-from lctw_megatron.config.rules import check_evaluation, check_run, check_scoring
+from lctw_megatron.config.rules import check_evaluation, check_run, check_scores_fit, check_scoring
 from lctw_megatron.config.schema import (
     ClusterConfig,
     LayoutConfig,
@@ -81,11 +81,6 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     recipe = build(Recipe, {**shared, "runs": complete}, where)
     _check_recipe(recipe, where)
     return recipe
-
-
-def run_names(recipe: Recipe) -> list[str]:
-    """The runs in the order the recipe names them."""
-    return list(recipe.runs)
 
 
 def run_dir(recipe: Recipe, name: str) -> str:
@@ -236,11 +231,30 @@ def _check_recipe(recipe: Recipe, where: str) -> None:
                 _check_source(recipe, key, "evaluation.key_checkpoint")
             check_evaluation(recipe.evaluation)
         for name in recipe.runs:
-            if _missing_model_fields(recipe, name) and recipe.runs[name].get("start"):
-                continue  # resolve_run checks it once the checkpoint's model is at hand
-            resolve_run(recipe, name)
+            try:
+                _model_values(recipe, name, None)
+            except InputError:
+                if _starts_from_a_checkpoint(recipe, name):
+                    continue  # resolve_run checks it once the checkpoint's model is at hand
+                raise
+            _check_scores(recipe, resolve_run(recipe, name))
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
+
+
+def _check_scores(recipe: Recipe, run: RunConfig) -> None:
+    """Refuse scores that do not fit a run that reads them."""
+    scoring, weighting = recipe.scoring, run.weighting
+    compares = weighting.mode == "frozen" and weighting.scheme not in ("uniform", "position")
+    if scoring and compares and run.data.scores == scoring.name:
+        check_scores_fit(run, scoring)
+
+
+def _starts_from_a_checkpoint(recipe: Recipe, name: str) -> bool:
+    """Whether the run starts, itself or through other runs, from what is no run of the recipe."""
+    while (start := recipe.runs[name].get("start")) in recipe.runs:
+        name = start
+    return start is not None
 
 
 def _check_start(recipe: Recipe, name: str) -> None:

@@ -46,6 +46,36 @@ def check_scoring(scoring: ScoringConfig) -> None:
     _check_windows("scoring", scoring.window, scoring.stride, scoring.sequence_length)
 
 
+def check_scores_fit(run: RunConfig, scoring: ScoringConfig) -> None:
+    """Refuse a run that could not read the scores that ``scoring`` makes for it. InputError.
+
+    The rules are those of data.Sidecar.check, here before hours of scoring.
+    """
+    for field in ("window", "stride"):
+        ours, theirs = getattr(run.weighting, field), getattr(scoring, field)
+        if ours is not None and ours != theirs:
+            raise InputError(
+                f"weighting.{field} is {ours}, but scoring.{field} is {theirs}; make them equal"
+            )
+    length = run.data.sequence_length
+    if scoring.window >= length:
+        raise InputError(
+            f"scoring.window {scoring.window} is not shorter than data.sequence_length {length}: "
+            "no target would have a score"
+        )
+    if scoring.sequence_length is not None:
+        if scoring.sequence_length != length:
+            raise InputError(
+                f"scoring.sequence_length is {scoring.sequence_length}, but data.sequence_length "
+                f"is {length}; make them equal, or leave it out of scoring"
+            )
+        if run.data.packing != "chunk":
+            raise InputError(
+                f"scoring.sequence_length {length} fits data.packing chunk, not "
+                f"{run.data.packing}; leave it out of scoring"
+            )
+
+
 def check_evaluation(evaluation: EvaluationConfig) -> None:
     """Refuse windows that do not fit together. Raises InputError."""
     _check_windows("evaluation", evaluation.window, evaluation.stride, evaluation.sequence_length)

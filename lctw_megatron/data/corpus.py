@@ -10,6 +10,7 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from lctw_megatron.errors import InputError
 
@@ -188,5 +189,12 @@ def _row_groups(path: str) -> int:
 
     try:
         return parquet.read_metadata(path).num_row_groups
-    except pyarrow.ArrowException as error:
-        raise InputError(f"{path}: not a parquet file, or damaged ({error})") from None
+    except (pyarrow.ArrowException, OSError) as error:
+        refuse_damage(path, error)
+
+
+def refuse_damage(path: str, error: Exception) -> NoReturn:
+    """InputError for what pyarrow says of a damaged file: also OSErrors, which have no errno."""
+    if getattr(error, "errno", None) is not None:
+        raise error
+    raise InputError(f"{path}: not a parquet file, or damaged ({error})") from None

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
-from lctw_megatron.data.corpus import Slice
+from lctw_megatron.data.corpus import Slice, refuse_damage
 from lctw_megatron.errors import InputError
 
 _BUFFER_BYTES = 1 << 20
@@ -169,8 +169,8 @@ def _rows(part: Slice, text_field: str, scratch: str) -> Iterator[_Piece]:
                     done = part.weight * (row - first) // total
                     missing = _Broken(f"no text in column {text_field!r} (it is null)")
                     yield f" row {row}", missing if text is None else text, done
-        except pyarrow.ArrowException as error:
-            raise InputError(f"{path}: not a parquet file, or damaged ({error})") from None
+        except (pyarrow.ArrowException, OSError) as error:
+            refuse_damage(path, error)
 
 
 def _check_column(table: Any, path: str, text_field: str) -> None:

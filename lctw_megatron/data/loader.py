@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lctw_megatron.config.schema import DataConfig
 from lctw_megatron.data.blend import SampleOrder
-from lctw_megatron.data.microbatch import Counts, Microbatch, Rank, check_cut, make_microbatch
+from lctw_megatron.data.microbatch import Rank, check_cut, make_microbatch
 from lctw_megatron.data.sequence_source import open_sources
 from lctw_megatron.data.sequences import Piece
 from lctw_megatron.errors import InputError
@@ -101,11 +101,8 @@ class TokenLoader:
         self._batch_sizes = [[0, 0, global_batch_size]]
         self.consumed_samples = 0
         """Samples of all steps up to the last one asked for."""
-        self.counts = Counts()
-        """Of all that was handed out to this data-parallel rank."""
-        self._counted = (-1, -1)
         self._reader = ThreadPoolExecutor(1, "lctw-loader")
-        self._ahead: dict[tuple[int, int], Future[Microbatch]] = {}
+        self._ahead: dict[tuple[int, int], Future[dict[str, Tensor]]] = {}
 
     @property
     def microbatches(self) -> int:
@@ -123,11 +120,10 @@ class TokenLoader:
     def step(self, step: int) -> Iterator[dict[str, Tensor]]:
         """This rank's microbatches of training step ``step``, counted from 0.
 
-        From here on the step's samples count as consumed. Any step may be asked for, again too: an
-        interleaved pipeline wants one iterator for each of its model chunks.
+        From here on the step's samples count as consumed. Any step may be asked for, again too.
         """
         first, size = self._span(step)
-        self.consumed_samples = first + size  # not later: a pipeline's inner stages read no batch
+        self.consumed_samples = first + size
         return self._microbatches(step)
 
     def documents(self, step: int) -> list[TracedSample]:
@@ -210,13 +206,9 @@ class TokenLoader:
 
     def _microbatches(self, step: int) -> Iterator[dict[str, Tensor]]:
         for microbatch in range(self.microbatches):
-            tensors, counts = self._get(step, microbatch)
-            if (step, microbatch) > self._counted:
-                self._counted = (step, microbatch)
-                self.counts.add(counts)
-            yield tensors
+            yield self._get(step, microbatch)
 
-    def _get(self, step: int, microbatch: int) -> Microbatch:
+    def _get(self, step: int, microbatch: int) -> dict[str, Tensor]:
         ready = self._ahead.pop((step, microbatch), None)
         result = ready.result() if ready else self._build(step, microbatch)
         flat = step * self.microbatches + microbatch
@@ -228,7 +220,7 @@ class TokenLoader:
                 self._ahead[key] = self._reader.submit(self._build, *key)
         return result
 
-    def _build(self, step: int, microbatch: int) -> Microbatch:
+    def _build(self, step: int, microbatch: int) -> dict[str, Tensor]:
         first, _ = self._span(step)
         places = [self._order[first + row] for row in self._rank.rows(microbatch)]
         samples = [self.sources[corpus].read(sequence) for corpus, _, sequence in places]

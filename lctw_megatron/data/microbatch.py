@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lctw_megatron.config.schema import DataConfig
 from lctw_megatron.data import zigzag
-from lctw_megatron.data.batch import IGNORE, Sample, collate, cut_batch
+from lctw_megatron.data.batch import Sample, collate, cut_batch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,39 +41,15 @@ class Rank:
         return range(first, first + self.micro_batch_size)
 
 
-@dataclass
-class Counts:
-    """Positions of whole sequences, before cutting for context parallelism."""
-
-    targets: int = 0
-    padding: int = 0
-    unscored: int = 0
-    """Targets without a usable short loss, where short losses are read."""
-
-    def add(self, other: Counts) -> None:
-        self.targets += other.targets
-        self.padding += other.padding
-        self.unscored += other.unscored
-
-
-class Microbatch(NamedTuple):
-    tensors: dict[str, Tensor]
-    counts: Counts
-
-
-def make_microbatch(samples: Sequence[Sample], data: DataConfig, rank: Rank) -> Microbatch:
-    """Collate, count, cut for context parallelism and, last of all, make tensors."""
+def make_microbatch(samples: Sequence[Sample], data: DataConfig, rank: Rank) -> dict[str, Tensor]:
+    """Collate, cut for context parallelism and, last of all, make tensors."""
     import torch
 
     batch = collate(samples, with_boundaries=data.packing == "pack")
-    live = batch["labels"] != IGNORE
-    counts = Counts(targets=int(live.sum()), padding=int((~live).sum()))
-    if "short_loss" in batch:
-        counts.unscored = int((live & np.isnan(batch["short_loss"])).sum())
     part = cut_batch(batch, rank.cp_rank, rank.cp_size)
     # Whole sequences too: self-scoring cuts them into windows, metrics look for occurrences.
     part |= {f"sequence_{name}": batch[name] for name in ("tokens", "labels")}
-    return Microbatch({name: torch.from_numpy(array) for name, array in part.items()}, counts)
+    return {name: torch.from_numpy(array) for name, array in part.items()}
 
 
 def check_cut(data: DataConfig, cp_size: int) -> None:

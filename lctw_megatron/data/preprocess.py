@@ -12,7 +12,6 @@ result by once more its size.
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -22,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lctw_megatron.atomic import atomic_file
+from lctw_megatron.atomic import atomic_file, locked
 from lctw_megatron.config.schema import PrepareConfig
 from lctw_megatron.data.corpus import CorpusFile, Shard, find_files, plan_shards
 from lctw_megatron.data.manifest import TokenizerIdentity, TokenManifest
@@ -52,10 +51,11 @@ def preprocess(config: PrepareConfig) -> TokenManifest:
     files = find_files(config.inputs, prefix)
     shards = plan_shards(files)
     wanted = _request(config, files, given)
-    found = _finished(prefix, wanted)
+    found = _finished(config, wanted)
     if found is not None:
         print(f"{prefix}: already there, from the same corpus with the same settings")
         return found
+    _refuse_foreign(prefix)
     settings = ShardSettings(config.text_field, config.skip_bad, config.max_bytes)
     with _work_folder(prefix) as work:
         model = config.tokenizer or _trained_model(config, shards, wanted, work)
@@ -108,8 +108,11 @@ def _request(
     return hashlib.blake2b(json.dumps(decides).encode(), digest_size=16).hexdigest()
 
 
-def _finished(prefix: str, wanted: str) -> TokenManifest | None:
+def _finished(config: PrepareConfig, wanted: str) -> TokenManifest | None:
     """The manifest of a whole result of the same request; None if there is none."""
+    prefix = config.output_prefix
+    if config.train_sentencepiece and not os.path.exists(_model_path(prefix)):
+        return None
     try:
         manifest = TokenDataset(prefix).manifest
         if manifest.source.get("request") != wanted:
@@ -123,6 +126,19 @@ def _finished(prefix: str, wanted: str) -> TokenManifest | None:
     return manifest
 
 
+def _refuse_foreign(prefix: str) -> None:
+    """InputError if a dataset is there that was not made here, such as Megatron's own: with no
+    manifest, no trace of a run that was killed and nothing else of ours beside it."""
+    if not os.path.exists(f"{prefix}.bin"):
+        return
+    ours = [Path(f"{prefix}.shards"), Path(f"{prefix}.json"), _held_out_text(prefix)]
+    if not any(path.exists() for path in ours):
+        raise InputError(
+            f"{prefix}.bin: has no manifest of tools/preprocess.py, and would be replaced; choose "
+            "another --output-prefix, or remove it"
+        )
+
+
 def _held_out_text(prefix: str) -> Path:
     return Path(prefix + VALIDATION + ".jsonl")
 
@@ -134,9 +150,9 @@ def _work_folder(prefix: str) -> Iterator[Path]:
     start = time.monotonic()
     work = Path(os.path.abspath(prefix) + ".shards")
     work.mkdir(parents=True, exist_ok=True)
-    with open(work / "lock", "w") as lock:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(locked(work / "lock", wait=False))
         except BlockingIOError:
             raise InputError(
                 f"{work}: another process is preprocessing to this prefix; wait for it to end, or "

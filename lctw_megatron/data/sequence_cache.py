@@ -5,19 +5,16 @@ holds the price of this way of packing and the checksums of the arrays.
 """
 
 import errno
-import fcntl
 import hashlib
 import json
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from lctw_megatron.atomic import atomic_directory, write_json
+from lctw_megatron.atomic import atomic_directory, locked, write_json
 from lctw_megatron.data.sequences import (
     FORMAT_VERSION,
     Packing,
@@ -69,7 +66,7 @@ def cached_index(
         return found
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _alone(folder / ".lock"):
+        with locked(folder / ".lock"):
             found = _read(entry)
             if found:
                 return found
@@ -84,18 +81,6 @@ def cached_index(
             "name a folder with room that is writable"
         ) from error
     return _read(entry) or (index, cost)
-
-
-@contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Let one process of all in. Where the file system has no locks, each builds for itself."""
-    with open(lock, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)  # given back when the file closes, by a crash too
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
-        yield
 
 
 def _write(entry: Path, index: SequenceIndex, cost: SequencePrice) -> None:

@@ -58,7 +58,7 @@ class ValidationLoader:
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for microbatch in range(len(self)):
             samples = [self._row(row) for row in self._rank.rows(microbatch)]
-            yield make_microbatch(samples, self._data, self._rank).tensors
+            yield make_microbatch(samples, self._data, self._rank)
 
     def _row(self, row: int) -> Sample:
         if row >= len(self._chosen):

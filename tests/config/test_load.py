@@ -14,7 +14,6 @@ from lctw_megatron.config.load import (
     load_run,
     parse_override,
     resolve_run,
-    run_names,
 )
 from lctw_megatron.config.schema import ModelConfig
 from lctw_megatron.config.yaml_text import parse_yaml, to_yaml
@@ -83,7 +82,7 @@ def refusal(recipe, text: str, *overrides: str) -> str:
 
 def test_runs_change_only_what_they_name(recipe):
     loaded = recipe()
-    assert run_names(loaded) == ["base", "dense"]
+    assert list(loaded.runs) == ["base", "dense"]
     base, dense = resolve_run(loaded, "base"), resolve_run(loaded, "dense")
     assert (base.data.sequence_length, dense.data.sequence_length) == (256, 1024)
     assert (base.training.steps, dense.training.steps) == (100, 20)
@@ -99,8 +98,34 @@ def test_runs_change_only_what_they_name(recipe):
 
 def test_without_runs_there_is_one_called_main(recipe):
     loaded = recipe(RECIPE.split("runs:")[0])
-    assert run_names(loaded) == ["main"]
+    assert list(loaded.runs) == ["main"]
     assert resolve_run(loaded) == resolve_run(loaded, "main")
+
+
+SCORED = (
+    RECIPE.replace("weighting: dense", "weighting: {base: dense, window: 64}")
+    + "scoring: {scorer: base, window: 64, stride: 48}\n"
+)
+
+
+def test_scores_that_no_run_could_read_are_refused_before_they_are_made(recipe):
+    recipe(SCORED)
+    for change, message in {
+        "scoring.window=128": "weighting.window is 64, but scoring.window is 128",
+        "scoring.sequence_length=512": "scoring.sequence_length is 512, but data.sequence_length",
+        "runs.dense.data.sequence_length=64": "window 64 is not shorter than",
+    }.items():
+        assert message in refusal(recipe, SCORED, change)
+    packed = ("scoring.sequence_length=1024", "data.packing=pack")
+    assert "fits data.packing chunk, not pack" in refusal(recipe, SCORED, *packed)
+    recipe(SCORED, "scoring.sequence_length=1024")
+    recipe(SCORED, "scoring.window=128", "data.scores=made_elsewhere")
+
+
+def test_a_run_that_starts_from_another_is_checked_too(recipe):
+    text = RECIPE.replace("model: small\n", "").replace("base: {}", "base: {model: small}")
+    recipe(text)
+    assert "min_lr 1.0 is above" in refusal(recipe, text, "runs.dense.training.min_lr=1.0")
 
 
 def test_a_run_must_be_chosen_when_there_are_several(recipe):

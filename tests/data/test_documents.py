@@ -147,6 +147,16 @@ def test_a_broken_text_or_row_is_named_or_counted(tmp_path):
     assert read(second_group, tmp_path, skip_bad=True) == ["d", None, "f"]
 
 
+def test_a_damaged_parquet_page_is_named(tmp_path):
+    path = write_corpus(tmp_path / "a.parquet", ["some longer text " * 50] * 6)
+    part = slices(path)[0]
+    content = bytearray(path.read_bytes())
+    content[20:40] = b"\xff" * 20  # inside the first page
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"a\.parquet: not a parquet file, or damaged"):
+        read([dataclasses.replace(part, end=1)], tmp_path)
+
+
 def test_parquet_columns_are_checked(tmp_path):
     path = write_corpus(tmp_path / "a.parquet", ["a"], "body")
     part = dataclasses.replace(slices(path)[0], end=1)

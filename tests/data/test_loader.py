@@ -275,18 +275,6 @@ def test_another_batch_size_goes_on_where_the_old_one_stopped(folder) -> None:
     ]
 
 
-def test_counts(folder) -> None:
-    ours = loader(config(folder, "a", shuffle=False), scores=True)
-    for _ in range(2):  # the second iterator counts nothing twice
-        for _ in ours.step(0):
-            pass
-    # 8 targets of document 0 and 24 of document 1, window 3: 2 of every piece not scored
-    assert vars(ours.counts) == {"targets": 32, "padding": 0, "unscored": 8}
-    for _ in ours.step(1):  # 5 targets of document 1, 1 of 2, 8 and 8 of 3
-        pass
-    assert vars(ours.counts) == {"targets": 54, "padding": 10, "unscored": 15}
-
-
 def test_scores_of_a_first_window_made_on_purpose_are_used(tmp_path) -> None:
     dataset = write_tokens(tmp_path / "c", count_up([17]))
     data = config(tmp_path, "c", shuffle=False)

@@ -34,9 +34,7 @@ def in_process(monkeypatch):
 
     class Executor:
         def __init__(self, workers, context, start, arguments):
-            with monkeypatch.context() as patch:
-                patch.setattr(shard_pool.signal, "signal", lambda *handler: None)
-                start(*arguments)
+            start(*arguments)
 
         def submit(self, work, *arguments):
             future = Future()
@@ -212,6 +210,33 @@ def test_a_result_with_a_missing_part_is_made_again(config, in_process, lost):
     preprocess(config)
     assert result_bytes(config.output_prefix) == before
     assert len(stored_texts(config, "-validation")) == 3
+
+
+def test_a_lost_tokenizer_is_trained_again(config, in_process):
+    asked = changed(config, tokenizer=None, train_sentencepiece=300)
+    preprocess(asked)
+    model = Path(f"{config.output_prefix}.tokenizer.model")
+    before = model.read_bytes()
+    model.unlink()
+    preprocess(asked)
+    assert model.read_bytes() == before
+
+
+def test_a_dataset_of_other_tools_is_not_replaced(config, in_process):
+    preprocess(config)
+    os.unlink(f"{config.output_prefix}.json")  # as Megatron's own preprocessing leaves it
+    with pytest.raises(InputError, match=r"\.bin: has no manifest .* would be replaced"):
+        preprocess(config)
+    assert not os.path.exists(f"{config.output_prefix}.json")
+
+
+def test_a_file_system_without_locks_is_no_hindrance(config, in_process, monkeypatch):
+    def refuse(file, operation):
+        raise OSError(errno.ENOSYS, "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    preprocess(config)
+    assert stored_texts(config) == TEXTS
 
 
 def test_other_settings_or_a_changed_corpus_replace_the_result(config, in_process):

@@ -1,5 +1,7 @@
 """The index cache: right whatever happened to its files, and shared without harm."""
 
+import errno
+import fcntl
 import os
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -104,9 +106,9 @@ def build_at_once(prefix: str) -> bool:
 
 def build_at_once_without_locks(prefix: str) -> bool:
     def refuse(file, operation) -> None:
-        raise OSError(sequence_cache.errno.ENOLCK, "no locks here")
+        raise OSError(errno.ENOLCK, "no locks here")
 
-    sequence_cache.fcntl.flock = refuse
+    fcntl.flock = refuse
     return build_at_once(prefix)
 
 
@@ -121,7 +123,7 @@ def test_many_ranks_may_build_at_once(tmp_path, function) -> None:
 @pytest.mark.parametrize("reason", ["ENOTEMPTY", "EEXIST", "ENOENT"])
 def test_losing_the_race_to_write_an_entry_is_no_harm(tmp_path, reason, monkeypatch) -> None:
     def too_late(*_) -> None:
-        raise OSError(getattr(sequence_cache.errno, reason), "another rank was faster")
+        raise OSError(getattr(errno, reason), "another rank was faster")
 
     dataset = write_tokens(tmp_path / "books", count_up([9, 17]))
     monkeypatch.setattr(sequence_cache, "atomic_directory", too_late)
@@ -130,7 +132,7 @@ def test_losing_the_race_to_write_an_entry_is_no_harm(tmp_path, reason, monkeypa
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch) -> None:
     def full(*_) -> None:
-        raise OSError(sequence_cache.errno.ENOSPC, "No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     dataset = write_tokens(tmp_path / "books", count_up([9, 17]))
     monkeypatch.setattr(np, "save", full)

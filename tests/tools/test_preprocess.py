@@ -200,10 +200,12 @@ def test_ctrl_c_ends_all_processes_in_one_line(large, prefix, sentencepiece_mode
         wait_for_shards(process, Path(f"{prefix}.shards"), 1)
     workers = psutil.Process(process.pid).children(recursive=True)
     for each in [psutil.Process(process.pid), *workers]:  # as a terminal does
-        each.send_signal(signal.SIGINT)
+        with contextlib.suppress(psutil.NoSuchProcess):  # the parent may have ended it already
+            each.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err == "interrupted\n"
+    *progress, last = err.splitlines()  # a slow machine gets to a line of progress
+    assert last == "interrupted" and all(line.startswith("tokenise: ") for line in progress), err
     assert gone(workers)
     assert os.listdir(prefix.parent) == []
 

@@ -108,6 +108,14 @@ def test_killed_and_asked_to_stop_a_run_ends_as_if_nothing_had_happened(
     assert logged(run_dir) == logged(untouched.parent / "main")
 
 
+def test_a_dry_run_knows_the_schemes(
+    data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = frozen_recipe(data, tmp_path / "dry")
+    answer = call(tool.main, capsys, recipe, "--dry-run", "--set", "weighting.scheme=densse")
+    assert answer.status == 2 and "densse" in answer.error_line()
+
+
 def plain_recipe(data: str, folder: Path) -> Path:
     run = make_run(data, "", {}, "chunk", "sparse", "self", training={"steps": 5})
     folder.mkdir()
