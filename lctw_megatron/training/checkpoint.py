@@ -166,7 +166,7 @@ class CheckpointWriter:
             try:
                 answer[0] = action()
             except OSError as error:
-                answer[1] = str(error)
+                answer[1] = f"{error}; {self._room()}"
         dist.broadcast_object_list(answer, 0)
         result, failure = answer
         if failure is not None:
@@ -176,9 +176,13 @@ class CheckpointWriter:
     def _fail(self, name: str, temporary: Path, error: CheckpointException) -> NoReturn:
         """megatron-core raises it on all ranks; the first knows why."""
         reasons = sorted({str(cause[0]) for cause in error.failures.values()})
-        known = ["; ".join(reasons)]
+        known = [f"{'; '.join(reasons)}; {self._room()}"]
         dist.broadcast_object_list(known, 0)
         self._give_up(name, temporary, known[0])
+
+    def _room(self) -> str:
+        """Not every version of megatron-core says that it was the disk."""
+        return f"{shutil.disk_usage(self.folder).free / 1e6:.1f} MB free there"
 
     def _give_up(self, name: str, temporary: Path | None, reason: str) -> NoReturn:
         if dist.get_rank() == 0 and temporary is not None:

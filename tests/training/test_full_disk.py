@@ -73,7 +73,7 @@ def test_a_full_disk_ends_all_ranks_with_one_line_and_the_older_checkpoint_serve
     assert outcome.status == 2, outcome.output
     errors = [line for line in outcome.output.splitlines() if line.startswith("error: ")]
     assert errors and len(set(errors)) == 1, outcome.output
-    assert "step_00000004: could not be written" in errors[0] and "space" in errors[0]
+    assert "step_00000004: could not be written" in errors[0] and "MB free" in errors[0]
     assert "Traceback" not in outcome.output
     assert checkpoints(disk / "main") == [2]
     assert not list((disk / "main" / "checkpoints").glob(".*"))  # nothing half written takes room
