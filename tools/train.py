@@ -54,9 +54,12 @@ def main(arguments: list[str]) -> int:
         sys.stdout.write(describe_layout(run, options.ranks))
         return 0
 
+    from lctw_megatron.platform.world import shut_down
     from lctw_megatron.training.loop import train
 
-    return train(run, options.allow_changes)
+    status = train(run, options.allow_changes)
+    shut_down()
+    return status
 
 
 if __name__ == "__main__":
