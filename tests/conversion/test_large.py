@@ -97,16 +97,18 @@ def test_export_is_at_least_half_as_fast_as_a_plain_copy(tmp_path, capsys):
     times: dict[str, list[float]] = {"plain copy": [], "import": [], "export": []}
     peaks = {"plain copy": 0.0}
     best: dict[str, float] = {}
+    steps = {
+        "import": ("--hf", tmp_path / "hf", "--output", tmp_path / "checkpoint"),
+        "export": ("--checkpoint", tmp_path / "checkpoint", "--output", tmp_path / "back"),
+    }
     for attempt in range(8):  # in turn, the best of each: other work on the machine comes and goes
-        if attempt > 1 and best["export"] <= 2 * best["plain copy"]:
+        if attempt > 2 and best["export"] <= 2 * best["plain copy"]:
             break
-        for name in ("checkpoint", "back"):
-            shutil.rmtree(tmp_path / name, ignore_errors=True)
-        times["plain copy"].append(plain_copy(weights, tmp_path / "copy"))
-        for verb, *arguments in (
-            ("import", "--hf", tmp_path / "hf", "--output", tmp_path / "checkpoint"),
-            ("export", "--checkpoint", tmp_path / "checkpoint", "--output", tmp_path / "back"),
-        ):
+        for verb, arguments in steps.items():
+            shutil.rmtree(arguments[-1], ignore_errors=True)
+            os.sync()  # what was written before is not to be waited for by what comes now
+            times["plain copy"].append(plain_copy(weights, tmp_path / "copy"))
+            os.sync()
             seconds, peaks[verb] = convert(verb, *arguments)
             times[verb].append(seconds)
         best = {name: min(values) for name, values in times.items()}
