@@ -182,7 +182,10 @@ class CheckpointWriter:
 
     def _room(self) -> str:
         """Not every version of megatron-core says that it was the disk."""
-        return f"{shutil.disk_usage(self.folder).free / 1e6:.1f} MB free there"
+        try:
+            return f"{shutil.disk_usage(self.folder).free / 1e6:.1f} MB free there"
+        except OSError as error:  # raised here it would leave the other ranks waiting
+            return f"{self.folder} cannot be reached: {error.strerror}"
 
     def _give_up(self, name: str, temporary: Path | None, reason: str) -> NoReturn:
         if dist.get_rank() == 0 and temporary is not None:

@@ -218,6 +218,20 @@ def test_a_damaged_newer_checkpoint_does_not_push_out_the_one_just_saved(
     assert checkpoints(copy) == [6]
 
 
+def test_a_folder_that_cannot_be_made_is_one_line_on_all_ranks(tmp_path: Path) -> None:
+    from lctw_megatron.config.schema import LayoutConfig
+    from lctw_megatron.model.checkpoint import CheckpointManifest
+    from lctw_megatron.platform.world import initialize
+    from lctw_megatron.training.checkpoint import CheckpointWriter
+
+    initialize(LayoutConfig(), seed=0)
+    (tmp_path / "file").touch()
+    run = make_run("none", "none", {}, "chunk", "uniform", "frozen")
+    manifest = CheckpointManifest(step=1, model=run.model, dtype="fp32", optimizer=True)
+    with pytest.raises(InputError, match="step_00000001: could not be written .*cannot be reached"):
+        CheckpointWriter(tmp_path / "file" / "checkpoints", 1).save({}, manifest)
+
+
 def test_without_a_whole_checkpoint_a_run_begins_anew(
     data: str, copy: Path, uninterrupted: list[Any]
 ) -> None:
