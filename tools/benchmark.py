@@ -1,47 +1,7 @@
-"""Measure speed and memory: ratios of two ways of doing one thing, side by side in one run."""
-
-import argparse
-from pathlib import Path
+"""Runs `lctw_megatron/commands/benchmark.py`, which is installed as `lctw-benchmark`."""
 
 from lctw_megatron.cli import run_command
-
-
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="benchmark.py", description=__doc__, epilog="--debug shows tracebacks."
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="cpu|gpu|scoring")
-    cpu = commands.add_parser("cpu", help="loss, steps, attention and sparse backward on this CPU")
-    cpu.add_argument("--output", default="benchmark.json", help="all numbers go there")
-    cpu.add_argument("--full-head", action="store_true", help="the loss at 8,192 x 128,256 (slow)")
-    gpu = commands.add_parser("gpu", help="checks and timings on one GPU, a 1B model at 32k tokens")
-    gpu.add_argument("--output", default="benchmark_gpu.json", help="all numbers go there")
-    gpu.add_argument("--golden", default="tests/golden/tiny_llama", help="the golden scores")
-    gpu.add_argument(
-        "--only",
-        nargs="*",
-        default=[],
-        help="parts: small attention golden steps profile head documents scoring; default: all",
-    )
-    scoring = commands.add_parser("scoring", help="our scorer beside transformers on this CPU")
-    scoring.add_argument(
-        "--output", type=Path, default="benchmark_scoring.json", help="all numbers go there"
-    )
-    scoring.add_argument("--hf", type=Path, required=True, help="a Hugging Face folder")
-    scoring.add_argument("--text", nargs="+", required=True, help="files with a long document")
-    options = parser.parse_args(arguments)
-    if options.command == "gpu":
-        from lctw_megatron.evaluation.benchmarks.gpu import gpu_benchmark
-
-        return gpu_benchmark(Path(options.output), Path(options.golden), options.only)
-    if options.command == "scoring":
-        from lctw_megatron.evaluation.benchmarks.scoring import scoring_benchmark
-
-        return scoring_benchmark(options.hf, options.text, options.output)
-    from lctw_megatron.evaluation.benchmarks.cpu import cpu_benchmark
-
-    return cpu_benchmark(Path(options.output), options.full_head)
-
+from lctw_megatron.commands.benchmark import main
 
 if __name__ == "__main__":
     run_command(main)

@@ -1,35 +1,7 @@
-"""Draw one or several runs side by side, and print how their held-out losses differ.
-
-Reads metrics.jsonl, evaluation.json (tools/evaluate_model.py) and run.yaml of each run; writes PNG
-files and report.html, one file that holds everything. The first run is the one to compare with.
-"""
-
-import argparse
+"""Runs `lctw_megatron/commands/report.py`, which is installed as `lctw-report`."""
 
 from lctw_megatron.cli import run_command
-
-
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="report.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="--debug shows tracebacks.",
-    )
-    parser.add_argument("runs", metavar="RUN_DIR", nargs="+", help="a run's folder")
-    parser.add_argument(
-        "--output", metavar="DIR", help="default: `report` beside the first run's folder"
-    )
-    parser.add_argument(
-        "--note", metavar="TEXT", help="what a reader must know, put into the page and the table"
-    )
-    options = parser.parse_args(arguments)
-
-    from lctw_megatron.evaluation.report import write_report
-
-    print(write_report(options.runs, options.output, options.note))
-    return 0
-
+from lctw_megatron.commands.report import main
 
 if __name__ == "__main__":
     run_command(main)

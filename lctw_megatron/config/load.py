@@ -23,7 +23,6 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from lctw_megatron.config.complaints import build, check_values, nearest
 from lctw_megatron.config.rules import check_evaluation, check_run, check_scores_fit, check_scoring
 from lctw_megatron.config.schema import (
     ClusterConfig,
@@ -35,6 +34,7 @@ from lctw_megatron.config.schema import (
     RunSections,
     WeightingConfig,
 )
+from lctw_megatron.config.validation_errors import build, check_values, nearest
 from lctw_megatron.config.yaml_text import parse_yaml, parse_yaml_mapping, to_yaml
 from lctw_megatron.errors import InputError
 

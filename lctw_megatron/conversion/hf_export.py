@@ -16,15 +16,15 @@ import numpy as np
 from lctw_megatron.atomic import atomic_directory, write_json
 from lctw_megatron.conversion import dtypes, side_files
 from lctw_megatron.conversion.checkpoint_reader import CheckpointReader
-from lctw_megatron.conversion.finished import already_done, write_mark
+from lctw_megatron.conversion.done_marks import already_done, write_mark
 from lctw_megatron.conversion.hf_config import CONFIG, config_values
 from lctw_megatron.conversion.hf_import import Conversion
 from lctw_megatron.conversion.placement import StoredTensor, stored_tensors
-from lctw_megatron.conversion.safetensors_writer import SafetensorsWriter, plan_shards
+from lctw_megatron.conversion.safetensors_writer import SafetensorsWriter, plan_files
 from lctw_megatron.model.checkpoint import MANIFEST, find_checkpoint, read_manifest
 from lctw_megatron.progress import Progress
 
-MAX_SHARD_BYTES = 5 * 10**9
+MAX_FILE_BYTES = 5 * 10**9
 """As transformers' save_pretrained."""
 
 
@@ -32,13 +32,13 @@ def export_hf(
     checkpoint: Path,
     output: Path,
     dtype: str = dtypes.KEEP,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    say: Callable[[str], None] = print,
+    max_file_bytes: int = MAX_FILE_BYTES,
+    log: Callable[[str], None] = print,
 ) -> Conversion:
     """Convert ``checkpoint`` (or the newest of a run folder) to the folder ``output``.
 
     The folder appears whole or not at all. dtype: of the exported weights, `fp32`, `bf16`, `fp16`
-    or `keep`. Raises InputError. Notes for the user go through ``say``.
+    or `keep`. Raises InputError. Notes for the user go through ``log``.
     """
     checkpoint = find_checkpoint(checkpoint)
     manifest = read_manifest(checkpoint)
@@ -56,16 +56,16 @@ def export_hf(
         "checkpoint": hashlib.blake2b(content, digest_size=16).hexdigest(),
         "step": manifest.step,
         "dtype": name,
-        "max_shard_bytes": max_shard_bytes,
+        "max_shard_bytes": max_file_bytes,
     }
-    if already_done(output, source, say):
+    if already_done(output, source, log):
         return Conversion(len(shapes), parameters, 0)
     config_values(
         manifest.model, name, {}
     )  # refuses what has no config.json, before anything is written
     with atomic_directory(output) as folder:
-        shards = plan_shards(shapes, target, max_shard_bytes)
-        with SafetensorsWriter(folder, shards, target) as writer:
+        files = plan_files(shapes, target, max_file_bytes)
+        with SafetensorsWriter(folder, files, target) as writer:
             _write(reader, tensors, writer)
         token_ids = side_files.take_out(checkpoint, manifest, folder)
         write_json(folder / CONFIG, config_values(manifest.model, name, token_ids))

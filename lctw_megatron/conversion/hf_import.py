@@ -18,7 +18,7 @@ from lctw_megatron.atomic import atomic_directory, write_json
 from lctw_megatron.config.schema import ModelConfig
 from lctw_megatron.conversion import dtypes, side_files
 from lctw_megatron.conversion.checkpoint_writer import CheckpointFiles
-from lctw_megatron.conversion.finished import already_done, write_mark
+from lctw_megatron.conversion.done_marks import already_done, write_mark
 from lctw_megatron.conversion.hf_config import CONFIG, GENERATION_CONFIG, read_config
 from lctw_megatron.conversion.hf_safetensors import SafetensorsFolder, tensor_of
 from lctw_megatron.conversion.placement import StoredTensor, head_width, stored_tensors
@@ -42,25 +42,25 @@ class Conversion:
 
 
 def import_hf(
-    hf: Path, output: Path, dtype: str = dtypes.KEEP, say: Callable[[str], None] = print
+    hf: Path, output: Path, dtype: str = dtypes.KEEP, log: Callable[[str], None] = print
 ) -> Conversion:
     """Convert the folder ``hf`` to the checkpoint folder ``output``.
 
     It appears whole or not at all. dtype: of the stored weights, `fp32`, `bf16`, `fp16` or `keep`.
     Raises InputError naming all that is wrong with the folder. Notes for the user go through
-    ``say``.
+    ``log``.
     """
     config = read_config(hf)
     tensors = list(stored_tensors(config.model))
     if config.ignored:
-        say(f"{hf / CONFIG}: without meaning for {config.model.architecture}: "
+        log(f"{hf / CONFIG}: without meaning for {config.model.architecture}: "
             + ", ".join(config.ignored))  # fmt: skip
     with SafetensorsFolder(hf) as source:
         check_tensors(source, config.model, tensors)
         name = _target_dtype(source, tensors, dtype)
         sizes = [math.prod(part.shape) for stored in tensors for part in stored.parts]
         source_of = _source(hf, source, name)
-        if already_done(output, source_of, say):
+        if already_done(output, source_of, log):
             return Conversion(len(sizes), sum(sizes), 0)
         manifest = CheckpointManifest(
             step=0,

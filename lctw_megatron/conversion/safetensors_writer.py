@@ -41,17 +41,17 @@ def _known_unit(match: re.Match[str] | None) -> bool:
 
 
 @dataclass(frozen=True)
-class Shard:
+class WeightFile:
     """One file: its tensors in the order in which they are written."""
 
-    file: str
+    name: str
     tensors: dict[str, tuple[int, ...]]
     """Name to shape."""
 
 
-def plan_shards(
+def plan_files(
     tensors: dict[str, tuple[int, ...]], dtype: torch.dtype, max_bytes: int
-) -> list[Shard]:
+) -> list[WeightFile]:
     """Fill one file after the other, in the given order."""
     groups: list[dict[str, tuple[int, ...]]] = [{}]
     used = 0
@@ -63,9 +63,9 @@ def plan_shards(
         groups[-1][name] = shape
         used += size
     if len(groups) == 1:
-        return [Shard(SINGLE, groups[0])]
+        return [WeightFile(SINGLE, groups[0])]
     return [
-        Shard(f"model-{i:05d}-of-{len(groups):05d}.safetensors", group)
+        WeightFile(f"model-{i:05d}-of-{len(groups):05d}.safetensors", group)
         for i, group in enumerate(groups, start=1)
     ]
 
@@ -77,11 +77,11 @@ class SafetensorsWriter:
     index if there are several files.
     """
 
-    def __init__(self, folder: Path, shards: list[Shard], dtype: torch.dtype) -> None:
+    def __init__(self, folder: Path, files: list[WeightFile], dtype: torch.dtype) -> None:
         self._folder = folder
-        self._shards = shards
+        self._files = files
         self._dtype = dtype
-        self._order = [(shard, name) for shard in shards for name in shard.tensors]
+        self._order = [(file, name) for file in files for name in file.tensors]
         self._next = 0
         self._left = 0  # elements of the current tensor still to be written
         self._file: IO[bytes] | None = None
@@ -98,20 +98,20 @@ class SafetensorsWriter:
         self._close()
         if error is None:
             assert self._left == 0 and self._next == len(self._order)
-            if len(self._shards) > 1:
+            if len(self._files) > 1:
                 self._write_index()
 
     def begin(self, name: str) -> None:
         """The next tensor of the plan is ``name``."""
-        shard, expected = self._order[self._next]
+        file, expected = self._order[self._next]
         assert self._left == 0 and name == expected, (name, expected, self._left)
-        if name == next(iter(shard.tensors)):
+        if name == next(iter(file.tensors)):
             self._close()
             # Unbuffered: what is written is large, and is copied once less this way.
-            path = self._folder / shard.file
+            path = self._folder / file.name
             self._file = open(path, "wb", buffering=0)  # noqa: SIM115  closed by the next, or at exit
-            self._put(memoryview(_header(shard, self._dtype)))
-        self._left = math.prod(shard.tensors[name])
+            self._put(memoryview(_header(file, self._dtype)))
+        self._left = math.prod(file.tensors[name])
         self._next += 1
 
     def write(self, rows: Tensor) -> None:
@@ -136,8 +136,8 @@ class SafetensorsWriter:
             self._file = None
 
     def _write_index(self) -> None:
-        sizes = [math.prod(shape) for shard in self._shards for shape in shard.tensors.values()]
-        weight_map = {name: shard.file for shard, name in self._order}
+        sizes = [math.prod(shape) for file in self._files for shape in file.tensors.values()]
+        weight_map = {name: file.name for file, name in self._order}
         total = sum(sizes) * self._dtype.itemsize
         write_json(
             self._folder / INDEX,
@@ -145,11 +145,11 @@ class SafetensorsWriter:
         )
 
 
-def _header(shard: Shard, dtype: torch.dtype) -> bytes:
+def _header(file: WeightFile, dtype: torch.dtype) -> bytes:
     spelled = dtypes.SAFETENSORS[dtypes.name_of(dtype)]
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, shape in shard.tensors.items():
+    for name, shape in file.tensors.items():
         begin, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": spelled, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()

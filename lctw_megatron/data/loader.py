@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lctw_megatron.config.schema import DataConfig
 from lctw_megatron.data.blend import SampleOrder
-from lctw_megatron.data.microbatch import Rank, check_cut, make_microbatch
+from lctw_megatron.data.microbatch import BatchSlice, check_cut, make_microbatch
 from lctw_megatron.data.sequence_source import open_sources
 from lctw_megatron.data.sequences import Piece
 from lctw_megatron.errors import InputError
@@ -70,8 +70,8 @@ class TokenLoader:
         stride: int | None = None,
         vocab_size: int | None = None,
     ) -> None:
-        self._rank = Rank(micro_batch_size, dp_rank, dp_size, cp_rank, cp_size)
-        if global_batch_size % self._rank.sequences_at_once:
+        self._slice = BatchSlice(micro_batch_size, dp_rank, dp_size, cp_rank, cp_size)
+        if global_batch_size % self._slice.sequences_at_once:
             raise InputError(
                 f"training.global_batch_size={global_batch_size} is no multiple of "
                 f"training.micro_batch_size={micro_batch_size} times {dp_size} data-parallel "
@@ -107,13 +107,14 @@ class TokenLoader:
     @property
     def microbatches(self) -> int:
         """Microbatches of one step on every rank."""
-        return self._global_batch_size // self._rank.sequences_at_once
+        return self._global_batch_size // self._slice.sequences_at_once
 
-    def price_lines(self) -> list[str]:
+    def packing_cost_lines(self) -> list[str]:
         """For the log: what the way of packing costs, one line a corpus."""
         data = self._data
         return [
-            f"{source.prefix}: {source.price.line(data.packing, data.tails, data.sequence_length)}"
+            f"{source.prefix}: "
+            + source.packing_cost.line(data.packing, data.tails, data.sequence_length)
             for source in self.sources
         ]
 
@@ -222,9 +223,9 @@ class TokenLoader:
 
     def _build(self, step: int, microbatch: int) -> dict[str, Tensor]:
         first, _ = self._span(step)
-        places = [self._order[first + row] for row in self._rank.rows(microbatch)]
+        places = [self._order[first + row] for row in self._slice.rows(microbatch)]
         samples = [self.sources[corpus].read(sequence) for corpus, _, sequence in places]
-        return make_microbatch(samples, self._data, self._rank)
+        return make_microbatch(samples, self._data, self._slice)
 
     def _forget_ahead(self) -> None:
         for future in self._ahead.values():

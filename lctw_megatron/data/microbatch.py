@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Rank:
+class BatchSlice:
     """Which part of each global batch is wanted."""
 
     micro_batch_size: int
@@ -41,15 +41,17 @@ class Rank:
         return range(first, first + self.micro_batch_size)
 
 
-def make_microbatch(samples: Sequence[Sample], data: DataConfig, rank: Rank) -> dict[str, Tensor]:
+def make_microbatch(
+    samples: Sequence[Sample], data: DataConfig, part: BatchSlice
+) -> dict[str, Tensor]:
     """Collate, cut for context parallelism and, last of all, make tensors."""
     import torch
 
     batch = collate(samples, with_boundaries=data.packing == "pack")
-    part = cut_batch(batch, rank.cp_rank, rank.cp_size)
+    tensors = cut_batch(batch, part.cp_rank, part.cp_size)
     # Whole sequences too: self-scoring cuts them into windows, metrics look for occurrences.
-    part |= {f"sequence_{name}": batch[name] for name in ("tokens", "labels")}
-    return {name: torch.from_numpy(array) for name, array in part.items()}
+    tensors |= {f"sequence_{name}": batch[name] for name in ("tokens", "labels")}
+    return {name: torch.from_numpy(array) for name, array in tensors.items()}
 
 
 def check_cut(data: DataConfig, cp_size: int) -> None:

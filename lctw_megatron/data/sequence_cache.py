@@ -18,11 +18,11 @@ from lctw_megatron.atomic import atomic_directory, locked, write_json
 from lctw_megatron.data.sequences import (
     FORMAT_VERSION,
     Packing,
+    PackingCost,
     SequenceIndex,
-    SequencePrice,
     Tails,
     build_index,
-    price,
+    packing_cost,
 )
 from lctw_megatron.errors import InputError
 
@@ -44,8 +44,8 @@ def cached_index(
     packing: Packing,
     tails: Tails,
     folder: str | Path | None = None,
-) -> tuple[SequenceIndex, SequencePrice]:
-    """``build_index`` and ``price`` of a token dataset, kept in ``folder`` on disk.
+) -> tuple[SequenceIndex, PackingCost]:
+    """``build_index`` and ``packing_cost`` of a token dataset, kept in ``folder`` on disk.
 
     The cache entry is named by the content fingerprint of the dataset, a checksum of its lengths,
     the settings and the format version, and carries checksums: changed data gets a new entry, a
@@ -71,7 +71,7 @@ def cached_index(
             if found:
                 return found
             index = build_index(dataset.lengths, sequence_length, packing, tails)
-            cost = price(dataset.lengths, sequence_length, index)
+            cost = packing_cost(dataset.lengths, sequence_length, index)
             _write(entry, index, cost)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
@@ -83,7 +83,7 @@ def cached_index(
     return _read(entry) or (index, cost)
 
 
-def _write(entry: Path, index: SequenceIndex, cost: SequencePrice) -> None:
+def _write(entry: Path, index: SequenceIndex, cost: PackingCost) -> None:
     arrays: dict[str, np.ndarray] = vars(index)
     try:
         with atomic_directory(entry) as temporary:
@@ -97,7 +97,7 @@ def _write(entry: Path, index: SequenceIndex, cost: SequencePrice) -> None:
             raise
 
 
-def _read(entry: Path) -> tuple[SequenceIndex, SequencePrice] | None:
+def _read(entry: Path) -> tuple[SequenceIndex, PackingCost] | None:
     """A whole cache entry, memory-mapped; None if it is missing or damaged."""
     try:
         description = json.loads((entry / "index.json").read_text())
@@ -110,7 +110,7 @@ def _read(entry: Path) -> tuple[SequenceIndex, SequencePrice] | None:
         checksums = {name: _checksum(array) for name, array in vars(index).items()}
         if checksums != description["checksums"]:
             return None
-        return index, SequencePrice(**description["price"])
+        return index, PackingCost(**description["price"])
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, EOFError):
         return None
 

@@ -47,7 +47,7 @@ class SequenceSource:
         self._sequence_length = data.sequence_length
         self._vocab_size = vocab_size or self.tokenizer.vocab_size
         self._bos_id = self.tokenizer.bos_id if self.tokenizer.add_bos else None
-        self.index, self.price = cached_index(
+        self.index, self.packing_cost = cached_index(
             self.dataset, data.sequence_length, data.packing, data.tails, data.index_cache
         )
         if not len(self.index):

@@ -52,7 +52,7 @@ class SequenceIndex:
 
 
 @dataclass(frozen=True)
-class SequencePrice:
+class PackingCost:
     """What a way of packing costs, in documents, targets and input positions."""
 
     documents: int
@@ -180,13 +180,13 @@ def _best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
     return bin_of_item
 
 
-def price(lengths: np.ndarray, sequence_length: int, index: SequenceIndex) -> SequencePrice:
+def packing_cost(lengths: np.ndarray, sequence_length: int, index: SequenceIndex) -> PackingCost:
     """What ``index``, built from ``lengths`` and ``sequence_length``, costs."""
     targets = np.maximum(np.asarray(lengths, dtype=np.int64) - 1, 0)
     rest = targets % sequence_length
     total, live = int(targets.sum()), int(index.piece_length.sum(dtype=np.int64))
     tail_targets = int(rest.sum())
-    return SequencePrice(
+    return PackingCost(
         documents=len(targets),
         short_documents=int((targets == 0).sum()),
         targets=total,

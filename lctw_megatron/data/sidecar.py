@@ -3,7 +3,7 @@
 Token t >= 1 of a document is a target and its loss is stored at t; index 0, and every target that
 was not scored, is NaN. The .idx holds the token dataset's lengths.
 
-Sixteen bits would not do: with the best of three encodings (evaluation/benchmarks/sixteen_bits.py)
+Sixteen bits would not do: with the best of three encodings (benchmarks/sixteen_bits.py)
 13 % of the `dense` weights of a novel under SmolLM2-135M change by more than 0.001, up to 0.0012;
 with float16's bits 63 %, and a target near the threshold of `sparse` gains or loses its whole
 weight.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from lctw_megatron.config.schema import DataConfig
 from lctw_megatron.data.batch import Sample, assemble
-from lctw_megatron.data.microbatch import Rank, check_cut, make_microbatch
+from lctw_megatron.data.microbatch import BatchSlice, check_cut, make_microbatch
 from lctw_megatron.data.sequence_source import open_sources
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class ValidationLoader:
         multiple: int = 1,
     ) -> None:
         """multiple: the number of microbatches is one of this."""
-        self._rank = Rank(micro_batch_size, dp_rank, dp_size, cp_rank, cp_size)
+        self._slice = BatchSlice(micro_batch_size, dp_rank, dp_size, cp_rank, cp_size)
         check_cut(data, cp_size)
         self._data = data
         self.sources = open_sources(data.validation, data, vocab_size=vocab_size)
@@ -52,13 +52,13 @@ class ValidationLoader:
 
     def __len__(self) -> int:
         """Microbatches of one pass on every rank."""
-        rounds = math.ceil(len(self._chosen) / self._rank.sequences_at_once / self._multiple)
+        rounds = math.ceil(len(self._chosen) / self._slice.sequences_at_once / self._multiple)
         return rounds * self._multiple
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for microbatch in range(len(self)):
-            samples = [self._row(row) for row in self._rank.rows(microbatch)]
-            yield make_microbatch(samples, self._data, self._rank)
+            samples = [self._row(row) for row in self._slice.rows(microbatch)]
+            yield make_microbatch(samples, self._data, self._slice)
 
     def _row(self, row: int) -> Sample:
         if row >= len(self._chosen):

@@ -23,7 +23,7 @@ from lctw_megatron.config.schema import DataConfig, LayoutConfig
 from lctw_megatron.data import zigzag
 from lctw_megatron.data.batch import IGNORE, Sample, assemble
 from lctw_megatron.data.manifest import TokenizerIdentity
-from lctw_megatron.data.microbatch import Rank, make_microbatch
+from lctw_megatron.data.microbatch import BatchSlice, make_microbatch
 from lctw_megatron.errors import InputError
 from lctw_megatron.model import spec
 from lctw_megatron.model.checkpoint import find_checkpoint, load_weights, read_manifest
@@ -154,23 +154,23 @@ class ModelLosses:
         """Apply ``compute`` to this rank's batches, and put the ranks' parts together."""
         world, length = self.world, len(samples[0].tokens)
         most = max(1, self.tokens_per_forward // length)
-        rank = Rank(
+        part = BatchSlice(
             min(most, -(-len(samples) // world.data_size)),
             world.data_rank,
             world.data_size,
             world.context_rank,
             self.layout.context,
         )
-        per_round = rank.sequences_at_once
+        per_round = part.sequences_at_once
         rounds = -(-len(samples) // per_round)
         padding = assemble([], length, None)
         # Sequences of one piece, padded or not, need no document mask: attention is causal.
         packed = any(len(sample.documents) > 1 and sample.documents[1] >= 0 for sample in samples)
         data = DataConfig(train=[], sequence_length=length, packing="pack" if packed else "chunk")
-        rows = [list(rank.rows(microbatch)) for microbatch in range(rounds)]
+        rows = [list(part.rows(microbatch)) for microbatch in range(rounds)]
         batches = [
             make_microbatch(
-                [samples[row] if row < len(samples) else padding for row in chosen], data, rank
+                [samples[row] if row < len(samples) else padding for row in chosen], data, part
             )
             for chosen in rows
         ]
@@ -178,11 +178,10 @@ class ModelLosses:
         # Every target is known to one rank that counts: summing joins the parts.
         whole = torch.zeros((2, rounds * per_round, length))
         if parts is not None and world.tensor_rank == 0:
-            columns = zigzag.cut(np.arange(length), rank.cp_rank, rank.cp_size, dim=0)
+            columns = zigzag.cut(np.arange(length), part.cp_rank, part.cp_size, dim=0)
             place = torch.from_numpy(columns)
-            for chosen, part in zip(rows, parts, strict=True):
-                part = part.float().cpu()
-                for row, values in zip(chosen, part, strict=True):
+            for chosen, losses in zip(rows, parts, strict=True):
+                for row, values in zip(chosen, losses.float().cpu(), strict=True):
                     whole[0, row, place] = values.nan_to_num(posinf=math.inf)
                     whole[1, row, place] = values.isnan().float()
         dist.all_reduce(whole)

@@ -22,12 +22,16 @@ import torch
 from lctw_megatron.config.schema import RunConfig
 from lctw_megatron.data.batch import IGNORE, Sample
 from lctw_megatron.data.loader import TokenLoader, TracedSample
+from lctw_megatron.data.token_text import TokenTexts
 from lctw_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from lctw_megatron.errors import InputError
 from lctw_megatron.evaluation.model_losses import ModelLosses
 from lctw_megatron.evaluation.probes import class_of, distance_of
-from lctw_megatron.evaluation.token_text import TokenTexts
-from lctw_megatron.evaluation.weighing import weigh, weight_by_class, weight_histogram
+from lctw_megatron.evaluation.sequence_weights import (
+    sequence_weights,
+    weight_by_class,
+    weight_histogram,
+)
 from lctw_megatron.model.checkpoint import TOKENIZER
 from lctw_megatron.weighting.parse import Weighting, parse_weighting
 from lctw_megatron.weighting.schemes import Uniform
@@ -74,7 +78,9 @@ def weight_sample(
             tokenizer = model.manifest.tokenizer or {}
             bos_id = tokenizer.get("bos_id") if tokenizer.get("add_bos") else None
             short_loss = model.short_losses(part, config.window, config.stride, bos_id)
-        streams.append((long_loss, short_loss, *weigh(weighting, part, long_loss, short_loss)))
+        streams.append(
+            (long_loss, short_loss, *sequence_weights(weighting, part, long_loss, short_loss))
+        )
     long_loss, short_loss, weights, live = (np.concatenate(x) for x in zip(*streams, strict=True))
     distance = np.stack([distance_of(sample) for sample in samples])
     statistics = weight_statistics(

@@ -10,76 +10,80 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lctw_megatron.errors import InputError
-from lctw_megatron.launch.plan import Plan
+from lctw_megatron.launch.stage_graph import StageGraph
 from lctw_megatron.launch.stages import Stage
 
 PROJECT = Path(__file__).parents[2]
 
 
-def run_stages(plan: Plan, stages: Sequence[Stage], ranks: int | None = None) -> int:
+def run_stages(graph: StageGraph, stages: Sequence[Stage], ranks: int | None = None) -> int:
     """Run ``stages`` in order, leaving out those that are done. Returns an exit status.
 
     ranks: of stages that can use several; None: this machine's GPUs, on a CPU as few as the layout
     allows. Stops at the first stage that fails, with its status; start again to go on.
     """
-    check_needs(plan, stages)
+    check_needs(graph, stages)
     for number, stage in enumerate(stages, 1):
         title = f"[{number}/{len(stages)}] {stage.name}"
-        if plan.is_done(stage):
+        if graph.is_done(stage):
             print(f"{title}: done before", flush=True)
             continue
-        command = local_command(plan, stage, ranks)
+        command = local_command(graph, stage, ranks)
         print(f"{title}: {shlex.join(_shortened(command))}", flush=True)
         started = time.monotonic()
         status = _run(command)
         if status:
             print(f"{stage.name} ended with status {status}; start again to go on", file=sys.stderr)
             return status
-        plan.set_done(stage)
+        graph.set_done(stage)
         print(f"{title}: done in {time.monotonic() - started:.0f} s", flush=True)
     return 0
 
 
-def command_lines(plan: Plan, stages: Sequence[Stage], ranks: int | None = None) -> list[str]:
+def command_lines(
+    graph: StageGraph, stages: Sequence[Stage], ranks: int | None = None
+) -> list[str]:
     """What ``run_stages`` would run, as one would type it in the project's folder."""
     lines = []
     for stage in stages:
-        command = shlex.join(_shortened(local_command(plan, stage, ranks)))
-        lines.append(f"# {stage.name}{': done before' if plan.is_done(stage) else ''}\n{command}")
+        command = shlex.join(_shortened(local_command(graph, stage, ranks)))
+        lines.append(f"# {stage.name}{': done before' if graph.is_done(stage) else ''}\n{command}")
     return lines
 
 
-def check_needs(plan: Plan, stages: Sequence[Stage], ahead: frozenset[str] = frozenset()) -> None:
+def check_needs(
+    graph: StageGraph, stages: Sequence[Stage], ahead: frozenset[str] = frozenset()
+) -> None:
     """Refuse stages that need others which are neither done nor among them nor in ``ahead``."""
-    known = {stage.name: stage for stage in plan.stages}
+    known = {stage.name: stage for stage in graph.stages}
     names = {stage.name for stage in stages} | ahead
     for stage in stages:
         for need in stage.needs:
-            if need not in names and not plan.is_done(known[need]) and not plan.is_done(stage):
+            if need not in names and not graph.is_done(known[need]) and not graph.is_done(stage):
                 raise InputError(
                     f"--stages: {stage.name} needs {need}, which is not done; add it to --stages"
                 )
 
 
-def local_command(plan: Plan, stage: Stage, ranks: int | None = None) -> list[str]:
+def local_command(graph: StageGraph, stage: Stage, ranks: int | None = None) -> list[str]:
     """The command that runs ``stage`` on this machine, under torchrun if on several ranks."""
     tool, *arguments = stage.arguments
     script = [str(PROJECT / tool), *arguments]
     world = stage.model_ranks
     if stage.scales:
-        world = ranks or _most_ranks(plan, stage, max(_gpus(), stage.model_ranks))
-        plan.check_ranks(stage, world)
+        world = ranks or _most_ranks(graph, stage, max(_gpus(), stage.model_ranks))
+        graph.check_ranks(stage, world)
     if world == 1:
         return [sys.executable, *script]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return [*torchrun, f"--nproc-per-node={world}", *script]
 
 
-def _most_ranks(plan: Plan, stage: Stage, available: int) -> int:
+def _most_ranks(graph: StageGraph, stage: Stage, available: int) -> int:
     """The most of ``available`` ranks that suit the stage; at least those of one model."""
     for world in range(available, stage.model_ranks, -1):
         try:
-            plan.check_ranks(stage, world)
+            graph.check_ranks(stage, world)
         except InputError:
             continue
         return world

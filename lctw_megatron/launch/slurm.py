@@ -15,9 +15,9 @@ import jinja2
 
 from lctw_megatron.config.schema import ClusterConfig
 from lctw_megatron.errors import InputError
-from lctw_megatron.launch.plan import Plan
+from lctw_megatron.launch.stage_graph import StageGraph
 from lctw_megatron.launch.stages import Stage
-from lctw_megatron.training.leaving import REQUEUE_STATUS
+from lctw_megatron.training.exit_status import REQUEUE_STATUS
 
 MOST_FAILURES = 5
 """Failures in a row after which a job that goes on where it stopped is not requeued any more."""
@@ -53,26 +53,26 @@ class _Size:
     """Tasks, which are ranks, on each node."""
 
 
-def stage_jobs(plan: Plan, stage: Stage, cluster: ClusterConfig) -> list[Job]:
+def stage_jobs(graph: StageGraph, stage: Stage, cluster: ClusterConfig) -> list[Job]:
     """The scripts of ``stage``, in the order in which they run. Raises InputError."""
-    size = _size(plan, stage, cluster)
+    size = _size(graph, stage, cluster)
     if stage.shards == 1:
-        text = _script(plan, stage, stage.name, cluster, size, stage.arguments, None)
+        text = _script(graph, stage, stage.name, cluster, size, stage.arguments, None)
         return [Job(stage.name, stage, text, stage.needs)]
     parts, whole = f"{stage.name}-parts", (*stage.arguments, "--merge")
-    array = _script(plan, stage, parts, cluster, size, stage.arguments, stage.shards)
-    merge = _script(plan, stage, stage.name, cluster, _Size(1, 1), whole, None)
+    array = _script(graph, stage, parts, cluster, size, stage.arguments, stage.shards)
+    merge = _script(graph, stage, stage.name, cluster, _Size(1, 1), whole, None)
     return [
         Job(parts, stage, array, stage.needs, stage.shards),
         Job(stage.name, stage, merge, (parts,)),
     ]
 
 
-def _size(plan: Plan, stage: Stage, cluster: ClusterConfig) -> _Size:
+def _size(graph: StageGraph, stage: Stage, cluster: ClusterConfig) -> _Size:
     """Nodes and tasks: all there are for a stage that scales, else as many as share one model."""
     per_node = cluster.tasks_per_node or cluster.gpus_per_node or 1
     if stage.scales and stage.shards == 1:
-        plan.check_ranks(stage, cluster.nodes * per_node)
+        graph.check_ranks(stage, cluster.nodes * per_node)
         return _Size(cluster.nodes, per_node)
     nodes = math.ceil(stage.model_ranks / per_node)
     if nodes > cluster.nodes:
@@ -84,7 +84,7 @@ def _size(plan: Plan, stage: Stage, cluster: ClusterConfig) -> _Size:
 
 
 def _script(
-    plan: Plan,
+    graph: StageGraph,
     stage: Stage,
     name: str,
     cluster: ClusterConfig,
@@ -96,18 +96,18 @@ def _script(
     merges = name == stage.name and stage.shards > 1
     # Signals before the time limit reach what srun started, not the script's shell.
     in_steps = ranks > 1 or (stage.restarts and not merges)
-    title = f"{name} of {plan.recipe_path}"
+    title = f"{name} of {graph.recipe_path}"
     title += f" on {ranks} ranks" if ranks > 1 else ""
     title += f" in {parts} parts" if parts else ""
     container = f"{cluster.container} " if cluster.container else ""
-    here = _ranks_of_one_node(plan, stage, size)
+    here = _ranks_of_one_node(graph, stage, size)
     program = "python" if here == 1 else f"torchrun --standalone --nproc-per-node={here}"
     environment = [f"export {key}={shlex.quote(v)}" for key, v in cluster.environment.items()]
     return _TEMPLATE.render(
-        sbatch=_sbatch_lines(plan, stage, name, cluster, size, parts, in_steps, merges),
+        sbatch=_sbatch_lines(graph, stage, name, cluster, size, parts, in_steps, merges),
         title=title,
         in_steps=in_steps,
-        folder=shlex.quote(str(plan.folder)),
+        folder=shlex.quote(str(graph.folder)),
         setup=[*(f"module load {name}" for name in cluster.modules), *environment, *cluster.setup],
         command=_lines(f"{container}python", arguments),
         arguments=_grouped(arguments),
@@ -116,8 +116,8 @@ def _script(
         python=f"{container}python",
         parts=parts,
         restarts=stage.restarts,
-        mark=shlex.quote(str(plan.folder / stage.name)),
-        fingerprint=plan.fingerprints[stage.name],
+        mark=shlex.quote(str(graph.folder / stage.name)),
+        fingerprint=graph.fingerprints[stage.name],
         merges=merges,
         left_status=REQUEUE_STATUS,
         most_failures=MOST_FAILURES,
@@ -125,7 +125,7 @@ def _script(
 
 
 def _sbatch_lines(
-    plan: Plan,
+    graph: StageGraph,
     stage: Stage,
     name: str,
     cluster: ClusterConfig,
@@ -137,8 +137,8 @@ def _sbatch_lines(
     needs_gpus = stage.kind in GPU_KINDS and not merges
     gpus = min(size.tasks, cluster.gpus_per_node) if needs_gpus else 0
     settings = {
-        "job-name": f"{plan.recipe.name}-{name}",
-        "output": plan.folder / f"{name}{'-%a' if parts else ''}.log",
+        "job-name": f"{graph.recipe.name}-{name}",
+        "output": graph.folder / f"{name}{'-%a' if parts else ''}.log",
         "open-mode": "append",
         "array": f"0-{parts - 1}" if parts else None,
         "nodes": size.nodes,
@@ -184,10 +184,10 @@ def _grouped(arguments: Sequence[str]) -> list[str]:
     return groups
 
 
-def _ranks_of_one_node(plan: Plan, stage: Stage, size: _Size) -> int:
+def _ranks_of_one_node(graph: StageGraph, stage: Stage, size: _Size) -> int:
     """Ranks to start without SLURM: those of one node, if they suit the layout and the batch."""
     try:
-        plan.check_ranks(stage, size.tasks)
+        graph.check_ranks(stage, size.tasks)
     except InputError:
         return size.nodes * size.tasks
     return size.tasks

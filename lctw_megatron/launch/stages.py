@@ -210,7 +210,8 @@ def _verify_stage(run: RunConfig) -> Stage:
 
 
 def _evaluate_stage(recipe: Recipe, evaluation: EvaluationConfig, run: RunConfig) -> Stage:
-    arguments = ["tools/evaluate_model.py", "--checkpoint", f"{run.run_dir}/checkpoints"]
+    arguments = ["tools/evaluate_model.py", "losses"]
+    arguments += ["--checkpoint", f"{run.run_dir}/checkpoints"]
     output = f"{run.run_dir}/evaluation.json"
     arguments += ["--data", evaluation.data, "--output", output]
     needs = [*_data_needs(recipe, [evaluation.data]), f"train-{run.name}"]

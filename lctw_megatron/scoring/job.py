@@ -17,8 +17,8 @@ from lctw_megatron.data.sidecar import Sidecar, sidecar_prefix
 from lctw_megatron.data.token_dataset import TokenDataset
 from lctw_megatron.errors import InputError
 from lctw_megatron.model import checkpoint as checkpoints
-from lctw_megatron.scoring.shard_files import Settings, ShardReader, shard_files, shard_path
-from lctw_megatron.scoring.shards import WindowPlan
+from lctw_megatron.scoring.sidecar_shard import Settings, ShardReader, shard_files, shard_path
+from lctw_megatron.scoring.window_plan import WindowPlan
 from lctw_megatron.scoring.windows import Windowing
 
 SHARD_TOKENS = 1 << 22
@@ -117,12 +117,12 @@ class Job:
         }
 
     def finished(
-        self, overwrite: bool = False, say: Callable[[str], None] = print
+        self, overwrite: bool = False, log: Callable[[str], None] = print
     ) -> SidecarManifest | None:
         """The manifest of the sidecar if it is there, whole, and made with these settings.
 
         InputError if it was made with others; with ``overwrite`` None then. A damaged one is named
-        through ``say`` and counts as missing.
+        through ``log`` and counts as missing.
         """
         try:
             manifest = read_manifest(self.prefix, SidecarManifest)
@@ -136,7 +136,7 @@ class Job:
         try:
             Sidecar(self.dataset, self.name)
         except InputError as error:
-            say(f"made again: {error}")
+            log(f"made again: {error}")
             return None
         return manifest
 
@@ -160,7 +160,7 @@ class Job:
         work = max(-(-self.plan.tokens // SHARD_TOKENS), 4 * ranks)
         return asked or max(1, min(work, self.plan.blocks, _MOST_SHARDS))
 
-    def is_done(self, shard: int, shards: int, overwrite: bool, say: Callable[[str], None]) -> bool:
+    def is_done(self, shard: int, shards: int, overwrite: bool, log: Callable[[str], None]) -> bool:
         """Whether the shard is finished. A damaged file is removed; so is, with ``overwrite``, one
         of other settings, which is an InputError otherwise."""
         path = shard_path(self.folder, shard, shards)
@@ -169,7 +169,7 @@ class Job:
         try:
             found = ShardReader(path).settings
         except InputError as error:
-            say(f"scored again: {error}")
+            log(f"scored again: {error}")
             path.unlink(missing_ok=True)
             return False
         try:

@@ -17,7 +17,7 @@ from lctw_megatron.model.checkpoint import load_weights, read_manifest
 from lctw_megatron.model.cross_entropy import IGNORE
 from lctw_megatron.model.gpt import build_model
 from lctw_megatron.scoring.forward import window_losses
-from lctw_megatron.scoring.shards import forwards
+from lctw_megatron.scoring.window_plan import forwards
 from lctw_megatron.scoring.windows import Table
 
 LOGITS_BYTES = 64 << 20

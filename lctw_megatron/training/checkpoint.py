@@ -31,7 +31,7 @@ from lctw_megatron.model.checkpoint import (
     step_name,
 )
 from lctw_megatron.model.initialize import sharding
-from lctw_megatron.training.leaving import end_with_parent
+from lctw_megatron.training.exit_status import end_with_parent
 
 Result = TypeVar("Result")
 
@@ -218,24 +218,24 @@ def run_state(chunks: list[Any], optimizer: Any, loading: bool = False) -> dict[
 
 
 def newest_checkpoint(
-    folder: Path, say: Callable[[str], None]
+    folder: Path, log: Callable[[str], None]
 ) -> tuple[Path, CheckpointManifest] | None:
     """The newest complete checkpoint of ``folder``; None if there is none. All ranks call it.
 
-    A half-written or damaged one is skipped with a line through ``say``. The first rank chooses for
+    A half-written or damaged one is skipped with a line through ``log``. The first rank chooses for
     all: on a network file system they need not see the same at the same moment.
     """
     found: list[Any] = [None]
     if dist.get_rank() == 0:
         for leftover in sorted(folder.glob(".step_*.tmp")) if folder.is_dir() else []:
-            say(f"{leftover}: half-written, not used")
+            log(f"{leftover}: half-written, not used")
         for path in reversed(complete_checkpoints(folder)):
             try:
                 check_files(path)
                 found = [(path, read_manifest(path))]
                 break
             except InputError as error:
-                say(f"{path} is skipped: {error}")
+                log(f"{path} is skipped: {error}")
     dist.broadcast_object_list(found, 0)
     return found[0]
 

@@ -32,17 +32,13 @@ from lctw_megatron.training.checkpoint import (
     resume,
     run_state,
 )
-from lctw_megatron.training.leaving import REQUEUE_STATUS
+from lctw_megatron.training.exit_status import REQUEUE_STATUS
+from lctw_megatron.training.loss_spike import SpikeWatch
 from lctw_megatron.training.metrics import MetricsLog, peak_memory_gib
+from lctw_megatron.training.nonfinite import NonFinite, describe_samples, write_nonfinite
 from lctw_megatron.training.optimizer import build_optimizer, wrap_data_parallel
 from lctw_megatron.training.signals import StopRequest
 from lctw_megatron.training.step import Stepper
-from lctw_megatron.training.trouble import (
-    NonFinite,
-    SpikeWatch,
-    describe_samples,
-    write_trouble,
-)
 
 
 def train(run: RunConfig, allow_changes: bool = False) -> int:
@@ -80,7 +76,7 @@ class Trainer:
         )
         self.wrapped = wrap_data_parallel(self.chunks)
         folder = Path(run.run_dir) / "checkpoints"
-        own = newest_checkpoint(folder, self.say)
+        own = newest_checkpoint(folder, self.print_rank_0)
         if run.start and own is None:
             load_weights(self.chunks, find_checkpoint(run.start))
         self.optimizer = build_optimizer(self.wrapped, run.training)
@@ -132,7 +128,9 @@ class Trainer:
                 self.writer.finish(blocking=False)
                 if leave and done < training.steps:
                     self.writer.finish()
-                    self.say(f"asked to stop: saved after step {done}, start again to go on")
+                    self.print_rank_0(
+                        f"asked to stop: saved after step {done}, start again to go on"
+                    )
                     return REQUEUE_STATUS
         self.writer.finish()
         return 0
@@ -175,7 +173,7 @@ class Trainer:
         if self.log is not None:
             self.log.close()
 
-    def say(self, line: str) -> None:
+    def print_rank_0(self, line: str) -> None:
         """A line for the log, from the first rank only."""
         if self.world.is_first:
             print(line, flush=True)
@@ -282,9 +280,9 @@ class Trainer:
 
     def _announce(self, done: int) -> None:
         run = self.config
-        for line in self.loader.price_lines():
-            self.say(line)
-        self.say(
+        for line in self.loader.packing_cost_lines():
+            self.print_rank_0(line)
+        self.print_rank_0(
             f"{run.name}: steps {done}..{run.training.steps}, {self.world.size} ranks, "
             f"{self.loader.microbatches} micro batches of {run.training.micro_batch_size} x "
             f"{run.data.sequence_length} tokens a step and rank, weighting {run.weighting.scheme}"
@@ -319,11 +317,13 @@ class Trainer:
         budget = self.config.training.nonfinite_budget
         line = str(error)
         if self.world.is_first:
-            line = write_trouble(self.loader, error, Path(self.config.run_dir))
+            line = write_nonfinite(self.loader, error, Path(self.config.run_dir))
         if self.skipped > budget:
             self.writer.finish()  # a save that is under way is worth keeping
             raise InputError(line)
-        self.say(f"{line} (left out, {self.skipped} of training.nonfinite_budget={budget})")
+        self.print_rank_0(
+            f"{line} (left out, {self.skipped} of training.nonfinite_budget={budget})"
+        )
         return {"skipped": 1.0}
 
     def _watch(self, step: int, metrics: dict[str, float]) -> None:
@@ -337,7 +337,7 @@ class Trainer:
                     Path(self.config.run_dir) / f"spike_step_{step:08d}.json",
                     {"step": step, "loss": loss, "sequences": samples},
                 )
-            self.say(f"step {step}: loss spike to {loss:.3f}, documents {documents}")
+            self.print_rank_0(f"step {step}: loss spike to {loss:.3f}, documents {documents}")
 
 
 def needs_scores(run: RunConfig) -> bool:

@@ -6,7 +6,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from lctw_megatron.training.leaving import SIGNALS, ignore_signals
+from lctw_megatron.training.exit_status import SIGNALS, ignore_signals
 
 
 class StopRequest:

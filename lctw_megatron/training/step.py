@@ -19,8 +19,8 @@ from lctw_megatron.config.schema import RunConfig
 from lctw_megatron.data import zigzag
 from lctw_megatron.scoring.self_scoring import SelfScorer
 from lctw_megatron.training.metrics import StepSums, move
+from lctw_megatron.training.nonfinite import NonFinite
 from lctw_megatron.training.optimizer import clip_gradients, learning_rate, set_learning_rate
-from lctw_megatron.training.trouble import NonFinite
 from lctw_megatron.weighting.compute import compute_weights_and_counts
 from lctw_megatron.weighting.occurrence import batch_occurrence_distance, sum_by_distance
 from lctw_megatron.weighting.parse import Weighting, parse_weighting

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
-from lctw_megatron.config.complaints import build, nearest
 from lctw_megatron.config.schema import WeightingConfig
+from lctw_megatron.config.validation_errors import build, nearest
 from lctw_megatron.errors import InputError
 from lctw_megatron.weighting.schemes import SCHEMES, Scheme
 

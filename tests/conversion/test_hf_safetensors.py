@@ -17,7 +17,7 @@ from lctw_megatron.conversion.hf_safetensors import INDEX, SafetensorsFolder, re
 from lctw_megatron.conversion.safetensors_writer import (
     SafetensorsWriter,
     parse_size,
-    plan_shards,
+    plan_files,
 )
 from lctw_megatron.errors import InputError
 from tests.conversion.hf_models import make_model
@@ -41,7 +41,7 @@ def refusal(originals, tmp_path):
         folder = shutil.copytree(originals / name, tmp_path / name)
         spoil(folder)
         with pytest.raises(InputError) as caught:
-            import_hf(folder, tmp_path / "out", say=lambda text: None)
+            import_hf(folder, tmp_path / "out", log=lambda text: None)
         assert os.listdir(tmp_path) == [name]
         assert "\n" not in str(caught.value)
         return str(caught.value)
@@ -163,8 +163,8 @@ def test_mixed_dtypes_need_a_choice(originals, tmp_path):
         ),
     )
     with pytest.raises(InputError, match="1 in bf16.*in fp32; choose one with --dtype"):
-        import_hf(folder, tmp_path / "out", say=lambda text: None)
-    import_hf(folder, tmp_path / "out", "fp32", say=lambda text: None)
+        import_hf(folder, tmp_path / "out", log=lambda text: None)
+    import_hf(folder, tmp_path / "out", "fp32", log=lambda text: None)
 
 
 def test_pickled_weights_are_refused(refusal):
@@ -197,7 +197,7 @@ def test_a_copy_of_tied_embeddings_must_be_a_copy(originals, tmp_path, refusal):
     assert "lm_head.weight differs from model.embed_tokens.weight" in text
     folder = shutil.copytree(originals / "tied", tmp_path / "copy")
     change_tensors(folder, copy)
-    import_hf(folder, tmp_path / "out", say=lambda text: None)
+    import_hf(folder, tmp_path / "out", log=lambda text: None)
 
 
 def test_old_rotary_frequencies_must_follow_from_theta(originals, tmp_path, refusal):
@@ -212,7 +212,7 @@ def test_old_rotary_frequencies_must_follow_from_theta(originals, tmp_path, refu
     assert f"{name} does not follow from rope_theta 1e+06" in text
     folder = shutil.copytree(originals / "single", tmp_path / "good")
     change_tensors(folder, add(1e6))
-    import_hf(folder, tmp_path / "out", say=lambda text: None)
+    import_hf(folder, tmp_path / "out", log=lambda text: None)
 
 
 @given(
@@ -221,19 +221,19 @@ def test_old_rotary_frequencies_must_follow_from_theta(originals, tmp_path, refu
 )
 def test_shards_hold_every_tensor_once_in_order_and_keep_the_limit(shapes, limit):
     tensors = {f"t{i}": tuple(shape) for i, shape in enumerate(shapes)}
-    planned = plan_shards(tensors, torch.bfloat16, limit)
+    planned = plan_files(tensors, torch.bfloat16, limit)
     assert [n for shard in planned for n in shard.tensors] == list(tensors)
     for shard in planned:
         size = sum(2 * torch.Size(shape).numel() for shape in shard.tensors.values())
         assert size <= limit or len(shard.tensors) == 1
-    assert len({shard.file for shard in planned}) == len(planned)
+    assert len({shard.name for shard in planned}) == len(planned)
 
 
 @pytest.mark.parametrize("limit", [10**9, 3000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_is_written_is_what_the_safetensors_library_and_we_read(limit, dtype, tmp_path):
     tensors = {f"layer.{i}.weight": torch.randn(7 + i, 5, 3) for i in range(9)}
-    planned = plan_shards({n: tuple(t.shape) for n, t in tensors.items()}, dtype, limit)
+    planned = plan_files({n: tuple(t.shape) for n, t in tensors.items()}, dtype, limit)
     with SafetensorsWriter(tmp_path, planned, dtype) as writer:
         for name, tensor in tensors.items():
             writer.begin(name)

@@ -20,7 +20,7 @@ import torch
 from lctw_megatron.config.schema import ModelConfig
 from lctw_megatron.conversion.hf_config import config_values
 from lctw_megatron.conversion.placement import stored_tensors
-from lctw_megatron.conversion.safetensors_writer import SafetensorsWriter, plan_shards
+from lctw_megatron.conversion.safetensors_writer import SafetensorsWriter, plan_files
 
 ROOT = Path(__file__).parents[2]
 GB = 10**9
@@ -40,13 +40,13 @@ def tensor_bytes(model: ModelConfig) -> list[int]:
     return [2 * math.prod(part.shape) for s in stored_tensors(model) for part in s.parts]
 
 
-def make_random(model: ModelConfig, folder: Path, max_shard_bytes: int) -> None:
+def make_random(model: ModelConfig, folder: Path, max_file_bytes: int) -> None:
     """A Hugging Face folder of random bfloat16 weights, written as it is made."""
     folder.mkdir()
     shapes = {part.name: part.shape for s in stored_tensors(model) for part in s.parts}
     random = torch.randn(1 << 24, generator=torch.Generator().manual_seed(1)).bfloat16()
-    shards = plan_shards(shapes, torch.bfloat16, max_shard_bytes)
-    with SafetensorsWriter(folder, shards, torch.bfloat16) as writer:
+    files = plan_files(shapes, torch.bfloat16, max_file_bytes)
+    with SafetensorsWriter(folder, files, torch.bfloat16) as writer:
         for position, (name, shape) in enumerate(shapes.items()):
             writer.begin(name)
             left = math.prod(shape)

@@ -103,7 +103,7 @@ def check(names: list[str], layouts: dict[str, dict[str, Any]], ranks: int, root
     for name in names:
         for label in layouts:
             output = root / f"{name} {label} hf"
-            export_hf(root / f"{name} {label}", output, max_shard_bytes=150_000)
+            export_hf(root / f"{name} {label}", output, max_file_bytes=150_000)
             assert_same_tensors(root / f"{name}_hf", output)
 
 

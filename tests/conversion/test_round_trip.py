@@ -38,7 +38,7 @@ def converted(tmp_path_factory):
         if not back.exists():
             make_model(name, hf, shard_size="100KB" if name == "llama" else "5GB")
             import_hf(hf, checkpoint)
-            export_hf(checkpoint, back, max_shard_bytes=100_000)
+            export_hf(checkpoint, back, max_file_bytes=100_000)
         return hf, checkpoint, back
 
     return get

@@ -63,7 +63,7 @@ def test_smollm2_round_trip(smollm2, tmp_path, capsys):
 
     checkpoint, back = tmp_path / "checkpoint", tmp_path / "back"
     import_hf(smollm2, checkpoint)
-    export_hf(checkpoint, back, max_shard_bytes=200 * 10**6)
+    export_hf(checkpoint, back, max_file_bytes=200 * 10**6)
 
     assert len(all_tensors(smollm2)) == 272
     assert_same_tensors(smollm2, back)

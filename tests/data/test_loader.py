@@ -297,7 +297,7 @@ def test_bos_begins_every_sequence(tmp_path) -> None:
 
 
 def test_price_lines_name_every_corpus(folder) -> None:
-    lines = loader(config(folder, tails="drop")).price_lines()
+    lines = loader(config(folder, tails="drop")).packing_cost_lines()
     assert [line.split(": ")[0] for line in lines] == [str(folder / "a"), str(folder / "b")]
     assert "5 documents -> 6 sequences of 8 (chunk)" in lines[0]
     assert "tails=drop loses 11 targets" in lines[0]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lctw_megatron.data.sequences import SequenceIndex, build_index, price
+from lctw_megatron.data.sequences import SequenceIndex, build_index, packing_cost
 
 LENGTHS = st.lists(st.integers(0, 60), max_size=40)
 SIZES = st.integers(1, 17)
@@ -124,14 +124,14 @@ def test_packing_leaves_the_same_rooms_as_plain_best_fit_decreasing(
 def test_price_counts_what_is_there(lengths, size, way) -> None:
     lengths = np.array(lengths, dtype=np.int32)
     index = build_index(lengths, size, *way)
-    cost = price(lengths, size, index)
+    cost = packing_cost(lengths, size, index)
     targets = sum(max(n - 1, 0) for n in lengths.tolist())
     assert cost.dropped_targets == targets - covered(index).total()
     assert cost.padding == len(index) * size - covered(index).total()
     assert (cost.sequences, cost.pieces) == (len(index), len(index.piece_length))
     assert cost.short_documents == sum(n < 2 for n in lengths)
     for tails, field in (("drop", "dropped_targets"), ("keep", "padding")):
-        other = price(lengths, size, build_index(lengths, size, "chunk", tails))
+        other = packing_cost(lengths, size, build_index(lengths, size, "chunk", tails))
         assert (
             getattr(other, field) == {"drop": cost.tail_targets, "keep": cost.tail_padding}[tails]
         )
@@ -139,15 +139,19 @@ def test_price_counts_what_is_there(lengths, size, way) -> None:
 
 def test_price_line_names_both_prices() -> None:
     lengths = np.array([9, 1, 8])
-    line = price(lengths, 5, build_index(lengths, 5, "chunk", "keep")).line("chunk", "keep", 5)
+    line = packing_cost(lengths, 5, build_index(lengths, 5, "chunk", "keep")).line(
+        "chunk", "keep", 5
+    )
     assert line == (
         "3 documents -> 4 sequences of 5 (chunk), 15 targets, 5 padding (25.00 %); tails=keep "
         "costs 5 padding (25.00 %), tails=drop would lose 5 targets (33.33 %); 1 documents of "
         "fewer than 2 tokens left out"
     )
-    line = price(lengths, 5, build_index(lengths, 5, "chunk", "drop")).line("chunk", "drop", 5)
+    line = packing_cost(lengths, 5, build_index(lengths, 5, "chunk", "drop")).line(
+        "chunk", "drop", 5
+    )
     assert "10 targets, 0 padding (0.00 %); tails=drop loses 5 targets (33.33 %)" in line
-    line = price(lengths, 5, build_index(lengths, 5, "pack", "keep")).line("pack", "keep", 5)
+    line = packing_cost(lengths, 5, build_index(lengths, 5, "pack", "keep")).line("pack", "keep", 5)
     assert "3 sequences of 5 (pack), 15 targets, 0 padding (0.00 %); chunk would cost" in line
 
 

@@ -17,8 +17,8 @@ from lctw_megatron.data.tokenizers import load_tokenizer
 from lctw_megatron.errors import InputError
 from lctw_megatron.evaluation.evaluate import EvaluationSettings, evaluate, open_held_out
 from lctw_megatron.evaluation.model_losses import ModelLosses
-from lctw_megatron.evaluation.report import write_report
-from lctw_megatron.evaluation.step_documents import describe_step, step_documents
+from lctw_megatron.inspection.step_documents import describe_step, step_documents
+from lctw_megatron.report.report import write_report
 from tests.distributed import run_distributed
 from tests.evaluation.tiny_run import SEQUENCE, STRIDE, WINDOW, make_data, make_run
 
@@ -154,9 +154,9 @@ def test_the_weight_sample_is_of_the_last_step(trained):
 
 
 def test_the_page_is_the_end_of_a_sequence_with_its_own_weights(trained, monkeypatch):
+    from lctw_megatron.data.token_text import TokenTexts
     from lctw_megatron.evaluation import weight_sample
     from lctw_megatron.evaluation.model_losses import ModelLosses
-    from lctw_megatron.evaluation.token_text import TokenTexts
 
     folder, _, results = trained
     whole = results[0][0]["weights"]["page"]
@@ -175,7 +175,7 @@ def test_tools_from_checkpoint_to_report(trained, capsys):
     folder, validation, results = trained
     run = str(folder / "run")
     evaluate_model = tool("evaluate_model")
-    arguments = ["--checkpoint", run, "--data", validation, "--max-sequences", "6"]
+    arguments = ["losses", "--checkpoint", run, "--data", validation, "--max-sequences", "6"]
     arguments += ["--window", str(WINDOW), "--stride", str(STRIDE), "--alpha", "0", "--beta", "-9"]
     assert evaluate_model.main(arguments) == 0
     path = folder / "run" / "evaluation.json"

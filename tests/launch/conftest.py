@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lctw_megatron.launch.plan import Plan, make_plan
+from lctw_megatron.launch.stage_graph import StageGraph, build_stage_graph
 
 RECIPE = """\
 name: demo
@@ -36,12 +36,12 @@ cluster: slurm_cpu_test
 
 
 @pytest.fixture
-def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Plan]:
+def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., StageGraph]:
     """Plans RECIPE, or another text, with overrides."""
     monkeypatch.chdir(tmp_path)
 
-    def make(text: str = RECIPE, *overrides: str) -> Plan:
+    def make(text: str = RECIPE, *overrides: str) -> StageGraph:
         Path("recipe.yaml").write_text(text)
-        return make_plan("recipe.yaml", overrides)
+        return build_stage_graph("recipe.yaml", overrides)
 
     return make

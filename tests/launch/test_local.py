@@ -8,7 +8,7 @@ import pytest
 
 from lctw_megatron.errors import InputError
 from lctw_megatron.launch import local
-from lctw_megatron.launch.plan import Plan
+from lctw_megatron.launch.stage_graph import StageGraph
 from tests.launch.conftest import RECIPE
 
 SINGLE = RECIPE.replace("layout: {tensor: 2, sequence: true}", "layout: single")
@@ -102,9 +102,9 @@ def test_sigterm_is_handed_on_so_that_training_can_save(plan, fake_tools, tmp_pa
     plan(SINGLE)
     code = (
         "import pathlib, sys\n"
-        "from lctw_megatron.launch import local, plan\n"
+        "from lctw_megatron.launch import local, stage_graph\n"
         f"local.PROJECT = pathlib.Path({str(tmp_path / 'project')!r})\n"
-        "made = plan.make_plan('recipe.yaml')\n"
+        "made = stage_graph.build_stage_graph('recipe.yaml')\n"
         "sys.exit(local.run_stages(made, made.select(['prepare'])))\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
@@ -118,7 +118,7 @@ def test_sigterm_is_handed_on_so_that_training_can_save(plan, fake_tools, tmp_pa
 
 
 def test_dry_run_shows_the_commands(plan):
-    made: Plan = plan()
+    made: StageGraph = plan()
     lines = local.command_lines(made, made.select(["train-dense"]))
     assert lines == [
         "# train-dense\npython -m torch.distributed.run --standalone --nproc-per-node=2 "

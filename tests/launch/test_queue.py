@@ -9,7 +9,7 @@ import pytest
 from lctw_megatron.config.schema import ClusterConfig
 from lctw_megatron.errors import InputError
 from lctw_megatron.launch import queue
-from lctw_megatron.launch.order import Order, carry_out, read_order, status
+from lctw_megatron.launch.launch_request import LaunchRequest, read_request, run_request, status
 
 CPU = ClusterConfig(nodes=2, gpus_per_node=0, tasks_per_node=2)
 
@@ -111,22 +111,24 @@ def test_an_order_is_kept_for_status_and_resume(plan, slurm, capsys):
     plan()
     Path("tools").mkdir()
     Path("tools/launch.py").touch()
-    order = Order("recipe.yaml", ("training.steps=50",), ("prepare", "train-base"), "slurm")
-    assert carry_out(order, dry_run=True) == 0
+    request = LaunchRequest(
+        "recipe.yaml", ("training.steps=50",), ("prepare", "train-base"), "slurm"
+    )
+    assert run_request(request, dry_run=True) == 0
     assert "##### out/launch/train-base.sbatch" in capsys.readouterr().out
     assert not Path("out").exists()
-    assert carry_out(order) == 0
-    assert read_order("out") == order
+    assert run_request(request) == 0
+    assert read_request("out") == request
     assert status("out") == 0
     assert "failed or cancelled, job 2" in capsys.readouterr().out
-    assert carry_out(read_order("out")) == 0
+    assert run_request(read_request("out")) == 0
     assert "--set training.steps=50" not in slurm.said()["train-base"]  # it is in the script
     assert "training.steps=50" in Path("out/launch/train-base.sbatch").read_text()
     with pytest.raises(InputError, match="nothing was launched into elsewhere"):
-        read_order("elsewhere")
+        read_request("elsewhere")
     Path("tools/launch.py").unlink()
     with pytest.raises(InputError, match="start tools/launch.py in the project's folder"):
-        carry_out(order)
+        run_request(request)
 
 
 def test_what_slurm_refuses_is_passed_on(plan, slurm, monkeypatch):

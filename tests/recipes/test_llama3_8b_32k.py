@@ -10,8 +10,8 @@ import pytest
 
 from lctw_megatron.config.layout_rules import check_layout
 from lctw_megatron.config.load import load_recipe, resolve_run
-from lctw_megatron.launch.plan import make_plan
 from lctw_megatron.launch.queue import plan_jobs
+from lctw_megatron.launch.stage_graph import build_stage_graph
 
 PROJECT = Path(__file__).parents[2]
 RECIPE = PROJECT / "recipes" / "llama3_8b_32k" / "recipe.yaml"
@@ -46,12 +46,12 @@ def test_plain_training_for_comparison_is_one_override_away():
 
 def test_the_scripts_beside_it_are_what_launch_renders(monkeypatch):
     monkeypatch.chdir(PROJECT)
-    plan = make_plan(
+    graph = build_stage_graph(
         "recipes/llama3_8b_32k/recipe.yaml", (), lambda _: resolve_run(load_recipe(RECIPE)).model
     )
     folder = RECIPE.parent / "sbatch"
     scripts = {
-        f"{j.name}.sbatch": j.script for j in plan_jobs(plan, plan.stages, plan.recipe.cluster)
+        f"{j.name}.sbatch": j.script for j in plan_jobs(graph, graph.stages, graph.recipe.cluster)
     }
     if os.environ.get("RENEW_GOLDEN"):
         folder.mkdir(exist_ok=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch.distributed  # noqa: F401
 from megatron.core import dist_checkpointing  # noqa: F401
 
-from lctw_megatron.scoring import frozen, scorer  # noqa: F401
+from lctw_megatron.scoring import score_corpus, scorer  # noqa: F401
 from lctw_megatron.training import checkpoint  # noqa: F401
 
 _PATH = Path(__file__).parents[2] / "tools" / "score.py"

@@ -20,7 +20,7 @@ TOLERANCE = 1e-4  # nats
 def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The golden tokens and the imported model, which has no tokenizer of its own."""
     folder = tmp_path_factory.mktemp("golden")
-    import_hf(GOLDEN / "model", folder / "scorer", say=lambda line: None)
+    import_hf(GOLDEN / "model", folder / "scorer", log=lambda line: None)
     identity = tokenizer(vocab_size=160, path="golden")
     path = folder / "scorer" / "checkpoint.json"
     manifest = json.loads(path.read_text()) | {"tokenizer": identity.model_dump(mode="json")}

@@ -11,8 +11,8 @@ from lctw_megatron.data.sidecar import Sidecar
 from lctw_megatron.data.token_dataset import TokenDataset, TokenWriter
 from lctw_megatron.errors import InputError
 from lctw_megatron.scoring.job import Job
-from lctw_megatron.scoring.merge import merge
-from lctw_megatron.scoring.shard_files import ShardReader, write_shard
+from lctw_megatron.scoring.merge_sidecar import merge
+from lctw_megatron.scoring.sidecar_shard import ShardReader, write_shard
 from lctw_megatron.scoring.windows import Windowing
 from tests.scoring.processes import score
 from tests.scoring.scene import EXTENSIONS, Scene
@@ -95,7 +95,7 @@ def test_one_changed_token_makes_sidecar_and_shards_stale(scene: Scene, copy: Sc
     for refused in (
         job.finished,
         lambda: job.finished_shards(2),
-        lambda: job.is_done(0, 2, overwrite=False, say=print),
+        lambda: job.is_done(0, 2, overwrite=False, log=print),
         lambda: Sidecar(job.dataset),
     ):
         with pytest.raises(InputError, match=f"{old}.*{new}"):
@@ -135,7 +135,7 @@ def test_a_shard_or_sidecar_of_other_settings_is_refused_with_both_named(
     for refused in (
         job.finished,
         lambda: job.finished_shards(1),
-        lambda: job.is_done(0, 1, overwrite=False, say=print),
+        lambda: job.is_done(0, 1, overwrite=False, log=print),
     ):
         with pytest.raises(InputError, match=f"{old}, but {new} is asked for"):
             refused()

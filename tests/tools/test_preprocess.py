@@ -219,7 +219,9 @@ def small_disk(tmp_path):
     try:
         mounted = subprocess.run(mount, capture_output=True, text=True)
     except FileNotFoundError:
-        pytest.skip("no mount command; tests/data/test_preprocess.py fakes a full disk")
+        pytest.skip(
+            "no mount command; tests/data/preprocessing/test_preprocess.py fakes a full disk"
+        )
     if mounted.returncode:
         pytest.skip(f"mounting needs root: {mounted.stderr.strip()}")
     yield disk

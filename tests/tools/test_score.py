@@ -112,7 +112,7 @@ def test_torchrun_and_its_restarts_change_no_byte(copy: Scene, scene: Scene, tmp
         "import os, signal, sys\n"
         f"sys.path.insert(0, {str(TOOLS.parent)!r})\n"
         "from lctw_megatron.cli import run_command\n"
-        "from lctw_megatron.scoring import frozen\n"
+        "from lctw_megatron.scoring import score_corpus\n"
         "from tools.score import main\n"
         "write, flag = frozen.write_shard, sys.argv.pop(1)\n"
         "def write_and_die(*arguments):\n"

@@ -1,0 +1,72 @@
+"""On one GPU: how fast. What must be right there is tested by tests/gpu."""
+
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lctw_megatron.benchmarks.attention import attention_benchmark
+from lctw_megatron.benchmarks.chip import matmul_tflops
+from lctw_megatron.benchmarks.head import head_benchmark
+from lctw_megatron.benchmarks.large_model import profile_step, time_steps
+from lctw_megatron.benchmarks.results import print_results, write_results
+from lctw_megatron.benchmarks.scoring_gpu import time_scoring
+from lctw_megatron.errors import InputError
+
+
+def time_head(results: dict[str, Any]) -> None:
+    """The loss of 32,768 tokens over Llama 3's vocabulary, in small and in large blocks."""
+    for block_rows in (1024, 4096):
+        results[f"head, blocks of {block_rows}"] = head_benchmark(
+            32768, 2048, 128256, torch.device("cuda"), torch.bfloat16, block_rows=block_rows
+        )
+
+
+def time_attention(results: dict[str, Any]) -> None:
+    """Attention inside documents beside a dense mask."""
+    results["attention with documents"] = attention_benchmark(
+        16384, 32, 8, 64, 8, torch.device("cuda"), torch.bfloat16
+    )
+
+
+PARTS: dict[str, Callable[[dict[str, Any]], None]] = {
+    "steps": time_steps,
+    "profile": profile_step,
+    "head": time_head,
+    "documents": time_attention,
+    "scoring": time_scoring,
+}
+"""Name -> what adds its numbers to the results."""
+
+
+def gpu_benchmark(output: Path, only: list[str]) -> int:
+    """Measure all PARTS (or ``only`` those named), print them, write all numbers to ``output``.
+
+    A part that fails does not keep the others from running; the exit status is then 1.
+    """
+    if unknown := [name for name in only if name not in PARTS]:
+        raise InputError(f"--only {' '.join(unknown)}: no such part; there are: {', '.join(PARTS)}")
+    if not torch.cuda.is_available():
+        raise InputError("benchmark gpu: torch sees no GPU; run it on a machine that has one")
+    results: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "bf16 matmul TFLOP/s": matmul_tflops(),
+    }
+    failed = False
+    for name in only or PARTS:
+        start = time.perf_counter()
+        try:
+            PARTS[name](results)
+        except Exception as error:
+            traceback.print_exc()
+            results[name] = {"error": f"{type(error).__name__}: {error}"[:500]}
+            failed = True
+        print(f"[{name}: {time.perf_counter() - start:.1f} s]", flush=True)
+        torch.cuda.empty_cache()
+        write_results(results, output)
+    print_results(results)
+    return int(failed)

@@ -1,0 +1,1 @@
+"""The command lines: one verb each, no logic. `tools/` and the console scripts run them."""

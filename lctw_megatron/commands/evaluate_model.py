@@ -1,0 +1,119 @@
+"""What a checkpoint can do on held-out data. Verbs: losses."""
+
+import argparse
+from pathlib import Path
+
+from lctw_megatron.cli import positive, run_command
+
+LOSSES = """Held-out loss of a checkpoint by position and by the distance of a target's last
+occurrence; with --window also LongPPL and the gain from long context. Alone, or under torchrun.
+Done again only if the checkpoint, the data or a setting has changed."""
+
+
+def main(arguments: list[str]) -> int:
+    options = _parser().parse_args(arguments)
+    return {"losses": _losses}[options.verb](options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, epilog="--debug shows tracebacks.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="losses")
+    verb = verbs.add_parser(
+        "losses",
+        help="held-out loss by position and distance, LongPPL",
+        description=LOSSES,
+        epilog="tools/report.py draws what --output holds. --debug shows tracebacks.",
+    )
+    add = verb.add_argument
+    add(
+        "--checkpoint",
+        metavar="DIR",
+        required=True,
+        help="a run folder, its checkpoints or one checkpoint, trained or imported",
+    )
+    add("--data", metavar="PREFIX", required=True, help="held-out token dataset")
+    add(
+        "--output",
+        metavar="FILE",
+        help="default: evaluation.json in --checkpoint, where tools/report.py looks for a run's",
+    )
+    add(
+        "--sequence-length",
+        metavar="S",
+        type=positive,
+        help="tokens of a sequence; default: the training's, of an imported model "
+        "its max_position_embeddings",
+    )
+    add(
+        "--max-sequences",
+        metavar="N",
+        type=positive,
+        default=32,
+        help="sequences to measure, evenly spaced over the data; default: 32",
+    )
+    add(
+        "--window",
+        metavar="K",
+        type=positive,
+        help="tokens of the short context; without it no LongPPL and no gain",
+    )
+    add(
+        "--stride",
+        metavar="D",
+        type=positive,
+        help="distance between short windows; default: a quarter of --window",
+    )
+    add(
+        "--key-checkpoint",
+        metavar="DIR",
+        help="the model that picks LongPPL's key tokens: give all models the same one to compare "
+        "them; default: --checkpoint itself",
+    )
+    add("--alpha", type=float, default=2.0, help="LongPPL's bound on log p_long - log p_short")
+    add("--beta", type=float, default=-2.0, help="LongPPL's bound on log p_long")
+    add(
+        "--near",
+        metavar="D",
+        type=positive,
+        help="a target is near if its token last stood at most D tokens back; default: --window, "
+        "else a quarter of the sequence",
+    )
+    add(
+        "--tokens-per-forward",
+        metavar="T",
+        type=positive,
+        default=16384,
+        help="sequences are run together up to this many tokens; default: 16384",
+    )
+    add("--tensor", metavar="TP", type=positive, default=1, help="tensor-parallel ranks")
+    add("--pipeline", metavar="PP", type=positive, default=1, help="pipeline stages")
+    add("--context", metavar="CP", type=positive, default=1, help="context-parallel ranks")
+    return parser
+
+
+def _losses(options: argparse.Namespace) -> int:
+    from lctw_megatron.config.schema import LayoutConfig
+    from lctw_megatron.evaluation.evaluate import EvaluationSettings, evaluate_to_file
+
+    settings = EvaluationSettings(
+        sequence_length=options.sequence_length,
+        max_sequences=options.max_sequences,
+        window=options.window,
+        stride=options.stride,
+        near=options.near,
+        key_checkpoint=options.key_checkpoint,
+        alpha=options.alpha,
+        beta=options.beta,
+        tokens_per_forward=options.tokens_per_forward,
+    )
+    layout = LayoutConfig(tensor=options.tensor, pipeline=options.pipeline, context=options.context)
+    output = options.output or Path(options.checkpoint) / "evaluation.json"
+    line = evaluate_to_file(options.checkpoint, options.data, output, settings, layout)
+    if line:
+        print(line)
+    return 0
+
+
+def run() -> None:
+    """The console script."""
+    run_command(main)

@@ -1,0 +1,66 @@
+"""Train a run of a recipe, alone, under torchrun, or under srun as tools/launch.py does."""
+
+import argparse
+import sys
+
+from lctw_megatron.cli import run_command
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="Start it again to go on from the newest checkpoint. --debug shows tracebacks.",
+    )
+    parser.add_argument("recipe", metavar="RECIPE.yaml", help="the recipe")
+    parser.add_argument(
+        "--run", metavar="NAME", help="which run of the recipe; default: its only one"
+    )
+    parser.add_argument(
+        "--set",
+        metavar="SECTION.FIELD=VALUE",
+        dest="overrides",
+        action="append",
+        default=[],
+        help="override a field of the recipe; may be given several times",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the resolved config, the layout and the memory of one rank; train nothing",
+    )
+    parser.add_argument(
+        "--ranks", type=int, metavar="N", help="with --dry-run: how many ranks there will be"
+    )
+    parser.add_argument(
+        "--allow-changes",
+        action="store_true",
+        help="resume although data, tokenizer, sequence length, batch size, seed, weighting or "
+        "model settings have changed",
+    )
+    options = parser.parse_args(arguments)
+
+    from lctw_megatron.config.load import dump_yaml, load_recipe, resolve_run
+    from lctw_megatron.model.checkpoint import checkpoint_model
+    from lctw_megatron.weighting import parse_weighting
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    run = resolve_run(recipe, options.run, checkpoint_model)
+    parse_weighting(run.weighting)
+    if options.dry_run:
+        from lctw_megatron.training.estimate import describe_layout
+
+        sys.stdout.write(dump_yaml(run))
+        sys.stdout.write(describe_layout(run, options.ranks))
+        return 0
+
+    from lctw_megatron.platform.world import shut_down
+    from lctw_megatron.training.loop import train
+
+    status = train(run, options.allow_changes)
+    shut_down()
+    return status
+
+
+def run() -> None:
+    """The console script."""
+    run_command(main)

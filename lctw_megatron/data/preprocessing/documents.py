@@ -1,0 +1,240 @@
+"""The documents of a slice of a corpus file, one after the other."""
+
+import gzip
+import io
+import json
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO, Any
+
+from lctw_megatron.data.preprocessing.corpus import Slice, refuse_damage
+from lctw_megatron.errors import InputError
+
+_BUFFER_BYTES = 1 << 20
+_ROWS = 64
+"""Rows of a parquet file decoded at a time."""
+_HINT = "mend it, or pass --skip-bad to leave such documents out"
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    text: str | None
+    """None: broken, and skipped."""
+    size: int
+    """UTF-8 bytes of the text."""
+    position: int
+    """How much of the slice's weight has been read so far."""
+
+
+class _Broken(Exception):
+    """Why one document cannot be read."""
+
+
+def read_documents(
+    part: Slice, text_field: str, skip_bad: bool, scratch: str
+) -> Iterator[Document]:
+    """Documents of a slice, in order, one in memory at a time (of parquet, 64 rows).
+
+    A document that cannot be read raises an InputError that names file and line (or row), or comes
+    as ``text`` None if ``skip_bad``. Lines of white space are passed over. A file whose compression
+    or format is damaged raises InputError either way. ``scratch`` is a folder for temporary files.
+    """
+    file = part.file
+    readers = {"jsonl": _lines, "txt": _whole, "package": _package}
+    try:
+        if file.kind == "parquet":
+            pieces = _rows(part, text_field, scratch)
+        else:
+            pieces = readers[file.kind](part, text_field)
+        for place, text, position in pieces:
+            try:
+                if isinstance(text, _Broken):
+                    raise text
+                size = len(text.encode())
+            except (_Broken, UnicodeEncodeError) as error:
+                if not skip_bad:
+                    raise InputError(
+                        f"{file.path}{_where(part, place)}: {error}; {_HINT}"
+                    ) from None
+                yield Document(None, 0, position)
+            else:
+                yield Document(text, size, position)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"{file.path}: damaged or truncated gzip file ({error})") from None
+
+
+# A reader yields (place, text or why it is broken, position).
+_Piece = tuple[str | int, str | _Broken, int]
+
+
+def _lines(part: Slice, text_field: str) -> Iterator[_Piece]:
+    """jsonl. A place is the number of the line, counted from the slice's begin."""
+    with open(part.file.path, "rb") as raw, _decompressed(raw, part.file.compression) as stream:
+        begin = position = 0
+        if not part.file.compression and part.begin:
+            # The line that is under way at `begin` belongs to the slice before.
+            stream.seek(part.begin - 1)
+            begin = part.begin
+            position = begin - 1 + len(stream.readline())
+        number = 0
+        while part.file.compression or position < part.end:
+            line = stream.readline()
+            if not line:
+                break
+            position += len(line)
+            number += 1
+            if line.isspace():
+                continue
+            done = raw.tell() if part.file.compression else position - begin
+            try:
+                yield number, _text_of(line, text_field), done
+            except _Broken as error:
+                yield number, error, done
+
+
+def _text_of(line: bytes, text_field: str) -> str:
+    try:
+        value = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise _Broken(f"not valid UTF-8 (byte {error.start} of the line)") from None
+    except (ValueError, RecursionError) as error:
+        raise _Broken(f"not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise _Broken(f"a JSON object was expected, found {type(value).__name__}")
+    if text_field not in value:
+        found = ", ".join(list(value)[:8]) or "none"
+        raise _Broken(f"no field {text_field!r} (fields: {found}); name it with --text-field")
+    text = value[text_field]
+    if not isinstance(text, str):
+        raise _Broken(f"field {text_field!r} is {type(text).__name__}, a string was expected")
+    return text
+
+
+def _whole(part: Slice, text_field: str) -> Iterator[_Piece]:
+    """txt: the file is the document."""
+    with open(part.file.path, "rb") as raw, _decompressed(raw, part.file.compression) as stream:
+        content = stream.read()
+    try:
+        yield "", content.decode("utf-8-sig"), part.weight
+    except UnicodeDecodeError as error:
+        yield "", _Broken(f"not valid UTF-8 (byte {error.start})"), part.weight
+
+
+def _package(part: Slice, text_field: str) -> Iterator[_Piece]:
+    """A folder of Python modules: their sources joined, in the order of their names. The few that
+    are not UTF-8 (tests of the interpreter's decoding) are left out."""
+    sources = []
+    for name in sorted(os.listdir(part.file.path)):
+        if name.endswith(".py"):
+            with open(os.path.join(part.file.path, name), "rb") as file:
+                content = file.read()
+            try:
+                sources.append(content.decode())
+            except UnicodeDecodeError:
+                continue
+    yield "", "\n".join(source for source in sources if source.strip()), part.weight
+
+
+def _rows(part: Slice, text_field: str, scratch: str) -> Iterator[_Piece]:
+    """parquet. A place is the number of the row in the file, from 1."""
+    import pyarrow  # here, because only parquet and .zst need it and it takes a while
+    from pyarrow import parquet
+
+    path = part.file.path
+    with open(path, "rb") as raw, tempfile.TemporaryFile(dir=scratch) as plain:
+        source: IO[bytes] = raw
+        if part.file.compression:  # parquet is read from its end, so the stream is unpacked first
+            with _decompressed(raw, part.file.compression) as stream:
+                shutil.copyfileobj(stream, plain, _BUFFER_BYTES)
+            source = plain
+        try:
+            table = parquet.ParquetFile(source)
+            _check_column(table, path, text_field)
+            groups = range(table.num_row_groups)
+            if not part.file.compression:
+                groups = range(part.begin, part.end)
+            rows = [table.metadata.row_group(group).num_rows for group in range(groups.stop)]
+            first = row = sum(rows[: groups.start])
+            total = sum(rows) - first
+            batches = table.iter_batches(
+                _ROWS, row_groups=list(groups), columns=[text_field], use_threads=False
+            )
+            for batch in batches:
+                for text in batch.column(0).to_pylist():
+                    row += 1
+                    done = part.weight * (row - first) // total
+                    missing = _Broken(f"no text in column {text_field!r} (it is null)")
+                    yield f" row {row}", missing if text is None else text, done
+        except (pyarrow.ArrowException, OSError) as error:
+            refuse_damage(path, error)
+
+
+def _check_column(table: Any, path: str, text_field: str) -> None:
+    from pyarrow import types
+
+    names = table.schema_arrow.names
+    if text_field not in names:
+        raise InputError(
+            f"{path}: no column {text_field!r} (columns: {', '.join(names[:8])}); name it with "
+            f"--text-field"
+        )
+    kind = table.schema_arrow.field(text_field).type
+    if not (types.is_string(kind) or types.is_large_string(kind)):
+        raise InputError(f"{path}: column {text_field!r} holds {kind}, strings were expected")
+
+
+def _decompressed(raw: IO[bytes], compression: str) -> io.BufferedIOBase:
+    """A buffered stream of the file's content."""
+    if compression == "gz":
+        return io.BufferedReader(gzip.GzipFile(fileobj=raw), _BUFFER_BYTES)  # type: ignore[arg-type]
+    if compression == "zst":
+        return io.BufferedReader(_ZstdStream(raw), _BUFFER_BYTES)
+    return raw  # type: ignore[return-value]
+
+
+class _ZstdStream(io.RawIOBase):
+    """Decompresses zstd, all frames of the file; InputError if the last one is cut short.
+
+    (The readers of the zstandard package end without an error there, and documents would be lost.)
+    """
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        from pyarrow import CompressedInputStream
+
+        self._name = raw.name
+        self._stream = CompressedInputStream(raw, "zstd")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            block = self._stream.read(len(buffer))
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            raise InputError(f"{self._name}: damaged or truncated zstd file ({error})") from None
+        buffer[: len(block)] = block
+        return len(block)
+
+
+def _where(part: Slice, place: str | int) -> str:
+    """`` line N`` of the file, counted only now that somebody wants to know."""
+    if isinstance(place, str):
+        return place
+    line = place
+    if part.begin:
+        # Lines that begin before the slice: as many as newlines before its first byte, and one more
+        # if that byte is not the begin of a line.
+        with open(part.file.path, "rb") as file:
+            left, last = part.begin, b"\n"
+            while left > 0 and (block := file.read(min(_BUFFER_BYTES, left))):
+                line += block.count(b"\n")
+                left -= len(block)
+                last = block[-1:]
+            line += last != b"\n"
+    return f" line {line}"

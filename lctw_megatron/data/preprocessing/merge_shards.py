@@ -1,0 +1,185 @@
+"""The last step of preprocessing: finished shards become one token dataset, and what is held out
+another."""
+
+import contextlib
+import itertools
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lctw_megatron.atomic import sync_directory
+from lctw_megatron.data.indexed_array import data_path, index_path
+from lctw_megatron.data.manifest import TokenizerIdentity, manifest_path, remove_manifest
+from lctw_megatron.data.preprocessing.corpus import Shard
+from lctw_megatron.data.preprocessing.token_shard import (
+    ShardResult,
+    ShardSettings,
+    Tally,
+    document_sizes,
+    kept_documents,
+    open_tokens,
+)
+from lctw_megatron.data.token_dataset import TokenWriter
+from lctw_megatron.errors import InputError
+from lctw_megatron.progress import Progress
+
+VALIDATION = "-validation"
+"""What is appended to a prefix for the documents held out of it."""
+
+
+def merge_shards(
+    shards: Sequence[Shard],
+    folders: Sequence[Path],
+    results: Sequence[ShardResult],
+    settings: ShardSettings,
+    tokenizer: TokenizerIdentity,
+    source: dict[str, Any],
+    held_out: int,
+    prefix: str,
+) -> None:
+    """Write the token dataset ``prefix``, and with ``held_out`` > 0 also ``prefix``-validation with
+    that many documents, evenly spaced, and their text as .jsonl. Copies blocks of the shards.
+
+    Documents after the first that does not fit into ``settings.max_bytes`` are left out.
+    """
+    kept = _kept(folders, results, settings.max_bytes)
+    total = sum(kept)
+    if total == 0:
+        raise InputError(_why_nothing(results, settings.max_bytes))
+    if held_out >= total:
+        raise InputError(
+            f"--validation-documents {held_out}: the corpus has {total} documents, so none would "
+            f"be left to train on; hold out fewer"
+        )
+    source = {
+        **source,
+        "skipped": sum(result.skipped for result in results),
+        "empty": sum(result.empty for result in results),
+    }
+    chosen = [(2 * number + 1) * total // (2 * held_out) for number in range(held_out)]
+    train, validation = divide(kept, chosen)
+    _write(prefix, folders, train, tokenizer, {**source, "held_out": held_out})
+    if chosen:
+        origin = {**source, "documents": chosen}
+        _write(prefix + VALIDATION, folders, validation, tokenizer, origin)
+        with open(prefix + VALIDATION + ".jsonl", "w", encoding="utf-8") as file:
+            for number, text in zip(chosen, _texts(shards, validation, settings), strict=True):
+                line = json.dumps({"text": text, "document": number}, ensure_ascii=False)
+                file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+@dataclass(frozen=True)
+class Run:
+    """Documents [begin, end) of a shard."""
+
+    shard: int
+    begin: int
+    end: int
+
+
+def divide(kept: Sequence[int], chosen: Sequence[int]) -> tuple[list[Run], list[Run]]:
+    """(runs of all other documents, runs of one chosen document each), both in order.
+
+    ``kept`` counts the documents of each shard; ``chosen`` are numbers in the corpus, ascending.
+    """
+    others, ours = [], []
+    waiting = list(reversed(chosen))
+    first = 0
+    for shard, count in enumerate(kept):
+        begin = 0
+        while waiting and waiting[-1] < first + count:
+            at = waiting.pop() - first
+            others.append(Run(shard, begin, at))
+            ours.append(Run(shard, at, at + 1))
+            begin = at + 1
+        others.append(Run(shard, begin, count))
+        first += count
+    return [run for run in others if run.begin < run.end], ours
+
+
+def _write(
+    prefix: str,
+    folders: Sequence[Path],
+    runs: Sequence[Run],
+    tokenizer: TokenizerIdentity,
+    source: dict[str, Any],
+) -> None:
+    label = "merge held out" if prefix.endswith(VALIDATION) else "merge"
+    total = sum(run.end - run.begin for run in runs)
+    source = {**source, "bytes": sum(_bytes(folders[run.shard], run) for run in runs)}
+    with (
+        TokenWriter(prefix, tokenizer, source) as writer,
+        Progress(label, total, "documents") as progress,
+    ):
+        for run in runs:
+            before = writer.num_tokens
+            writer.extend(open_tokens(folders[run.shard]), run.begin, run.end)
+            progress.update(run.end - run.begin, tokens=writer.num_tokens - before)
+
+
+def _texts(shards: Sequence[Shard], runs: Sequence[Run], settings: ShardSettings) -> Iterator[str]:
+    """The text of single documents, read once more from the corpus."""
+    for shard, ours in itertools.groupby(runs, key=lambda run: run.shard):
+        wanted = {run.begin for run in ours}
+        with tempfile.TemporaryDirectory() as scratch:
+            documents = kept_documents(shards[shard], settings, scratch, Tally())
+            for number, (text, _, _) in zip(range(max(wanted) + 1), documents, strict=False):
+                if number in wanted:
+                    yield text
+
+
+def _kept(
+    folders: Sequence[Path], results: Sequence[ShardResult], max_bytes: int | None
+) -> list[int]:
+    """How many documents of each shard are used: all, up to the first beyond ``max_bytes``."""
+    kept: list[int] = []
+    size = 0
+    for folder, result in zip(folders, results, strict=False):
+        if max_bytes is None or size + result.size <= max_bytes:
+            kept.append(result.documents)
+            size += result.size
+        else:
+            ends = size + np.cumsum(document_sizes(folder))
+            kept.append(int(np.searchsorted(ends, max_bytes, side="right")))
+            break
+    return kept
+
+
+def _bytes(folder: Path, run: Run) -> int:
+    return int(document_sizes(folder)[run.begin : run.end].sum())
+
+
+def _why_nothing(results: Sequence[ShardResult], max_bytes: int | None) -> str:
+    skipped, empty = (sum(getattr(each, name) for each in results) for name in ("skipped", "empty"))
+    if any(result.full or result.documents for result in results):
+        return f"--max-bytes {max_bytes}: the first document alone is larger; allow more"
+    return f"the corpus holds no text: {skipped} documents are broken and {empty} empty"
+
+
+def publish(work_prefix: str, prefix: str) -> None:
+    """Move the merged files to where they belong, the manifest of the training data last.
+
+    Held-out documents of an earlier run at this prefix are removed, or this run's training data
+    might hold them.
+    """
+    for name in (prefix, prefix + VALIDATION):
+        remove_manifest(name)
+    for part in (VALIDATION, ""):
+        paths = (data_path, index_path, manifest_path)
+        endings = [".jsonl"] * bool(part) + [path("") for path in paths]
+        for ending in endings:
+            source, target = work_prefix + part + ending, prefix + part + ending
+            if os.path.exists(source):
+                os.replace(source, target)
+            elif part:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(target)
+    sync_directory(Path(prefix).parent)

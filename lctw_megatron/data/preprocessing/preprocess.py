@@ -1,0 +1,248 @@
+"""From a corpus to a token dataset: shards tokenised by several processes, merged in order.
+
+Work in progress lies in PREFIX.shards: one folder a shard, and what the merge writes. A run that
+was killed is continued by the next one with the same settings, which takes the finished shards.
+The result appears at the end, its manifest last, and PREFIX.shards goes. The bytes of the result
+depend on corpus and settings only, not on the number of processes or restarts.
+
+Memory is bounded by the largest document, times the number of processes (with a SentencePiece
+model about 25 bytes a byte of it, with a Hugging Face tokenizer about 150); disk use beside the
+result by once more its size.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from lctw_megatron.atomic import atomic_file, locked
+from lctw_megatron.config.schema import PrepareConfig
+from lctw_megatron.data.manifest import TokenizerIdentity, TokenManifest
+from lctw_megatron.data.preprocessing.corpus import CorpusFile, Shard, find_files, plan_shards
+from lctw_megatron.data.preprocessing.merge_shards import VALIDATION, merge_shards, publish
+from lctw_megatron.data.preprocessing.shard_pool import tokenise_shards
+from lctw_megatron.data.preprocessing.token_shard import ShardSettings, shard_key
+from lctw_megatron.data.preprocessing.train_tokenizer import train_sentencepiece
+from lctw_megatron.data.token_dataset import TokenDataset
+from lctw_megatron.data.tokenizers import load_tokenizer
+from lctw_megatron.errors import InputError
+from lctw_megatron.progress import clock, human
+
+_WORTH_KEEPING_SECONDS = 60.0
+"""After an error, shards that took less time are made again rather than left lying about."""
+
+
+def preprocess(config: PrepareConfig) -> TokenManifest:
+    """Make PREFIX.bin, .idx and .json, and what else ``config`` asks for; return the manifest.
+
+    Does nothing if they are there already, from the same corpus with the same settings. Raises
+    InputError for what the user can mend; then nothing of the result is there.
+    """
+    start = time.monotonic()
+    prefix = config.output_prefix
+    _check(config)
+    given = load_tokenizer(config.tokenizer).identity if config.tokenizer else None
+    files = find_files(config.inputs, prefix)
+    shards = plan_shards(files)
+    wanted = _request(config, files, given)
+    found = _finished(config, wanted)
+    if found is not None:
+        print(f"{prefix}: already there, from the same corpus with the same settings")
+        return found
+    _refuse_foreign(prefix)
+    settings = ShardSettings(config.text_field, config.skip_bad, config.max_bytes)
+    with _work_folder(prefix) as work:
+        model = config.tokenizer or _trained_model(config, shards, wanted, work)
+        tokenizer = given or load_tokenizer(model).identity
+        folders = [work / shard_key(shard, settings, tokenizer) for shard in shards]
+        _remove_others(work, {folder.name for folder in folders} | {os.path.basename(model)})
+        results = tokenise_shards(shards, folders, settings, model, config.workers)
+        if given is None:
+            tokenizer = tokenizer.model_copy(update={"path": _model_path(prefix)})
+        source = _source(config, files, wanted)
+        held_out = config.validation_documents
+        merged = str(work / "merged")
+        merge_shards(shards, folders, results, settings, tokenizer, source, held_out, merged)
+        if given is None:
+            os.replace(model, _model_path(prefix))
+        publish(merged, prefix)
+    manifest = TokenDataset(prefix).manifest
+    print(_summary(prefix, manifest, held_out, time.monotonic() - start))
+    return manifest
+
+
+def _check(config: PrepareConfig) -> None:
+    if (config.tokenizer is None) == (config.train_sentencepiece is None):
+        both = "both" if config.tokenizer else "neither"
+        raise InputError(
+            f"tokenizer and train_sentencepiece: {both} given; give either --tokenizer "
+            f"MODEL_OR_DIR or --train-sentencepiece VOCAB"
+        )
+    if not config.inputs:
+        raise InputError("inputs: none given; name files, folders or globs with --input")
+    if config.output_prefix.endswith(os.sep) or os.path.isdir(config.output_prefix):
+        raise InputError(
+            f"--output-prefix {config.output_prefix}: is a folder; a prefix is the path of the "
+            f"result without its ending, such as {os.path.join(config.output_prefix, 'corpus')}"
+        )
+
+
+def _request(
+    config: PrepareConfig, files: Sequence[CorpusFile], tokenizer: TokenizerIdentity | None
+) -> str:
+    """Digest of all that decides the result: the corpus and the settings."""
+    decides = [
+        [dataclasses.astuple(file) for file in files],
+        tokenizer.model_dump(exclude={"path"}) if tokenizer else config.train_sentencepiece,
+        config.text_field,
+        config.skip_bad,
+        config.max_bytes,
+        config.validation_documents,
+    ]
+    return hashlib.blake2b(json.dumps(decides).encode(), digest_size=16).hexdigest()
+
+
+def _finished(config: PrepareConfig, wanted: str) -> TokenManifest | None:
+    """The manifest of a whole result of the same request; None if there is none."""
+    prefix = config.output_prefix
+    if config.train_sentencepiece and not os.path.exists(_model_path(prefix)):
+        return None
+    try:
+        manifest = TokenDataset(prefix).manifest
+        if manifest.source.get("request") != wanted:
+            return None
+        if manifest.source.get("held_out"):
+            held_out = TokenDataset(prefix + VALIDATION).manifest
+            if held_out.source.get("request") != wanted or not _held_out_text(prefix).exists():
+                return None
+    except InputError:
+        return None
+    return manifest
+
+
+def _refuse_foreign(prefix: str) -> None:
+    """InputError if a dataset is there that was not made here, such as Megatron's own: with no
+    manifest, no trace of a run that was killed and nothing else of ours beside it."""
+    if not os.path.exists(f"{prefix}.bin"):
+        return
+    ours = [Path(f"{prefix}.shards"), Path(f"{prefix}.json"), _held_out_text(prefix)]
+    if not any(path.exists() for path in ours):
+        raise InputError(
+            f"{prefix}.bin: has no manifest of tools/preprocess.py, and would be replaced; choose "
+            "another --output-prefix, or remove it"
+        )
+
+
+def _held_out_text(prefix: str) -> Path:
+    return Path(prefix + VALIDATION + ".jsonl")
+
+
+@contextlib.contextmanager
+def _work_folder(prefix: str) -> Iterator[Path]:
+    """PREFIX.shards, locked. It goes when all is done, and after an error too, unless it holds
+    finished shards of a run that lasted a while."""
+    start = time.monotonic()
+    work = Path(os.path.abspath(prefix) + ".shards")
+    work.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(work / "lock", wait=False))
+        except BlockingIOError:
+            raise InputError(
+                f"{work}: another process is preprocessing to this prefix; wait for it to end, or "
+                f"choose another --output-prefix"
+            ) from None
+        try:
+            yield work
+        except BaseException as error:
+            _clear(work, time.monotonic() - start)
+            if isinstance(error, OSError) and error.filename is None:
+                error.filename = str(work)  # a full disk does not say which
+            if isinstance(error, InputError) and work.exists():
+                raise InputError(
+                    f"{error}; the next run takes what is finished in {work}"
+                ) from None
+            raise
+        shutil.rmtree(work)
+
+
+def _clear(work: Path, seconds: float) -> None:
+    """Remove what is unfinished, and the folder if nothing in it is worth keeping."""
+    finished = {path.parent.name for path in work.glob("[!.]*/shard.json")}
+    if finished and seconds >= _WORTH_KEEPING_SECONDS:
+        _remove_others(work, finished)
+    else:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _remove_others(work: Path, names: set[str]) -> None:
+    """Remove all but ``names``: shards of other settings, half-written files of killed runs."""
+    for path in work.iterdir():
+        if path.name in names or path.name == "lock":
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _model_path(prefix: str) -> str:
+    return os.path.abspath(prefix) + ".tokenizer.model"
+
+
+def _trained_model(config: PrepareConfig, shards: Sequence[Shard], wanted: str, work: Path) -> str:
+    """Path of the SentencePiece model trained for this request, by an earlier run or now."""
+    path = work / f"{wanted}.model"
+    if not path.exists():
+        assert config.train_sentencepiece is not None
+        sampled = _first(shards, config.max_bytes)
+        model = train_sentencepiece(
+            sampled, config.train_sentencepiece, config.text_field, config.skip_bad, str(work)
+        )
+        with atomic_file(path) as file:
+            file.write(model)
+    return str(path)
+
+
+def _first(shards: Sequence[Shard], max_bytes: int | None) -> list[Shard]:
+    """The shards at the beginning that make up ``max_bytes``."""
+    chosen: list[Shard] = []
+    weight = 0
+    for shard in shards:
+        if max_bytes and weight >= max_bytes:
+            break
+        chosen.append(shard)
+        weight += sum(part.weight for part in shard)
+    return chosen
+
+
+def _source(config: PrepareConfig, files: Sequence[CorpusFile], wanted: str) -> dict[str, Any]:
+    return {
+        "inputs": config.inputs,
+        "files": len(files),
+        "text_field": config.text_field,
+        "max_bytes": config.max_bytes,
+        "train_sentencepiece": config.train_sentencepiece,
+        "request": wanted,
+    }
+
+
+def _summary(prefix: str, manifest: TokenManifest, held_out: int, seconds: float) -> str:
+    size, tokens = manifest.source["bytes"], manifest.tokens
+    parts = [
+        f"{manifest.documents} documents",
+        f"{human(tokens)} tokens",
+        f"{human(size)} bytes of text ({size / tokens:.2f} a token)",
+    ]
+    if held_out:
+        parts.append(f"{held_out} more documents held out in {prefix}{VALIDATION}")
+    for name in ("skipped", "empty"):
+        if manifest.source[name]:
+            parts.append(f"{manifest.source[name]} {name}")
+    return f"{prefix}: " + ", ".join(parts) + f", in {clock(seconds)}"

@@ -1,0 +1,89 @@
+"""Weights of whole sequences in numpy, and how they are spread. No model, no files.
+
+Legend of shapes: n targets, S tokens of a sequence.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from lctw_megatron.data.batch import IGNORE, Sample
+from lctw_megatron.weighting.compute import compute_weights
+from lctw_megatron.weighting.occurrence import CLASSES
+from lctw_megatron.weighting.parse import Weighting
+from lctw_megatron.weighting.schemes import Targets
+
+HISTOGRAM_STARTS = np.concatenate([[0.0], 2.0 ** (np.arange(-24, 21) / 2)])
+"""Weight 0, then half-octaves from 2^-12 (anything smaller counts there) to 2^10."""
+
+
+def sequence_weights(
+    weighting: Weighting, samples: Sequence[Sample], long_loss: np.ndarray, short_loss: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weights float32 and live targets bool, [sequences, S], of whole sequences."""
+    live = live_targets(samples)
+    weights = compute_weights(
+        weighting,
+        torch.from_numpy(long_loss),
+        torch.from_numpy(short_loss),
+        mask=torch.from_numpy(live),
+        boundaries=_boundaries(samples),
+    )
+    return weights.numpy(), live
+
+
+def scores(
+    weighting: Weighting, samples: Sequence[Sample], long_loss: np.ndarray, short_loss: np.ndarray
+) -> np.ndarray:
+    """What the scheme thinks of every target before it makes weights of it: float32 [sequences, S];
+    NaN where there is no target, or no short loss for a scheme that needs one."""
+    live = live_targets(samples)
+    scored = live
+    if weighting.scheme.needs_short_loss:
+        scored = live & np.isfinite(long_loss) & np.isfinite(short_loss)
+    long_known = np.where(live & np.isfinite(long_loss), long_loss, 0)
+    short_known = np.where(scored, short_loss, long_known)
+    targets = Targets(
+        torch.from_numpy(long_known),
+        torch.from_numpy(short_known),
+        torch.from_numpy(live),
+        _boundaries(samples),
+    )
+    return np.where(scored, weighting.scheme.scores(targets).numpy(), np.float32(np.nan))
+
+
+def live_targets(samples: Sequence[Sample]) -> np.ndarray:
+    """bool [sequences, S]"""
+    return np.stack([sample.labels != IGNORE for sample in samples])
+
+
+def _boundaries(samples: Sequence[Sample]) -> torch.Tensor:
+    """int64 [sequences, pieces + 1], padded with S."""
+    most = max(len(sample.boundaries) for sample in samples)
+    boundaries = np.full((len(samples), most), len(samples[0].tokens), dtype=np.int64)
+    for row, sample in enumerate(samples):
+        boundaries[row, : len(sample.boundaries)] = sample.boundaries
+    return torch.from_numpy(boundaries)
+
+
+def weight_histogram(weights: np.ndarray) -> dict[str, list[float]]:
+    """`starts`, `targets` and `weight` of the buckets of ``weights`` [n]; see HISTOGRAM_STARTS."""
+    bucket = np.searchsorted(HISTOGRAM_STARTS, weights, side="right") - 1
+    bucket = np.where((bucket == 0) & (weights > 0), 1, bucket)
+    size = len(HISTOGRAM_STARTS)
+    return {
+        "starts": HISTOGRAM_STARTS.tolist(),
+        "targets": np.bincount(bucket, minlength=size).tolist(),
+        "weight": np.bincount(bucket, weights=weights, minlength=size).tolist(),
+    }
+
+
+def weight_by_class(weights: np.ndarray, classes: np.ndarray) -> dict[str, list[Any]]:
+    """Targets and Σw of near, far and first-seen targets: weights and classes [n]."""
+    return {
+        "bins": list(CLASSES),
+        "targets": np.bincount(classes, minlength=len(CLASSES)).tolist(),
+        "weight": np.bincount(classes, weights=weights, minlength=len(CLASSES)).tolist(),
+    }

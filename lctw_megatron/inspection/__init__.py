@@ -1,0 +1,1 @@
+"""Looking at data and weights: datasets, token statistics, documents, targets in their text."""

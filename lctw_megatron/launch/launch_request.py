@@ -1,0 +1,99 @@
+"""What was asked for with tools/launch.py, carried out now or once more later.
+
+OUTPUT_DIR/launch/order.json holds it, so that `status` and `resume` need the folder only.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from lctw_megatron.atomic import write_json
+from lctw_megatron.config.load import load_fragment
+from lctw_megatron.config.schema import ClusterConfig
+from lctw_megatron.errors import InputError
+from lctw_megatron.launch import local, queue
+from lctw_megatron.launch.stage_graph import StageGraph, build_stage_graph
+
+
+@dataclass(frozen=True)
+class LaunchRequest:
+    """A recipe, what of it is to be run, and where."""
+
+    recipe: str
+    overrides: tuple[str, ...] = ()
+    stages: tuple[str, ...] = ()
+    """Names or kinds; empty: all."""
+    cluster: str | None = None
+    """None: here. `slurm`: the recipe's cluster section. Else a fragment or a .yaml file."""
+    ranks: int | None = None
+    """Here: ranks of training and scoring."""
+
+
+def run_request(request: LaunchRequest, dry_run: bool = False) -> int:
+    """Run or submit what ``request`` asks for and is not done; with ``dry_run`` only print it."""
+    graph = _stage_graph(request)
+    stages = graph.select(request.stages)
+    if request.cluster is None:
+        if dry_run:
+            print("\n".join(local.command_lines(graph, stages, request.ranks)))
+            return 0
+        write_json(graph.folder / "order.json", asdict(request))
+        return local.run_stages(graph, stages, request.ranks)
+    cluster = _cluster(graph, request.cluster)
+    if dry_run:
+        for job in queue.plan_jobs(graph, stages, cluster):
+            print(f"##### {queue.script_path(graph, job)}\n\n{job.script}")
+        return 0
+    if not Path("tools/launch.py").is_file():
+        raise InputError(
+            f"{Path.cwd()}: the jobs' scripts name tools/..., which is not here; start "
+            "tools/launch.py in the project's folder"
+        )
+    write_json(graph.folder / "order.json", asdict(request))
+    queue.submit(graph, stages, cluster)
+    return 0
+
+
+def status(output_dir: str) -> int:
+    """Print where every stage of the last request of ``output_dir`` stands."""
+    request = read_request(output_dir)
+    graph = _stage_graph(request)
+    stages = graph.select(request.stages)
+    if request.cluster is None:
+        for stage in stages:
+            print(f"{stage.name:24} {'done' if graph.is_done(stage) else 'not done'}")
+        return 0
+    jobs = queue.plan_jobs(graph, stages, _cluster(graph, request.cluster))
+    print("\n".join(queue.status_lines(graph, jobs)))
+    return 0
+
+
+def read_request(output_dir: str) -> LaunchRequest:
+    """The last request of ``output_dir``. InputError if there was none."""
+    path = Path(output_dir) / "launch" / "order.json"
+    if not path.is_file():
+        raise InputError(
+            f"{path}: no such file, so nothing was launched into {output_dir}; give the output "
+            "folder of a recipe, or the recipe itself"
+        )
+    values = json.loads(path.read_text())
+    values |= {"overrides": tuple(values["overrides"]), "stages": tuple(values["stages"])}
+    return LaunchRequest(**values)
+
+
+def _stage_graph(request: LaunchRequest) -> StageGraph:
+    def checkpoint_model(path: str):  # type: ignore[no-untyped-def]
+        # Only a run whose model comes from a checkpoint pays for importing torch's checkpoints.
+        from lctw_megatron.model.checkpoint import checkpoint_model
+
+        return checkpoint_model(path)
+
+    return build_stage_graph(request.recipe, request.overrides, checkpoint_model)
+
+
+def _cluster(graph: StageGraph, name: str) -> ClusterConfig:
+    if name == "slurm":
+        name = "slurm_generic"
+        if graph.recipe.cluster:
+            return graph.recipe.cluster
+    return ClusterConfig.model_validate(load_fragment("cluster", name, f"--cluster {name}"))

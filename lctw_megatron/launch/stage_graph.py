@@ -1,0 +1,123 @@
+"""A recipe's stages in the order in which they run, and the marks of those that are done.
+
+A mark is a file OUTPUT_DIR/launch/STAGE.done that holds the stage's fingerprint: a digest of its
+command, its configuration and the fingerprints of the stages it needs. A stage whose recipe has
+changed since, or that comes after such a one, is therefore not done, nor is one whose output was
+removed. (The commands then find by themselves what is left to do.)
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lctw_megatron.atomic import atomic_file
+from lctw_megatron.config.layout_rules import check_layout
+from lctw_megatron.config.load import load_recipe, resolve_run
+from lctw_megatron.config.schema import ModelConfig, Recipe, RunConfig
+from lctw_megatron.config.validation_errors import nearest
+from lctw_megatron.errors import InputError
+from lctw_megatron.launch.stages import KINDS, Stage, all_stages
+
+
+@dataclass(frozen=True)
+class StageGraph:
+    """What is to be run for a recipe."""
+
+    recipe_path: str
+    overrides: tuple[str, ...]
+    recipe: Recipe
+    runs: tuple[RunConfig, ...]
+    stages: tuple[Stage, ...]
+    """In an order in which they can run."""
+    fingerprints: dict[str, str]
+    """Stage name to fingerprint."""
+
+    @property
+    def folder(self) -> Path:
+        """Where marks, scripts and logs of the stages lie."""
+        return Path(self.recipe.output_dir) / "launch"
+
+    def mark(self, stage: Stage, part: int | None = None) -> Path:
+        """The file that says that ``stage`` (or one part of its array) is done. The marks of the
+        parts last until the parts are merged."""
+        array = "" if part is None else f".{part}-of-{stage.shards}"
+        return self.folder / f"{stage.name}{array}.done"
+
+    def is_done(self, stage: Stage, part: int | None = None) -> bool:
+        try:
+            found = self.mark(stage, part).read_text().strip()
+        except FileNotFoundError:
+            return False
+        there = part is not None or Path(stage.output).exists()
+        return there and found == self.fingerprints[stage.name]
+
+    def set_done(self, stage: Stage) -> None:
+        with atomic_file(self.mark(stage), "w") as file:
+            file.write(self.fingerprints[stage.name] + "\n")
+
+    def check_ranks(self, stage: Stage, world: int) -> None:
+        """Refuse a number of ranks that does not suit the stage's layout or batch. InputError."""
+        run = next((run for run in self.runs if stage.name == f"train-{run.name}"), None)
+        try:
+            if run is not None:
+                check_layout(run, world)
+            elif world % stage.model_ranks:
+                raise InputError(f"{world} ranks, expected a multiple of {stage.model_ranks}")
+        except InputError as error:
+            raise InputError(f"{stage.name} on {world} ranks: {error}") from None
+
+    def select(self, wanted: Iterable[str]) -> list[Stage]:
+        """The stages that ``wanted`` names, by name or kind, in order; all if it is empty."""
+        wanted = list(wanted)
+        names = [stage.name for stage in self.stages]
+        for name in wanted:
+            if name not in (*names, *KINDS):
+                raise InputError(f"--stages: no stage {name}; {nearest(name, (*names, *KINDS))}")
+        return [s for s in self.stages if not wanted or s.name in wanted or s.kind in wanted]
+
+
+def build_stage_graph(
+    recipe_path: str,
+    overrides: Iterable[str] = (),
+    checkpoint_model: Callable[[str], ModelConfig] | None = None,
+) -> StageGraph:
+    """The stages of the recipe in ``recipe_path``; ``checkpoint_model`` as in ``resolve_run``.
+
+    Raises InputError for a wrong recipe, also for runs and scoring that wait for each other.
+    """
+    overrides = tuple(overrides)
+    recipe = load_recipe(recipe_path, overrides)
+    runs = [resolve_run(recipe, name, checkpoint_model) for name in recipe.runs]
+    try:
+        stages = _in_order(all_stages(recipe, runs, recipe_path, overrides))
+    except InputError as error:
+        raise InputError(f"{recipe_path}: {error}") from None
+    return StageGraph(
+        recipe_path, overrides, recipe, tuple(runs), tuple(stages), _fingerprints(stages)
+    )
+
+
+def _in_order(stages: list[Stage]) -> list[Stage]:
+    """``stages`` with each after all it needs, otherwise in the order given."""
+    placed: list[Stage] = []
+    waiting = list(stages)
+    while waiting:
+        done = {stage.name for stage in placed}
+        ready = next((stage for stage in waiting if done.issuperset(stage.needs)), None)
+        if ready is None:
+            circle = ", ".join(f"{s.name} needs {' and '.join(s.needs)}" for s in waiting)
+            raise InputError(f"stages wait for each other: {circle}")
+        placed.append(ready)
+        waiting.remove(ready)
+    return placed
+
+
+def _fingerprints(stages: list[Stage]) -> dict[str, str]:
+    result: dict[str, str] = {}
+    for stage in stages:
+        parts = [stage.configuration or stage.arguments, *(result[name] for name in stage.needs)]
+        digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=8)
+        result[stage.name] = digest.hexdigest()
+    return result

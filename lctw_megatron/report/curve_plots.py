@@ -1,0 +1,156 @@
+"""Metrics over the steps of training."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lctw_megatron.report.plot_style import (
+    GUIDE,
+    colour_of,
+    legend,
+    line_of,
+    marker_of,
+    marker_size,
+    new_figure,
+)
+from lctw_megatron.report.runs import RunRecord
+
+LOSSES = (
+    ("loss/plain", "training, all targets alike"),
+    ("loss/weighted", "training, weighted: the objective"),
+    ("validation/loss/plain", "validation, all targets alike"),
+    ("loss/near", "training, near targets"),
+    ("loss/far", "training, far targets"),
+    ("loss/first_seen", "training, first-seen targets"),
+)
+WEIGHTS = (
+    ("weights/n_eff_share", "effective sample size ÷ targets"),
+    ("weights/zero_share", "share of targets with weight 0"),
+    ("weights/max", "largest weight"),
+    ("weights/spearman", "rank correlation of weight and loss"),
+)
+
+
+_OF_EQUAL_TARGETS = ("loss/plain", "loss/near", "loss/far", "loss/first_seen")
+"""Metrics whose difference means something: the weighted loss is another quantity in every run."""
+
+
+def loss_curves(runs: Sequence[RunRecord]) -> Figure | None:
+    """Losses over the steps; None if no run has metrics."""
+    return _curves(runs, runs, LOSSES, columns=3, unit="loss, nats a target", settles=True)
+
+
+def difference_curves(runs: Sequence[RunRecord]) -> Figure | None:
+    """Training losses less those of the first run, where both trained on the same sequences: then
+    the noise of the batches, which hides the difference between the curves, is gone."""
+    same = [run for run in runs[1:] if same_batches(run, runs[0])]
+    panels = [(metric, title) for metric, title in LOSSES if metric in _OF_EQUAL_TARGETS]
+    shown = [_difference(run, runs[0], [metric for metric, _ in panels]) for run in same]
+    return _curves(runs, shown, panels, columns=2, unit=f"nats, less {runs[0].name}", zero=True)
+
+
+def weight_curves(runs: Sequence[RunRecord]) -> Figure | None:
+    """Statistics of the weights over the steps; None if all runs are uniform."""
+    return _curves(runs, [run for run in runs if _is_weighted(run)], WEIGHTS, columns=2, unit="")
+
+
+def same_batches(run: RunRecord, first: RunRecord) -> bool:
+    """Whether step n of both runs trained on the same sequences."""
+    ours, theirs = run.config, first.config
+    if ours is None or theirs is None:
+        return False
+    return (
+        ours.seed == theirs.seed
+        and ours.data.model_copy(update={"scores": theirs.data.scores}) == theirs.data
+        and ours.training.global_batch_size == theirs.training.global_batch_size
+    )
+
+
+def running_mean(values: np.ndarray, width: int) -> np.ndarray:
+    """Means of ``width`` neighbours: float64 [n - width + 1]."""
+    sums = np.cumsum(np.concatenate([[0.0], values]))
+    return (sums[width:] - sums[:-width]) / width
+
+
+def _curves(
+    runs: Sequence[RunRecord],
+    shown: Sequence[RunRecord],
+    panels: Sequence[tuple[str, str]],
+    columns: int,
+    unit: str,
+    settles: bool = False,
+    zero: bool = False,
+) -> Figure | None:
+    """One panel a metric that is not 0 throughout. settles: the steep fall at the beginning of a
+    run from random weights may leave the axis; beside it nothing else could be seen."""
+    panels = [
+        (metric, title)
+        for metric, title in panels
+        if any(run.series(metric).values.any() for run in shown)
+    ]
+    if not panels:
+        return None
+    rows = -(-len(panels) // columns)
+    with new_figure(4.1 * columns, 2.8 * rows + 0.4) as figure:
+        for at, (metric, title) in enumerate(panels):
+            axes = figure.add_subplot(rows, columns, at + 1)
+            if zero:
+                axes.axhline(0, color=GUIDE, linewidth=0.8)
+            drawn = [run for run in shown if len(run.series(metric))]
+            lines = [_curve(axes, run, metric, runs) for run in drawn]
+            tenth = 10 if settles else 10**9
+            _show(axes, np.concatenate([values[len(values) // tenth :] for values in lines]))
+            axes.set_title(title)
+            axes.set_xlabel("step")
+            if at % columns == 0:
+                axes.set_ylabel(unit)
+        legend(figure, shown, runs)
+        return figure
+
+
+def _curve(axes: Axes, run: RunRecord, metric: str, runs: Sequence[RunRecord]) -> np.ndarray:
+    """Draw a metric, faint as it is and strong its running mean; the values of the latter."""
+    series = run.series(metric)
+    steps, values = series.steps.astype(float), series.values
+    width = max(1, len(series) // 40)
+    if width > 1:
+        axes.plot(steps, values, color=colour_of(run, runs), alpha=0.2, linewidth=0.8)
+        steps, values = running_mean(steps, width), running_mean(values, width)
+    marker = marker_of(run, runs) if len(series) < 30 else None
+    size = marker_size(run, runs)
+    axes.plot(steps, values, marker=marker, markersize=size, **line_of(run, runs))
+    return values
+
+
+def _show(axes: Axes, values: np.ndarray) -> None:
+    """Let the axis hold these values."""
+    values = values[np.isfinite(values)]
+    if len(values):
+        low, high = float(values.min()), float(values.max())
+        margin = 0.08 * (high - low) or 0.05 * max(abs(high), 0.1)
+        axes.set_ylim(low - margin, high + margin)
+
+
+def _difference(run: RunRecord, first: RunRecord, metrics: list[str]) -> RunRecord:
+    """A record of ``run`` whose ``metrics`` are less those of ``first``, at steps both have."""
+    theirs = {line["step"]: line for line in first.metrics}
+    lines = [
+        {"step": line["step"]}
+        | {
+            metric: line[metric] - theirs[line["step"]][metric]
+            for metric in metrics
+            if metric in line and metric in theirs[line["step"]]
+        }
+        for line in run.metrics
+        if line["step"] in theirs
+    ]
+    return replace(run, metrics=lines)
+
+
+def _is_weighted(run: RunRecord) -> bool:
+    """Whether its weights ever differed from 1."""
+    shares = run.series("weights/n_eff_share")
+    return bool((shares.values < 1 - 1e-9).any())

@@ -1,0 +1,94 @@
+"""What all figures of a report share: the look, and one colour and marker for each run.
+
+Okabe and Ito's palette, which the common kinds of colour blindness tell apart, and markers for
+print without colour. Figures are made without pyplot, so nothing is shared or left open.
+"""
+
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from lctw_megatron.atomic import atomic_file
+from lctw_megatron.report.runs import RunRecord
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+GUIDE = "#777777"
+"""Of lines and words that guide the eye."""
+
+_LOOK: Any = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e0e0e0",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+}
+
+
+@contextmanager
+def new_figure(width: float, height: float) -> Iterator[Figure]:
+    """A figure of this size in inches, with the look in force while it is drawn."""
+    with mpl.rc_context(_LOOK):
+        yield Figure(figsize=(width, height), layout="constrained")
+
+
+def number_of(run: RunRecord, runs: Sequence[RunRecord]) -> int:
+    """Its place among all runs of the report, by name."""
+    return [other.name for other in runs].index(run.name)
+
+
+def colour_of(run: RunRecord, runs: Sequence[RunRecord]) -> str:
+    return COLOURS[number_of(run, runs) % len(COLOURS)]
+
+
+def marker_of(run: RunRecord, runs: Sequence[RunRecord]) -> str:
+    return MARKERS[number_of(run, runs) % len(MARKERS)]
+
+
+def line_of(run: RunRecord, runs: Sequence[RunRecord]) -> dict[str, Any]:
+    """Colour and width. The first run's line is broad, so that it shows under others on it."""
+    return {"color": colour_of(run, runs), "linewidth": 1.5 if number_of(run, runs) else 3.0}
+
+
+def marker_size(run: RunRecord, runs: Sequence[RunRecord]) -> float:
+    """Likewise, in points."""
+    return 4.5 if number_of(run, runs) else 7.5
+
+
+def legend(figure: Figure, shown: Sequence[RunRecord], runs: Sequence[RunRecord]) -> None:
+    """The names of the runs, above everything."""
+    handles = [
+        Line2D(
+            [],
+            [],
+            marker=marker_of(run, runs),
+            markersize=marker_size(run, runs),
+            label=run.name,
+            **line_of(run, runs),
+        )
+        for run in shown
+    ]
+    figure.legend(handles=handles, loc="outside upper left", ncols=min(len(handles), 5))
+
+
+def write_png(path: str | Path, figure: Figure) -> bytes:
+    """Write the figure atomically; its bytes."""
+    buffer = io.BytesIO()
+    # Hinting would move characters to whole pixels, and tokens apart in the middle of a word.
+    with mpl.rc_context({"text.hinting": "no_hinting"}):
+        figure.savefig(buffer, format="png", dpi=130)
+    with atomic_file(path) as file:
+        file.write(buffer.getvalue())
+    return buffer.getvalue()

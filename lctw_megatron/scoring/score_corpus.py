@@ -1,0 +1,148 @@
+"""Frozen scoring: shards are dealt to the data-parallel ranks, then joined into the sidecar."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch.distributed as dist
+
+from lctw_megatron.data.manifest import SidecarManifest
+from lctw_megatron.errors import InputError
+from lctw_megatron.platform.world import World, initialize, shut_down, started_together
+from lctw_megatron.progress import Progress, human
+from lctw_megatron.scoring.job import Job
+from lctw_megatron.scoring.merge_sidecar import merge
+from lctw_megatron.scoring.sidecar_shard import Settings, write_shard
+
+
+class Request(NamedTuple):
+    """Which part of a job this call is asked to do."""
+
+    shards: int | None = None
+    """Into how many shards the work is split; None: as begun, or as fits the work."""
+    shard: int | None = None
+    """Only this shard, and no merge: one of several independent jobs."""
+    merge_only: bool = False
+    overwrite: bool = False
+    """Replace a sidecar or shards that were made with other settings."""
+
+
+class _Work(NamedTuple):
+    shards: int
+    pending: list[int]
+    settings: Settings
+
+
+def score(job: Job, request: Request, log: Callable[[str], None]) -> SidecarManifest | None:
+    """Do what is left of ``job``. All ranks call it; returns the sidecar's manifest on the first.
+
+    Finished work is never done again, and without any left no model is loaded. ``log`` gets lines
+    for the user, on the first rank. Raises InputError on the first rank, SystemExit on the others.
+    """
+    world = initialize(job.layout, seed=0) if started_together() else None
+    # Ranks wait for each other as long as a shard takes, or the first one's reading of the corpus.
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=30)) if world else None
+    try:
+        work = _agreed(world, patient, lambda: _survey(job, request, log))
+        if work is not None and work.pending:
+            world = world or initialize(job.layout, seed=0)
+            _score_shards(job, work, world, log)
+            dist.barrier(patient)
+        if world is not None and not world.is_first:
+            return None
+        if work is None:
+            return job.finished()
+        if request.shard is not None:
+            log(f"shard {request.shard} of {work.shards} is finished; merge when all are (--merge)")
+            return None
+        return merge(job, work.shards)
+    finally:
+        shut_down()
+
+
+def _survey(job: Job, request: Request, log: Callable[[str], None]) -> _Work | None:
+    """What is left to do; None if the sidecar is finished."""
+    manifest = job.finished(request.overwrite, log)
+    if manifest is not None:
+        log(f"{job.prefix}: finished before, with the same settings")
+        job.remove_shards()
+        return None
+    if request.shard is None:
+        job.dataset.verify()
+    ranks = int(os.environ.get("WORLD_SIZE", "1")) // (job.layout.tensor * job.layout.pipeline)
+    shards = job.shards(request.shards, ranks, request.overwrite)
+    if request.merge_only:
+        return _Work(shards, [], job.settings)
+    numbers = range(shards) if request.shard is None else [request.shard]
+    pending = [
+        number for number in numbers if not job.is_done(number, shards, request.overwrite, log)
+    ]
+    statistics = job.plan.statistics
+    log(
+        f"{job.prefix}: {human(statistics.scored)} of {human(job.dataset.num_tokens)} tokens to "
+        f"score, with {statistics.min_context} to {job.windowing.window - 1} tokens of context "
+        f"({statistics.mean_context:.0f} on average); {human(statistics.tokens)} tokens to read in "
+        f"{human(statistics.windows)} windows; {len(numbers) - len(pending)} of {len(numbers)} "
+        f"shards finished before"
+    )
+    return _Work(shards, pending, job.settings)
+
+
+def _score_shards(job: Job, work: _Work, world: World, log: Callable[[str], None]) -> None:
+    from lctw_megatron.scoring.scorer import Scorer  # megatron-core: seconds to import
+
+    mine = work.pending[world.data_rank :: world.data_size]
+    scorer = Scorer(
+        job.scorer_path,
+        job.layout,
+        job.windowing.window,
+        job.tokens_per_forward,
+        job.precision,
+        world.device,
+    )
+    last_stage = world.pipeline_rank == job.layout.pipeline - 1
+    label = f"score, rank 1 of {world.data_size}" if world.data_size > 1 else "score"
+    tokens = sum(job.plan.tokens_in(job.plan.shard(number, work.shards)) for number in mine)
+    with Progress(label, tokens, "tokens") if world.is_first else nullcontext() as progress:
+        for shard in mine:
+            losses = _shard_losses(job, scorer, job.plan.shard(shard, work.shards), progress)
+            if world.tensor_rank == 0 and last_stage:
+                write_shard(job.folder, shard, work.shards, work.settings, losses)
+            else:  # takes part in the forwards of the rank that writes
+                for _ in losses:
+                    pass
+    if world.is_first and len(mine) < len(work.pending):
+        log("waiting for the other ranks")
+
+
+def _shard_losses(
+    job: Job, scorer: Any, blocks: range, progress: Progress | None
+) -> Iterator[np.ndarray]:
+    for table in job.plan.tables(blocks):
+        losses = scorer.block_losses(job.dataset, table, job.bos_id)
+        if progress is not None:
+            scored = int((table[:, 4] - table[:, 3]).sum())
+            progress.update(int((table[:, 2] - table[:, 1]).sum()), scored=scored)
+        yield losses
+
+
+def _agreed(
+    world: World | None, patient: dist.ProcessGroup | None, decide: Callable[[], _Work | None]
+) -> _Work | None:
+    """What the first rank decides: ranks on other nodes may see files late."""
+    if world is None or world.size == 1:
+        return decide()
+    answer: list[Any] = [None, None]
+    error: InputError | None = None
+    if world.is_first:
+        try:
+            answer = [decide(), None]
+        except InputError as problem:
+            answer, error = [None, str(problem)], problem
+    dist.broadcast_object_list(answer, group=patient)
+    if answer[1] is not None:
+        raise error or SystemExit(2)
+    return answer[0]

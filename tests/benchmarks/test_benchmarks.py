@@ -1,0 +1,82 @@
+"""tools/benchmark.py at sizes where only its answers mean something, not its times."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lctw_megatron.benchmarks.attention import attention_benchmark
+from lctw_megatron.benchmarks.checkpointing import checkpoint_benchmark
+from lctw_megatron.benchmarks.cpu import STEP, WEIGHTINGS
+from lctw_megatron.benchmarks.head import head_benchmark
+from lctw_megatron.benchmarks.scoring_cpu import scoring_benchmark
+from lctw_megatron.benchmarks.sixteen_bits import weight_changes
+from lctw_megatron.benchmarks.steps import step_benchmark
+from lctw_megatron.config.schema import RunConfig
+from tests.conversion.hf_models import make_model
+from tests.tokenizer_files import VOCAB_SIZE, hf_folder, real_text  # noqa: F401 (a fixture)
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def out_of_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def small_run() -> RunConfig:
+    return RunConfig.model_validate(
+        STEP | {"data": {"train": [], "sequence_length": 1024}, "model": STEP["model"] | SMALL}
+    )
+
+
+SMALL = {"num_layers": 1, "hidden_size": 64, "ffn_hidden_size": 64, "vocab_size": 128}
+
+
+def test_the_loss_the_attention_and_the_sparse_backward() -> None:
+    row = head_benchmark(64, 16, 300, CPU, torch.float32, repeats=1)
+    assert row["time_ratio"] == row["row_block_seconds"] / row["full_seconds"]
+    row = attention_benchmark(128, 4, 2, 8, 3, CPU, torch.float32, repeats=1)
+    assert 0 < row["unmasked_share"] < 0.5
+
+
+def test_steps_are_beside_their_flops() -> None:
+    rows = step_benchmark(small_run(), WEIGHTINGS, repeats=1)
+    assert list(rows) == list(WEIGHTINGS)
+    assert rows["frozen dense"]["flops_ratio"] == 1.0
+    assert 1.1 < rows["self-scoring dense"]["flops_ratio"] < 1.6
+
+
+def test_what_saving_costs() -> None:
+    row = checkpoint_benchmark(small_run(), every=3, repeats=1)
+    assert row["seconds_without"] > 0 and row["asynchronous_share"] > -1
+
+
+def test_scoring_beside_transformers(hf_folder: Path, tmp_path: Path, capsys: Any) -> None:  # noqa: F811
+    model = make_model("llama", tmp_path / "hf", vocab_size=VOCAB_SIZE, max_position_embeddings=512)
+    for file in hf_folder.iterdir():
+        shutil.copy(file, model)
+    text, output = tmp_path / "long.txt", tmp_path / "scoring.json"
+    text.write_text(real_text())
+    sizes = {"window": 64, "stride": 48, "tokens": 1000, "windows_per_forward": 4}
+    assert scoring_benchmark(model, [str(text)], output, **sizes) == 0
+    found = json.loads(output.read_text())
+    # Ours and transformers' losses of the same targets, the tolerance of golden scores.
+    assert found["largest difference"] < 1e-4
+    assert found["FLOPs of transformers / ours"] > 1
+    assert set(found["where our time goes"]) > {"attention", "head and loss"}
+    assert str(tmp_path) not in output.read_text()
+
+
+def test_what_sixteen_bits_change() -> None:
+    """0.5 - 0.25 is a step of no encoding but the exact float16's."""
+    long_loss = torch.tensor([[0.25, 1.0, 3.0, 0.001]])
+    short_loss = torch.tensor([[0.5, 1.0004, 2.0, 0.0011]])
+    changes = weight_changes(long_loss, short_loss)
+    assert set(changes) == {"linear", "logarithmic", "float16"}
+    assert changes["float16"]["dense"]["largest"] > 1e-4
+    exact = weight_changes(long_loss, long_loss.clone().fill_(0.5))
+    assert exact["float16"]["dense"]["largest"] == 0.0

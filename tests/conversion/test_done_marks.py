@@ -1,0 +1,168 @@
+"""Conversions appear whole or not at all, are not done twice, and overwrite nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lctw_megatron.conversion import hf_export
+from lctw_megatron.conversion.checkpoint_reader import CheckpointReader
+from lctw_megatron.conversion.hf_export import export_hf
+from lctw_megatron.conversion.hf_import import import_hf
+from lctw_megatron.errors import InputError
+from lctw_megatron.model.checkpoint import find_checkpoint
+from tests.conversion.hf_models import assert_same_tensors, make_model
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    root = tmp_path_factory.mktemp("finished")
+    make_model("llama", root / "hf")
+    import_hf(root / "hf", root / "checkpoint")
+    return root
+
+
+def test_finished_work_is_not_done_again(made, tmp_path):
+    said: list[str] = []
+    for _ in range(2):
+        import_hf(made / "hf", tmp_path / "checkpoint", log=said.append)
+        export_hf(tmp_path / "checkpoint", tmp_path / "out", log=said.append)
+    assert [line.split(": ")[1] for line in said] == ["is finished, nothing to do"] * 2
+    assert import_hf(made / "hf", tmp_path / "checkpoint").bytes == 0
+
+
+def test_output_made_from_something_else_is_replaced_unless_the_user_added_to_it(made, tmp_path):
+    make_model("qwen2", tmp_path / "other_hf")
+    import_hf(tmp_path / "other_hf", tmp_path / "other")
+    export_hf(tmp_path / "other", tmp_path / "out")
+    said: list[str] = []
+    export_hf(made / "checkpoint", tmp_path / "out", log=said.append)
+    assert said == [f"{tmp_path / 'out'}: was made from something else, is replaced"]
+    assert_same_tensors(made / "hf", tmp_path / "out")
+    for change in ({"dtype": "bf16"}, {"max_file_bytes": 1000}):
+        assert export_hf(made / "checkpoint", tmp_path / "out", **change).bytes > 0
+    (tmp_path / "out" / "README.md").write_text("a model card")
+    with pytest.raises(InputError, match="out: was made from .* files of yours: README.md;"):
+        export_hf(tmp_path / "other", tmp_path / "out")
+
+
+def test_a_folder_of_the_users_is_never_overwritten(made, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    for convert, source in ((import_hf, made / "hf"), (export_hf, made / "checkpoint")):
+        with pytest.raises(InputError, match="mine: exists and was not written by this command"):
+            convert(source, tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
+
+
+def test_an_empty_folder_is_filled(made, tmp_path):
+    (tmp_path / "empty").mkdir()
+    export_hf(made / "checkpoint", tmp_path / "empty")
+    assert_same_tensors(made / "hf", tmp_path / "empty")
+
+
+@pytest.mark.parametrize("verb", ["import", "export"])
+def test_a_killed_conversion_leaves_nothing_of_the_outputs_name(verb, made, tmp_path):
+    output = tmp_path / "output"
+    program = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from lctw_megatron import progress\n"
+        "from lctw_megatron.conversion.hf_import import import_hf\n"
+        "from lctw_megatron.conversion.hf_export import export_hf\n"
+        "def kill(self, *amounts, **counters):\n"
+        "    self.done += 1\n"
+        "    if self.done > 6: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "progress.Progress.update = kill\n"
+        f"{verb}_hf(Path(sys.argv[1]), Path(sys.argv[2]))\n"
+    )
+    source = made / ("hf" if verb == "import" else "checkpoint")
+    command = [sys.executable, "-c", program, str(source), str(output)]
+    killed = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=100)
+    assert killed.returncode == -signal.SIGKILL
+    left = os.listdir(tmp_path)
+    assert len(left) == 1 and left[0].startswith(".output.")  # half-written, under no such name
+    said: list[str] = []
+    convert = import_hf if verb == "import" else export_hf
+    convert(source, output, log=said.append)
+    assert said == [
+        f"{tmp_path / left[0]}: left by a conversion that was interrupted; it can be deleted"
+    ]
+    if verb == "import":
+        assert find_checkpoint(output) == output
+    else:
+        assert_same_tensors(made / "hf", output)
+
+
+def test_a_failing_conversion_leaves_nothing_at_all(made, tmp_path, monkeypatch):
+    def fail(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(CheckpointReader, "read", fail)
+    with pytest.raises(OSError, match="No space left"):
+        export_hf(made / "checkpoint", tmp_path / "out")
+    monkeypatch.undo()
+    monkeypatch.setattr(hf_export.SafetensorsWriter, "write", fail)
+    with pytest.raises(OSError, match="No space left"):
+        export_hf(made / "checkpoint", tmp_path / "out")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("spoil", ["cut off", "missing", "overwritten", "hole", "foreign weight"])
+def test_a_damaged_checkpoint_is_not_exported(spoil, made, tmp_path):
+    import_hf(made / "hf", tmp_path / "checkpoint")
+    path = next((tmp_path / "checkpoint").glob("*.distcp"))
+    data = path.read_bytes()
+    if spoil == "cut off":
+        path.write_bytes(data[: len(data) // 2])
+    elif spoil == "missing":
+        path.unlink()
+    elif spoil == "overwritten":
+        path.write_bytes(b"\0" * len(data))
+    else:
+        import pickle
+
+        index = tmp_path / "checkpoint" / ".metadata"
+        metadata = pickle.loads(index.read_bytes())
+        tensors = metadata.state_dict_metadata
+        if spoil == "hole":
+            del tensors["decoder.layers.mlp.linear_fc2.weight"].chunks[2]
+        else:
+            tensors["decoder.layers.mlp.router.weight"] = tensors.pop(
+                "decoder.final_layernorm.weight"
+            )
+        index.write_bytes(pickle.dumps(metadata))
+    with pytest.raises(InputError) as caught:
+        export_hf(tmp_path / "checkpoint", tmp_path / "out")
+    said = {
+        "cut off": "expected", "missing": "missing", "overwritten": "damaged",
+        "hole": "0 of 4800 elements of decoder.layers.mlp.linear_fc2.weight, layer 2",
+        "foreign weight": "decoder.final_layernorm.weight is missing; "
+        "decoder.layers.mlp.router.weight is unknown",
+    }  # fmt: skip
+    assert said[spoil] in str(caught.value)
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint"]
+
+
+def test_the_exported_config_is_that_of_the_trained_model(made, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    import_hf(made / "hf", tmp_path / "checkpoint")
+    path = tmp_path / "checkpoint" / "checkpoint.json"
+    manifest = json.loads(path.read_text())
+    # As training does after extending the context.
+    manifest["model"] |= {"rope_theta": 15.3e6, "max_position_embeddings": 32768}
+    manifest |= {"step": 100}
+    path.write_text(json.dumps(manifest))
+    export_hf(tmp_path / "checkpoint", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["rope_theta"] == 15.3e6 and config["max_position_embeddings"] == 32768
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    frequencies = model.model.rotary_emb.inv_freq
+    assert frequencies[1].item() == pytest.approx(15.3e6 ** (-2 / 20), rel=1e-6)

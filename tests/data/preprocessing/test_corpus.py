@@ -1,0 +1,152 @@
+import os
+import sysconfig
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lctw_megatron.data.preprocessing.corpus import CorpusFile, find_files, plan_shards
+from lctw_megatron.errors import InputError
+from tests.data.corpus_files import texts, write_corpus
+
+MB = 1 << 20
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A corpus with everything in it, and files that are none of it."""
+    for name in ("b.jsonl", "a.jsonl.gz", "sub/c.txt", "sub/deep/d.parquet", "sub/e.txt.zst"):
+        write_corpus(tmp_path / "in" / name, texts(1))
+    for name in ("README.md", ".hidden.jsonl", ".cache/f.jsonl", "model.bin"):
+        (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "in" / name).write_text("x")
+    return tmp_path / "in"
+
+
+def names(inputs, prefix="/nowhere/out"):
+    return [
+        os.path.basename(file.path) for file in find_files([str(each) for each in inputs], prefix)
+    ]
+
+
+def test_folders_are_searched_in_order(folder):
+    expected = ["a.jsonl.gz", "b.jsonl", "c.txt", "e.txt.zst", "d.parquet"]
+    assert names([folder]) == expected
+    described = find_files([str(folder)], "/nowhere/out")
+    assert [(file.kind, file.compression) for file in described] == [
+        ("jsonl", "gz"),
+        ("jsonl", ""),
+        ("txt", ""),
+        ("txt", "zst"),
+        ("parquet", ""),
+    ]
+
+
+def test_globs_and_inputs_keep_their_order_and_name_a_file_once(folder):
+    assert names([folder / "*.jsonl*"]) == ["a.jsonl.gz", "b.jsonl"]
+    assert names([folder / "**/*.txt"]) == ["c.txt"]
+    assert names([folder / "b.jsonl", folder]) == names([folder / "b.jsonl"]) + [
+        name for name in names([folder]) if name != "b.jsonl"
+    ]
+
+
+def test_what_an_earlier_run_wrote_beside_the_corpus_is_no_corpus(folder):
+    prefix = folder / "out"
+    for name in ("out.json", "out.short_loss.json", "out-validation.jsonl", "out-validation.json"):
+        (folder / name).write_text("{}")
+    (folder / "out.shards").mkdir()
+    (folder / "out.shards" / "shard.json").write_text("{}")
+    (folder / "output.jsonl").write_text("{}")
+    assert names([folder], str(prefix)) == [
+        "a.jsonl.gz", "b.jsonl", "output.jsonl", "c.txt", "e.txt.zst", "d.parquet"
+    ]  # fmt: skip
+    with pytest.raises(InputError, match=r"input .*out\.json: would be overwritten"):
+        names([folder / "out.json"], str(prefix))
+
+
+def test_the_standard_library_is_about_a_hundred_documents_without_site_packages():
+    files = find_files(["stdlib"], "/nowhere/out")
+    assert 60 < len(files) < 200
+    assert {file.kind for file in files} == {"package"}
+    assert not any("site-packages" in file.path for file in files)
+    assert sysconfig.get_path("stdlib") in {file.path for file in files}
+    assert [file.size for file in files] == sorted(file.size for file in files)
+    assert sum(file.size for file in files) > 5_000_000
+    assert files == find_files(["stdlib"], "/nowhere/out")
+
+
+@pytest.mark.parametrize(
+    "content, name, message",
+    [
+        (None, "gone.jsonl", "no such file or folder, and no glob"),
+        (None, "*.jsonl", "no glob that matches any"),
+        ("", "empty.jsonl", "an empty file; there is no text"),
+        ("x", "file.csv", r"unknown ending; expected \.jsonl, .*\.txt, \.parquet"),
+        ("x", "file.csv.gz", "unknown ending"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path, content, name, message):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=message) as error:
+        names([tmp_path / name])
+    assert name in str(error.value)
+
+
+def test_folders_without_corpus_files_are_refused(tmp_path):
+    with pytest.raises(InputError, match="holds no files ending in"):
+        names([tmp_path])
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).touch()
+    with pytest.raises(InputError, match="2 files, all empty"):
+        names([tmp_path])
+
+
+def test_an_empty_file_among_others_is_passed_over(tmp_path):
+    (tmp_path / "a.txt").touch()
+    (tmp_path / "b.txt").write_text("x")
+    assert names([tmp_path]) == ["b.txt"]
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["jsonl", "txt", "package"]), st.integers(1, 40 * MB)),
+        min_size=1,
+        max_size=30,
+    )
+)
+def test_shards_cover_all_files_once_and_in_order(described):
+    files = [
+        CorpusFile(f"/{number}", kind, "", size, 0) for number, (kind, size) in enumerate(described)
+    ]
+    shards = plan_shards(files)
+    parts = [part for shard in shards for part in shard]
+    assert all(shards)
+    covered = {file.path: 0 for file in files}
+    order = []
+    for part in parts:
+        assert part.begin == covered[part.file.path]
+        covered[part.file.path] = part.end
+        order.append(int(part.file.path[1:]))
+    assert order == sorted(order)
+    assert all(covered[file.path] == file.size for file in files)
+    total = sum(file.size for file in files)
+    target = min(max(total // 64, MB // 4), 64 * MB)
+    for shard in shards:
+        assert sum(part.weight for part in shard) <= target or len(shard) == 1
+
+
+def test_one_large_jsonl_file_has_many_shards():
+    shards = plan_shards([CorpusFile("/large", "jsonl", "", 100 * MB, 0)])
+    assert len(shards) == 64
+    shards = plan_shards([CorpusFile("/large", "jsonl", "gz", 100 * MB, 0)])
+    assert len(shards) == 1  # a compressed stream cannot be entered in the middle
+
+
+def test_parquet_is_cut_at_row_groups(tmp_path):
+    path = write_corpus(tmp_path / "a.parquet", texts(10))
+    parts = [part for shard in plan_shards(find_files([str(path)], "/o")) for part in shard]
+    assert [(part.begin, part.end) for part in parts] == [(0, 1), (1, 2), (2, 3), (3, 4)]
+    path.write_bytes(b"PAR1 and no more")
+    with pytest.raises(InputError, match=r"a\.parquet: not a parquet file, or damaged"):
+        plan_shards(find_files([str(path)], "/o"))

@@ -1,0 +1,364 @@
+"""preprocess() as a whole. Worker processes are real; the corpora are small and cut small."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+
+from lctw_megatron.config.schema import PrepareConfig
+from lctw_megatron.data import TokenDataset
+from lctw_megatron.data.preprocessing import corpus, shard_pool
+from lctw_megatron.data.preprocessing import preprocess as module
+from lctw_megatron.data.preprocessing.preprocess import preprocess
+from lctw_megatron.data.tokenizers import load_tokenizer
+from lctw_megatron.errors import InputError
+from tests.data.corpus_files import texts, write_corpus
+
+TEXTS = texts(60)
+RESULT = (".bin", ".idx", ".json")
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(corpus, "_SMALLEST_SHARD", 1000)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # slow where many tests share a disk
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """The executor runs here, so that a test can look into it; everything else is as always."""
+
+    class Executor:
+        def __init__(self, workers, context, start, arguments):
+            start(*arguments)
+
+        def submit(self, work, *arguments):
+            future = Future()
+            try:
+                future.set_result(work(*arguments))
+            except BaseException as error:
+                future.set_exception(error)
+            return future
+
+        def shutdown(self, **how):
+            pass
+
+    monkeypatch.setattr(shard_pool, "ProcessPoolExecutor", Executor)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture
+def config(tmp_path, sentencepiece_model):
+    path = write_corpus(tmp_path / "in" / "a.jsonl", TEXTS)
+    return PrepareConfig(
+        inputs=[str(path)],
+        output_prefix=str(tmp_path / "out" / "corpus"),
+        tokenizer=str(sentencepiece_model),
+    )
+
+
+def changed(config, **fields):
+    return config.model_copy(update=fields)
+
+
+def result_bytes(prefix, part=""):
+    contents = []
+    for ending in RESULT:
+        with open(prefix + part + ending, "rb") as file:
+            contents.append(file.read())
+    return contents
+
+
+def stored_texts(config, part=""):
+    dataset = TokenDataset(config.output_prefix + part)
+    dataset.verify()
+    tokenizer = load_tokenizer(dataset.manifest.tokenizer.path)
+    return [tokenizer.decode(ids) for ids in dataset]
+
+
+@pytest.mark.parametrize("tokenizer", ["sentencepiece_model", "hf_folder"])
+def test_two_processes_store_every_document_in_order(config, request, tokenizer, capsys):
+    path = str(request.getfixturevalue(tokenizer))
+    config = changed(config, tokenizer=path)
+    manifest = preprocess(config)
+    assert stored_texts(config) == TEXTS
+    dataset = TokenDataset(config.output_prefix)
+    assert manifest == dataset.manifest
+    expected = load_tokenizer(path).encode_documents(TEXTS)
+    assert [ids.tolist() for ids in dataset] == [ids.tolist() for ids in expected]
+    assert manifest.tokenizer == load_tokenizer(path).identity
+    assert manifest.source["bytes"] == sum(len(text.encode()) for text in TEXTS)
+    assert sorted(os.listdir(os.path.dirname(config.output_prefix))) == [
+        "corpus.bin",
+        "corpus.idx",
+        "corpus.json",
+    ]
+    assert "60 documents" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shard", [200, 1000, 10**6])
+def test_bytes_depend_neither_on_workers_nor_on_shards(
+    config, tmp_path, in_process, monkeypatch, shard
+):
+    config = changed(config, validation_documents=7, max_bytes=5000)
+    preprocess(config)
+    monkeypatch.setattr(corpus, "_SMALLEST_SHARD", shard)
+    other = changed(config, output_prefix=str(tmp_path / "other"), workers=5)
+    preprocess(other)
+    for part in ("", "-validation"):
+        assert result_bytes(other.output_prefix, part) == result_bytes(config.output_prefix, part)
+
+
+@pytest.mark.parametrize("ending", ["jsonl.gz", "jsonl.zst", "parquet"])
+def test_every_format_gives_the_same_tokens(config, tmp_path, in_process, ending):
+    path = write_corpus(tmp_path / "in" / f"b.{ending}", TEXTS, "body")
+    fingerprint = preprocess(config).fingerprint
+    config = changed(config, inputs=[str(path)], text_field="body")
+    assert preprocess(config).fingerprint == fingerprint
+
+
+def test_text_files_and_folders_are_documents_in_order_of_their_names(config, tmp_path, in_process):
+    for number, text in enumerate(TEXTS):
+        write_corpus(tmp_path / "many" / f"{number:03}.txt", [text])
+    config = changed(config, inputs=[str(tmp_path / "many")])
+    preprocess(config)
+    assert stored_texts(config) == TEXTS
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 59])
+def test_held_out_documents_are_evenly_spaced_and_in_no_other_file(config, in_process, count):
+    config = changed(config, validation_documents=count)
+    preprocess(config)
+    train, held_out = stored_texts(config), stored_texts(config, "-validation")
+    assert len(held_out) == count
+    assert sorted(train + held_out) == sorted(TEXTS)
+    numbers = [TEXTS.index(text) for text in held_out]
+    gaps = [b - a for a, b in zip([-numbers[0] - 1, *numbers], numbers, strict=False)]
+    assert max(gaps) - min(gaps) <= 2
+    with open(config.output_prefix + "-validation.jsonl") as file:
+        lines = [json.loads(line) for line in file]
+    assert [line["text"] for line in lines] == held_out
+    assert [line["document"] for line in lines] == numbers
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz"])
+@pytest.mark.parametrize("limit", [300, 2000, 5000, 10**9])
+def test_max_bytes_takes_whole_documents_from_the_beginning(
+    config, tmp_path, in_process, ending, limit
+):
+    path = write_corpus(tmp_path / "in" / f"c.{ending}", TEXTS)
+    config = changed(config, inputs=[str(path)], max_bytes=limit)
+    preprocess(config)
+    stored = stored_texts(config)
+    assert stored == TEXTS[: len(stored)]
+    sizes = [len(text.encode()) for text in TEXTS]
+    assert sum(sizes[: len(stored)]) <= limit
+    assert stored == TEXTS or sum(sizes[: len(stored) + 1]) > limit
+
+
+def test_max_bytes_does_not_tokenise_the_whole_corpus(config, in_process, monkeypatch):
+    made = []
+    tokenise = shard_pool.tokenise_shard
+
+    def count(shard, *arguments):
+        made.append(shard)
+        return tokenise(shard, *arguments)
+
+    monkeypatch.setattr(shard_pool, "tokenise_shard", count)
+    preprocess(changed(config, max_bytes=1500, workers=8))
+    assert len(made) <= 3
+    assert len(corpus.plan_shards(corpus.find_files(config.inputs, "/o"))) > 6
+
+
+def test_training_a_tokenizer_saves_it_beside_the_result(config, tmp_path, in_process):
+    config = changed(config, tokenizer=None, train_sentencepiece=300)
+    manifest = preprocess(config)
+    assert manifest.tokenizer.path == config.output_prefix + ".tokenizer.model"
+    known = load_tokenizer(manifest.tokenizer.path).identity
+    assert known == manifest.tokenizer
+    assert known.vocab_size == 300
+    assert stored_texts(config) == TEXTS
+
+
+def test_running_again_does_nothing(config, in_process, monkeypatch, capsys):
+    for fields in ({"validation_documents": 3}, {"tokenizer": None, "train_sentencepiece": 300}):
+        asked = changed(config, **fields)
+        first = preprocess(asked)
+        times = {path: os.stat(config.output_prefix + path).st_mtime_ns for path in RESULT}
+        capsys.readouterr()
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "tokenise_shards", None)
+            assert preprocess(changed(asked, workers=7)) == first
+        assert (
+            "already there, from the same corpus with the same settings" in capsys.readouterr().out
+        )
+        assert times == {path: os.stat(config.output_prefix + path).st_mtime_ns for path in RESULT}
+
+
+@pytest.mark.parametrize(
+    "lost", [".bin", ".idx", ".json", "-validation.json", "-validation.bin", "-validation.jsonl"]
+)
+def test_a_result_with_a_missing_part_is_made_again(config, in_process, lost):
+    config = changed(config, validation_documents=3)
+    preprocess(config)
+    before = result_bytes(config.output_prefix)
+    os.unlink(config.output_prefix + lost)
+    preprocess(config)
+    assert result_bytes(config.output_prefix) == before
+    assert len(stored_texts(config, "-validation")) == 3
+
+
+def test_a_lost_tokenizer_is_trained_again(config, in_process):
+    asked = changed(config, tokenizer=None, train_sentencepiece=300)
+    preprocess(asked)
+    model = Path(f"{config.output_prefix}.tokenizer.model")
+    before = model.read_bytes()
+    model.unlink()
+    preprocess(asked)
+    assert model.read_bytes() == before
+
+
+def test_a_dataset_of_other_tools_is_not_replaced(config, in_process):
+    preprocess(config)
+    os.unlink(f"{config.output_prefix}.json")  # as Megatron's own preprocessing leaves it
+    with pytest.raises(InputError, match=r"\.bin: has no manifest .* would be replaced"):
+        preprocess(config)
+    assert not os.path.exists(f"{config.output_prefix}.json")
+
+
+def test_a_file_system_without_locks_is_no_hindrance(config, in_process, monkeypatch):
+    def refuse(file, operation):
+        raise OSError(errno.ENOSYS, "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    preprocess(config)
+    assert stored_texts(config) == TEXTS
+
+
+def test_other_settings_or_a_changed_corpus_replace_the_result(config, in_process):
+    preprocess(changed(config, validation_documents=3))
+    preprocess(changed(config, max_bytes=1000))
+    assert 0 < len(stored_texts(config)) < 60
+    assert not os.path.exists(config.output_prefix + "-validation.json")
+    write_corpus(Path(config.inputs[0]), TEXTS[::-1])
+    preprocess(config)
+    assert stored_texts(config) == TEXTS[::-1]
+
+
+@contextlib.contextmanager
+def broken_after(monkeypatch, count, error, worth_keeping=0):
+    """Tokenising raises ``error`` from shard number ``count`` on."""
+    made = []
+    tokenise = shard_pool.tokenise_shard
+
+    def some(shard, *arguments):
+        if len(made) == count:
+            raise error
+        made.append(shard)
+        return tokenise(shard, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shard_pool, "tokenise_shard", some)
+        patch.setattr(module, "_WORTH_KEEPING_SECONDS", worth_keeping)
+        yield made
+
+
+def test_finished_shards_of_a_failed_run_are_taken_by_the_next(config, in_process, monkeypatch):
+    work = config.output_prefix + ".shards"
+    with (
+        broken_after(monkeypatch, 3, InputError("a broken line")),
+        pytest.raises(InputError, match="a broken line; the next run takes what is finished in"),
+    ):
+        preprocess(config)
+    assert sum(name != "lock" for name in os.listdir(work)) == 3
+    total = len(corpus.plan_shards(corpus.find_files(config.inputs, "/o")))
+    with broken_after(monkeypatch, 99, None) as made:
+        preprocess(config)
+    assert len(made) == total - 3
+    assert stored_texts(config) == TEXTS
+    assert not os.path.exists(work)
+
+
+def test_shards_of_other_settings_are_never_taken(config, hf_folder, in_process, monkeypatch):
+    with broken_after(monkeypatch, 3, InputError("stop")), pytest.raises(InputError):
+        preprocess(config)
+    work = config.output_prefix + ".shards"
+    os.makedirs(os.path.join(work, ".half-written.tmp"))
+    config = changed(config, tokenizer=str(hf_folder))
+    with broken_after(monkeypatch, 0, InputError("stop")), pytest.raises(InputError):
+        preprocess(config)
+    assert not os.path.exists(work)  # they were removed, and nothing of this run was finished
+    preprocess(config)
+    assert stored_texts(config) == TEXTS
+
+
+def test_an_early_error_leaves_nothing_at_all(config, in_process, tmp_path):
+    with open(config.inputs[0], "a") as file:
+        file.write("{\n")
+    with pytest.raises(InputError, match=r"a\.jsonl line 61: not valid JSON \(.*\); mend it, or"):
+        preprocess(config)
+    assert os.listdir(tmp_path / "out") == []
+    manifest = preprocess(changed(config, skip_bad=True))
+    assert manifest.source["skipped"] == 1
+    assert stored_texts(config) == TEXTS
+
+
+def test_a_full_disk_is_an_error_of_the_work_folder_and_leaves_nothing(
+    config, in_process, monkeypatch, tmp_path
+):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with broken_after(monkeypatch, 2, full, worth_keeping=60), pytest.raises(OSError) as error:
+        preprocess(config)
+    assert error.value.errno == errno.ENOSPC
+    assert error.value.filename == config.output_prefix + ".shards"
+    assert os.listdir(tmp_path / "out") == []
+
+
+def test_two_runs_to_one_prefix_do_not_meet(config, in_process):
+    work = config.output_prefix + ".shards"
+    os.makedirs(work)
+    with open(os.path.join(work, "lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="another process is preprocessing to this prefix"):
+            preprocess(config)
+        assert os.listdir(work) == ["lock"]
+
+
+def test_a_worker_that_dies_is_reported(config, monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        shard_pool._Pool, "submit", lambda pool, *job: pool._executor.submit(os.abort)
+    )
+    with pytest.raises(InputError, match="a worker process died while tokenising"):
+        preprocess(config)
+    assert os.listdir(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"tokenizer": None}, "tokenizer and train_sentencepiece: neither given"),
+        ({"train_sentencepiece": 300}, "tokenizer and train_sentencepiece: both given"),
+        ({"inputs": []}, "inputs: none given"),
+        ({"output_prefix": "/tmp/"}, "--output-prefix /tmp/: is a folder"),
+        ({"output_prefix": "/tmp"}, "--output-prefix /tmp: is a folder"),
+        ({"validation_documents": 60}, "the corpus has 60 documents, so none would be left"),
+        ({"max_bytes": 3}, "--max-bytes 3: the first document alone is larger"),
+        ({"text_field": "body"}, "line 1: no field 'body' .fields: id, text"),
+    ],
+)
+def test_contradictory_settings_are_refused(config, in_process, tmp_path, fields, message):
+    with pytest.raises(InputError, match=message):
+        preprocess(changed(config, **fields))
+    assert not os.path.exists(tmp_path / "out") or os.listdir(tmp_path / "out") == []
+
+
+def test_a_corpus_without_any_text_is_refused(config, in_process, tmp_path):
+    (tmp_path / "in" / "a.jsonl").write_text('{"text": ""}\n\n{\n')
+    with pytest.raises(InputError, match="no text: 1 documents are broken and 1 empty"):
+        preprocess(changed(config, skip_bad=True))
+    assert os.listdir(tmp_path / "out") == []

@@ -1,0 +1,177 @@
+"""Stages come in an order in which they can run, and are done only as long as nothing changed."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from lctw_megatron.errors import InputError
+from lctw_megatron.launch.stages import Stage
+from tests.launch.conftest import RECIPE
+
+
+def stage(plan, name: str) -> Stage:
+    return next(s for s in plan.stages if s.name == name)
+
+
+def mark_done(plan, *names: str) -> None:
+    for name in names:
+        output = Path(stage(plan, name).output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.touch()
+        plan.set_done(stage(plan, name))
+
+
+def done(plan) -> list[str]:
+    return [s.name for s in plan.stages if plan.is_done(s)]
+
+
+def test_stages_come_after_what_they_need(plan):
+    made = plan()
+    needs = {s.name: set(s.needs) for s in made.stages}
+    assert needs == {
+        "prepare": set(),
+        "train-base": {"prepare"},
+        "score": {"prepare", "train-base"},
+        "train-uniform": {"prepare", "train-base"},
+        "train-dense": {"prepare", "score", "train-base"},
+        "export-uniform": {"train-uniform"},
+        "export-dense": {"train-dense"},
+        "evaluate-uniform": {"prepare", "train-uniform"},
+        "evaluate-dense": {"prepare", "train-dense", "train-uniform"},
+        "report": {"evaluate-uniform", "evaluate-dense"},
+    }
+    before: set[str] = set()
+    for s in made.stages:
+        assert before.issuperset(s.needs)
+        before.add(s.name)
+
+
+def test_commands_are_those_of_the_tools(plan):
+    commands = {s.name: shlex.join(s.arguments) for s in plan(RECIPE, "training.lr=1e-4").stages}
+    assert commands["prepare"] == (
+        "tools/preprocess.py --input 'corpus/*.jsonl.gz' 'more texts' --output-prefix data/books "
+        "--train-sentencepiece 4096 --validation-documents 8 --workers 4"
+    )
+    assert commands["train-dense"] == (
+        "tools/train.py recipe.yaml --run dense --set training.lr=1e-4"
+    )
+    assert commands["score"] == (
+        "tools/score.py --data data/books --checkpoint out/base/checkpoints --window 256 "
+        "--stride 192 --tokens-per-forward 16384 --precision fp32"
+    )
+    assert commands["export-dense"] == (
+        "tools/convert.py export --checkpoint out/dense/checkpoints --output out/dense/hf"
+    )
+    assert commands["evaluate-dense"] == (
+        "tools/evaluate_model.py losses --checkpoint out/dense/checkpoints "
+        "--data data/books-validation --output out/dense/evaluation.json --sequence-length 1024 "
+        "--max-sequences 32 --window 256 --tensor 2 --key-checkpoint out/uniform/checkpoints"
+    )
+    assert commands["report"] == (
+        "tools/report.py out/uniform out/dense --output out/report "
+        "--note 'A run this small proves the road, not the method.'"
+    )
+
+
+def test_the_tools_accept_the_commands(plan, monkeypatch):
+    """Every option that a stage uses exists: argparse of each tool reads its command."""
+    import argparse
+    import importlib.util
+
+    class Parsed(Exception):
+        pass
+
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(self, *args, **kwargs):
+        parse(self, *args, **kwargs)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    project = Path(__file__).parents[2]
+    everything = [
+        "scoring.sequence_length=1024", "scoring.name=other", "scoring.score_first_window=true",
+        "scoring.tensor=2", "scoring.pipeline=2", "data.scores=other", "layout.pipeline=2",
+        "layout.context=2", "evaluation.stride=64", "evaluation.near=32", "prepare.max_bytes=9",
+        "prepare.skip_bad=true", "prepare.text_field=body", "runs.base.layout.sequence=false",
+        "runs.base.layout.tensor=1",
+    ]  # fmt: skip
+    for s in (*plan().stages, *plan(RECIPE, *everything).stages):
+        tool, *arguments = s.arguments
+        spec = importlib.util.spec_from_file_location("tool_under_test", project / tool)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        for more in [[]] if s.shards == 1 else [["--shard", "3/4"], ["--merge"]]:
+            with pytest.raises(Parsed):
+                module.main([*arguments, *more])
+
+
+def test_uniform_and_self_scoring_runs_do_not_wait_for_scores(plan):
+    own = "{scheme: dense, mode: self, window: 256, stride: 192}"
+    made = plan(RECIPE.replace("weighting: dense}", f"weighting: {own}}}"))
+    assert "score" not in {s.name for s in made.stages}
+    other = plan(RECIPE, "runs.dense.data.scores=made_elsewhere")
+    assert "score" not in {s.name for s in other.stages}
+
+
+def test_several_datasets_are_scored_one_by_one(plan):
+    train = "{train: [data/books, data/code], validation: data/books-validation,"
+    made = plan(RECIPE.replace("{train: data/books, validation: data/books-validation,", train))
+    assert set(stage(made, "train-dense").needs) >= {"score-books", "score-code"}
+    assert stage(made, "score-code").needs == ("train-base",)
+
+
+def test_a_recipe_of_one_run_is_exported_and_reported_on(plan):
+    text = RECIPE.split("runs:")[0].replace("scorer: base", "scorer: some/checkpoint")
+    names = [s.name for s in plan(text, "evaluation.key_checkpoint=null").stages]
+    assert names == ["prepare", "train-main", "export-main", "evaluate-main", "report"]
+    text = text.replace("prepare:", "evaluation_:").split("evaluation_:")[0] + (
+        "model: tiny_llama\ndata: {train: data/books}\ntraining: {steps: 1}\n"
+    )
+    assert [s.name for s in plan(text).stages] == ["train-main", "export-main", "report"]
+
+
+def test_stages_that_wait_for_each_other_are_refused(plan):
+    with pytest.raises(InputError, match="recipe.yaml: stages wait for each other: .*train-dense"):
+        plan(RECIPE, "scoring.scorer=dense")
+
+
+def test_a_mark_counts_only_while_nothing_before_it_changed(plan):
+    made = plan()
+    mark_done(made, "prepare", "train-base", "score", "train-uniform")
+    assert done(made) == ["prepare", "train-base", "score", "train-uniform"]
+    assert done(plan()) == done(made)
+    assert done(plan(RECIPE, "runs.dense.training.lr=1e-4")) == done(made)
+    assert done(plan(RECIPE, "training.lr=1e-4")) == ["prepare"]
+    changed = RECIPE.replace("dense: {start: base,", "dense: {start: base, seed: 5,")
+    assert done(plan(changed)) == done(made)
+    changed = RECIPE.replace("uniform: {start: base,", "uniform: {start: base, seed: 5,")
+    assert done(plan(changed)) == ["prepare", "train-base", "score"]
+    assert done(plan(RECIPE.replace("layout: single", "layout: single, seed: 5"))) == ["prepare"]
+    assert done(plan(RECIPE.replace("4096", "2048"))) == []
+    Path(stage(made, "score").output).unlink()
+    assert done(made) == ["prepare", "train-base", "train-uniform"]
+
+
+def test_stages_are_chosen_by_name_or_kind(plan):
+    made = plan()
+    assert [s.name for s in made.select(["train-dense", "export"])] == [
+        "train-dense",
+        "export-uniform",
+        "export-dense",
+    ]
+    assert made.select([]) == list(made.stages)
+    with pytest.raises(InputError, match="no stage train-dens; did you mean train-dense?"):
+        made.select(["train-dens"])
+
+
+def test_ranks_must_suit_layout_and_batch(plan):
+    made = plan()
+    made.check_ranks(stage(made, "train-dense"), 16)
+    with pytest.raises(InputError, match="train-dense on 3 ranks: number of ranks"):
+        made.check_ranks(stage(made, "train-dense"), 3)
+    with pytest.raises(InputError, match="train-dense on 6 ranks: training.global_batch_size"):
+        made.check_ranks(stage(made, "train-dense"), 6)
+    with pytest.raises(InputError, match="evaluate-dense on 3 ranks"):
+        made.check_ranks(stage(made, "evaluate-dense"), 3)

@@ -1,0 +1,227 @@
+"""The report of written runs: files, one page that needs nothing else, and the table."""
+
+import importlib.util
+import json
+import re
+import struct
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lctw_megatron.config.load import dump_yaml
+from lctw_megatron.errors import InputError
+from lctw_megatron.report.curve_plots import difference_curves, same_batches
+from lctw_megatron.report.report import write_report
+from lctw_megatron.report.runs import comparable, differences, read_run, read_runs
+from lctw_megatron.report.table import explain, further_table, loss_table, to_text
+from lctw_megatron.report.weight_plots import lay_out
+from tests.evaluation.tiny_run import make_run
+from tests.report.written_runs import write_run
+
+NOTE = "A run this small proves the road, <b>not</b> the method."
+VOID = {"meta", "img", "br", "link"}
+
+
+class Page(HTMLParser):
+    """Checks that tags close in order; collects what a browser would load or run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.sources: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attributes: list) -> None:
+        self.tags.append(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        for name, value in attributes:
+            assert not name.startswith("on"), f"{name}={value}"
+            if name in ("src", "href", "srcset", "data", "action"):
+                self.sources.append(value or "")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    head = path.read_bytes()[:24]
+    assert head[:8] == b"\x89PNG\r\n\x1a\n"
+    return struct.unpack(">II", head[16:24])
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("runs")
+    write_run(folder / "uniform")
+    write_run(folder / "dense", better=0.25, weighted=True)
+    return folder, write_report([str(folder / "uniform"), str(folder / "dense")], None, NOTE)
+
+
+def test_every_figure_is_written_beside_the_runs(report):
+    names = {path.name for path in (report[0] / "report").iterdir()}
+    assert names == {
+        "report.html",
+        "loss_curves.png",
+        "loss_by_position.png",
+        "loss_by_distance.png",
+        "gain_by_distance.png",
+        "weight_histogram.png",
+        "weight_curves.png",
+        "text_dense.png",
+    }
+    for name in names - {"report.html"}:
+        width, height = png_size(report[0] / "report" / name)
+        assert width >= 800 and height >= 100, name
+
+
+def test_the_page_is_whole_and_needs_no_network(report):
+    text = (report[0] / "report" / "report.html").read_text()
+    page = Page()
+    page.feed(text)
+    page.close()
+    assert page.open == []
+    assert page.sources and all(s.startswith("data:image/png;base64,") for s in page.sources)
+    assert not re.search(r"https?:|//[a-z]|@import|url\(", re.sub(r"base64,[^\"]+", "", text))
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert NOTE in page.text  # escaped in the source, read back as it was given
+    assert "<script>" in page.text and "\x1b" not in text
+
+
+def test_the_table_tells_near_far_and_first_seen_apart_and_ends_with_note_and_path(report):
+    folder, text = report
+    lines = text.splitlines()
+    assert re.fullmatch("held-out loss, nats a target +all +near +far +first seen", lines[0])
+    run = read_run(folder / "dense")
+    row = next(line for line in lines if line.startswith("dense - uniform"))
+    numbers = re.findall(r"[+-]\d\.\d{4}", row)
+    assert numbers[2] == "-0.2500" and numbers[1] == numbers[3] == "+0.0000"
+    counts = run.evaluation["classes"]["targets"]
+    share = counts[1] / sum(counts)
+    assert float(numbers[0]) == pytest.approx(-0.25 * share, abs=6e-5)
+    assert NOTE in lines and lines[-1] == f"report: {folder / 'report' / 'report.html'}"
+
+
+def test_differences_are_zero_with_no_error_where_runs_agree(report):
+    runs = read_runs([str(report[0] / "uniform"), str(report[0] / "dense")])
+    near, far, first_seen = differences(runs[1], runs[0], "classes")
+    assert near.mean == first_seen.mean == 0 and near.error == 0
+    assert far.mean == pytest.approx(-0.25, abs=1e-6) and far.error < 1e-6
+
+
+def test_runs_measured_on_other_sequences_are_not_compared(tmp_path):
+    folders = [write_run(tmp_path / "a"), write_run(tmp_path / "b", tokens_fingerprint="other")]
+    runs = read_runs([str(folder) for folder in folders])
+    assert not comparable(runs[1], runs[0])
+    assert "not compared" in to_text(loss_table(runs))
+    assert "±" not in to_text(loss_table(runs))
+    assert comparable(runs[0], runs[0])
+    runs[0].evaluation["sequences"][0] = [7, 64]
+    assert not comparable(runs[0], read_run(folders[0]))
+
+
+def test_a_run_that_is_still_training_is_drawn_without_evaluation(tmp_path):
+    folder = write_run(tmp_path / "run")
+    (folder / "evaluation.json").unlink()
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 60, "loss/pl')  # torn by a kill
+    text = write_report([str(folder)], tmp_path / "out", None)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "report.html",
+        "loss_curves.png",
+    }
+    assert "tools/evaluate_model.py" in text
+    assert len(read_run(folder).metrics) == 60
+
+
+def test_two_runs_of_one_name_get_their_parents_name_too(tmp_path):
+    folders = [write_run(tmp_path / "a" / "main"), write_run(tmp_path / "b" / "main")]
+    assert [run.name for run in read_runs([str(f) for f in folders])] == ["a/main", "b/main"]
+    write_report([str(folder) for folder in folders], tmp_path / "out", None)
+    with pytest.raises(InputError, match="given twice"):
+        read_runs([folders[0], tmp_path / "a" / "." / "main"])
+
+
+def test_why_there_are_no_weights_is_told(tmp_path):
+    folder = write_run(tmp_path / "run")
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    evaluation["weights"] = "data/train.bin: no such file"
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    assert "run: no weights shown: data/train.bin: no such file" in write_report(
+        [str(folder)], None, None
+    )
+
+
+def test_the_further_table_leaves_out_what_no_run_has(report):
+    runs = read_runs([str(report[0] / "uniform"), str(report[0] / "dense")])
+    table = further_table(runs)
+    assert "peak GiB" not in table[0] and "LongPPL" in table[0]
+    assert table[1][table[0].index("tokens/s")] == "7,030"
+    assert table[1][table[0].index("steps")] == "60"
+    assert any("On 9 key tokens it says nothing" in line for line in explain(runs))
+    assert any("near: the target's token last stood at most 16" in line for line in explain(runs))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("metrics.jsonl", '{"step": 0}\n{"st\n{"step": 2}\n', "line 2 is not JSON"),
+        ("metrics.jsonl", "[1]\n", "line 1 has no step"),
+        ("evaluation.json", "{", "not valid JSON"),
+        ("evaluation.json", '{"format": "another"}', "not a file of the format"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=message) as error:
+        write_report([str(tmp_path)], tmp_path / "out", None)
+    assert name in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path):
+    with pytest.raises(InputError, match="no such run folder"):
+        read_run(tmp_path / "missing")
+    with pytest.raises(InputError, match="is this a run folder"):
+        read_run(tmp_path)
+
+
+def test_training_is_compared_step_by_step_where_the_batches_are_the_same(tmp_path):
+    folders = [write_run(tmp_path / "a"), write_run(tmp_path / "b", better=0.25)]
+    for folder in folders:
+        config = make_run(tmp_path, "data/train", "data/held_out")
+        (folder / "run.yaml").write_text(dump_yaml(config))
+    runs = read_runs(folders)
+    assert same_batches(runs[1], runs[0])
+    figure = difference_curves(runs)
+    lines = {axes.get_title("left"): axes.get_lines()[-1].get_ydata() for axes in figure.get_axes()}
+    assert list(lines) == ["training, far targets"]  # the others are equal
+    assert lines["training, far targets"] == pytest.approx(np.full(60, -0.25))
+    config = make_run(tmp_path, "data/train", "data/held_out", seed=7)
+    (folders[1] / "run.yaml").write_text(dump_yaml(config))
+    assert difference_curves(read_runs(folders)) is None
+
+
+def test_text_is_laid_out_in_lines_of_cells():
+    lines = lay_out(["ab", "\n", "", "cde", "\t"], columns=4)
+    assert lines == [
+        [("a", 0), ("b", 0), ("\u21b5", 1)],
+        [("c", 3), ("d", 3), ("e", 3), (" ", 4)],
+        [(" ", 4), (" ", 4), (" ", 4)],
+    ]
+
+
+def test_the_tool_writes_where_it_is_told(report, tmp_path, capsys):
+    path = Path(__file__).parents[2] / "tools" / "report.py"
+    spec = importlib.util.spec_from_file_location("report_tool", path)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    assert tool.main([str(report[0] / "dense"), "--output", str(tmp_path), "--note", "a note"]) == 0
+    shown = capsys.readouterr().out
+    assert "a note" in shown and str(tmp_path / "report.html") in shown

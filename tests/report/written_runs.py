@@ -1,0 +1,89 @@
+"""Run folders as training and evaluation leave them, with made-up numbers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lctw_megatron.evaluation.probes import Probes
+from lctw_megatron.evaluation.result_file import FORMAT
+from lctw_megatron.evaluation.sequence_weights import weight_by_class, weight_histogram
+
+SEQUENCES, LENGTH, NEAR = 6, 64, 16
+
+
+def write_run(folder: Path, better: float = 0.0, weighted: bool = False, **settings: Any) -> Path:
+    """``better``: nats by which far targets are predicted better than in another run."""
+    folder.mkdir(parents=True)
+    write_metrics(folder / "metrics.jsonl", better, weighted)
+    evaluation = make_evaluation(better, weighted)
+    evaluation["settings"].update(settings)
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    return folder
+
+
+def write_metrics(path: Path, better: float, weighted: bool) -> None:
+    rng = np.random.default_rng(1)
+    with open(path, "w") as file:
+        for step in range(60):
+            loss = 3 + 3 * np.exp(-step / 5) + rng.normal(0, 0.05)
+            line = {
+                "step": step,
+                "loss/plain": loss,
+                "loss/weighted": loss + 0.2 * weighted,
+                "loss/near": loss - 1,
+                "loss/far": loss - better,
+                "weights/n_eff_share": 0.4 if weighted else 1.0,
+                "weights/max": 20.0 if weighted else 1.0,
+                "speed/tokens_per_second": 7000.0 + step,
+            }
+            if step % 20 == 19:
+                line["validation/loss/plain"] = loss + 0.1
+            file.write(json.dumps(line) + "\n")
+
+
+def make_evaluation(better: float, weighted: bool) -> dict[str, Any]:
+    rng = np.random.default_rng(2)
+    probes = Probes(SEQUENCES, LENGTH, NEAR)
+    context = np.arange(1, LENGTH + 1)
+    for sequence in range(SEQUENCES):
+        distance = rng.integers(1, LENGTH, LENGTH)
+        distance = np.where(distance > context, -1, distance)
+        loss = rng.gamma(2, 1, LENGTH) - better * (distance > NEAR)
+        probes.add(sequence, loss, loss + 0.5, context, distance)
+    weights = rng.gamma(1, 1, 500) * (rng.random(500) < 0.7)
+    return {
+        "format": FORMAT,
+        "settings": {
+            "tokens_fingerprint": "f",
+            "sequence_length": LENGTH,
+            "near": NEAR,
+            "window": NEAR,
+            "data": "data/held_out",
+        },
+        "sequences": [[number, 0] for number in range(SEQUENCES)],
+        "loss": 2.0,
+        "targets": SEQUENCES * LENGTH,
+        **probes.summary(with_gain=True),
+        "longppl": {"longppl": 8.0, "perplexity": 7.5, "key_tokens": 9, "evaluator": "runs/base"},
+        "weights": {
+            "weighting": {"scheme": "sparse"},
+            "sequences": 2,
+            "targets": 500,
+            "histogram": weight_histogram(weights),
+            "classes": weight_by_class(weights, rng.integers(0, 3, 500)),
+            "statistics": {},
+            "page": {
+                "data": "data/train",
+                "document": 3,
+                "first_target": 64,
+                "text": ["<script>", " cost", " $5", " & $6", "\n", "\x1b[31m", "世", "end"],
+                "weight": [0.0, 2.5, 0.0, 1.0, 0.5, 0.0, 3.0, 0.25],
+                "long_loss": [1.0] * 8,
+                "short_loss": [None, *[2.0] * 7],
+            },
+        }
+        if weighted
+        else None,
+    }
