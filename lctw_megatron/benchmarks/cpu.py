@@ -11,6 +11,7 @@ from lctw_megatron.benchmarks.head import head_benchmark
 from lctw_megatron.benchmarks.results import print_results, write_results
 from lctw_megatron.benchmarks.steps import step_benchmark
 from lctw_megatron.config.schema import RunConfig
+from lctw_megatron.platform.capabilities import capabilities
 
 STEP: dict[str, Any] = {
     "name": "step", "run_dir": "none",
@@ -34,7 +35,7 @@ WEIGHTINGS: dict[str, dict[str, Any]] = {
 def cpu_benchmark(output: Path, full_head: bool) -> int:
     """Measure everything, print a table, write all numbers to ``output``."""
     device = torch.device("cpu")
-    results: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    results: dict[str, Any] = {"machine": capabilities().line(), "threads": torch.get_num_threads()}
     rows, hidden, vocabulary = (8192, 1024, 128256) if full_head else (2048, 512, 32000)
     results["head"] = head_benchmark(rows, hidden, vocabulary, device, torch.float32, repeats=3)
     results["attention with documents"] = attention_benchmark(

@@ -15,6 +15,7 @@ from lctw_megatron.benchmarks.large_model import profile_step, time_steps
 from lctw_megatron.benchmarks.results import print_results, write_results
 from lctw_megatron.benchmarks.scoring_gpu import time_scoring
 from lctw_megatron.errors import InputError
+from lctw_megatron.platform.capabilities import capabilities
 
 
 def time_head(results: dict[str, Any]) -> None:
@@ -49,11 +50,10 @@ def gpu_benchmark(output: Path, only: list[str]) -> int:
     """
     if unknown := [name for name in only if name not in PARTS]:
         raise InputError(f"--only {' '.join(unknown)}: no such part; there are: {', '.join(PARTS)}")
-    if not torch.cuda.is_available():
+    if not capabilities().gpu:
         raise InputError("benchmark gpu: torch sees no GPU; run it on a machine that has one")
     results: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
+        "machine": capabilities().line(),
         "bf16 matmul TFLOP/s": matmul_tflops(),
     }
     failed = False

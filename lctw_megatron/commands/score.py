@@ -63,7 +63,11 @@ def main(arguments: list[str]) -> int:
         help="windows are run together up to this many tokens, which decides the memory; "
         "default: 16384",
     )
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="default: fp32")
+    add(
+        "--precision",
+        choices=("fp32", "bf16"),
+        help="of weights and products, losses are float32; default: bf16 on a GPU, fp32 on a CPU",
+    )
     add("--tensor", metavar="TP", type=positive, default=1, help="tensor-parallel ranks")
     add("--pipeline", metavar="PP", type=positive, default=1, help="pipeline stages")
     part = parser.add_mutually_exclusive_group()
@@ -82,6 +86,7 @@ def main(arguments: list[str]) -> int:
         parser.error("--merge joins all shards: it does not go with --shard")
 
     from lctw_megatron.config.schema import LayoutConfig
+    from lctw_megatron.platform.capabilities import capabilities
     from lctw_megatron.scoring.job import Job
     from lctw_megatron.scoring.score_corpus import Request, score
     from lctw_megatron.scoring.windows import Windowing
@@ -94,7 +99,7 @@ def main(arguments: list[str]) -> int:
         ),
         options.name,
         LayoutConfig(tensor=options.tensor, pipeline=options.pipeline),
-        options.precision,
+        options.precision or ("bf16" if capabilities().gpu else "fp32"),
         options.tokens_per_forward,
     )
     shard, shards = options.shard or (None, options.shards)

@@ -232,7 +232,8 @@ class ScoringConfig(Section):
     score_first_window: bool = False
     """Score the first K targets too, where both contexts are the same."""
     tokens_per_forward: Positive = 16384
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16"] | None = None
+    """Of weights and products, losses are float32; default: bf16 on a GPU, fp32 on a CPU."""
     tensor: Positive = 1
     """Tensor-parallel ranks that share one scorer."""
     pipeline: Positive = 1

@@ -20,6 +20,7 @@ from lctw_megatron.errors import InputError
 from lctw_megatron.evaluation.longppl import ALPHA, BETA, key_tokens, perplexity
 from lctw_megatron.evaluation.probes import Probes, context_of, distance_of
 from lctw_megatron.evaluation.result_file import FORMAT, read_evaluation
+from lctw_megatron.platform.capabilities import capabilities
 from lctw_megatron.progress import Progress
 from lctw_megatron.scoring.windows import check_windows
 
@@ -114,6 +115,8 @@ def evaluate(
 
     model = ModelLosses(checkpoint, layout, length, settings.tokens_per_forward)
     model.check_tokenizer(source.tokenizer, prefix)
+    if model.world.is_first:
+        print(capabilities().line(), flush=True)
     probes = Probes(len(numbers), length, settings.near)
     all_losses, key_losses = [], []
     for row, sample, long_loss, short_loss in read_losses(model, source, numbers, settings):

@@ -147,7 +147,8 @@ def _score_stage(recipe: Recipe, scoring: ScoringConfig, prefix: str, name: str)
     if scoring.score_first_window:
         arguments += ["--score-first-window"]
     arguments += ["--tokens-per-forward", str(scoring.tokens_per_forward)]
-    arguments += ["--precision", scoring.precision]
+    if scoring.precision:
+        arguments += ["--precision", scoring.precision]
     for option, ranks in (("--tensor", scoring.tensor), ("--pipeline", scoring.pipeline)):
         if ranks > 1:
             arguments += [option, str(ranks)]

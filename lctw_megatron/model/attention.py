@@ -15,7 +15,9 @@ right corner. Work is proportional to the area of those rectangles; no S x S mas
 Kernels: half precision on a GPU runs all rectangles in one call of torch's variable-length flash
 kernel (torch >= 2.10). Elsewhere each rectangle goes to scaled_dot_product_attention: square ones
 as `is_causal`, wider ones (context parallelism) in row blocks, the only place where a mask is made:
-[row block, keys].
+[row block, keys]. On a GPU those masks, and float32, run its memory-efficient kernel, which has no
+grouped heads: keys and values are then repeated for every query head, or torch would fall to the
+kernel that stores all probabilities (S x S of them for every head).
 
 Shapes: S full sequence, s = S / CP of this rank, b sequences, n query heads, g key/value heads, d
 head.
@@ -32,16 +34,14 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from lctw_megatron.data import zigzag
-
-try:  # torch >= 2.10
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # pragma: no cover - older torch: every rectangle by itself
-    varlen_attn = None  # type: ignore[assignment]
+from lctw_megatron.platform.capabilities import capabilities
 
 # Causal, aligned at the lower right, said in the words of the installed torch. The flash kernel
 # takes fewer key than query heads by itself; newer versions want that said, too.
 _VARLEN_OPTIONS: dict[str, Any] = {}
-if varlen_attn is not None:
+if capabilities().varlen_attention:
+    from torch.nn.attention.varlen import varlen_attn
+
     _words = inspect.signature(varlen_attn).parameters
     _VARLEN_OPTIONS = {"window_size": (-1, 0)} if "window_size" in _words else {"is_causal": True}
     if "enable_gqa" in _words:
@@ -117,7 +117,10 @@ def _attend_rectangle(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: fl
     rows, keys = q.shape[2], k.shape[2]
     kwargs: dict[str, Any] = {"scale": scale, "dropout_p": dropout}
     if q.shape[1] != k.shape[1]:
-        kwargs["enable_gqa"] = True
+        if q.is_cuda and (q.dtype == torch.float32 or rows != keys):
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        else:
+            kwargs["enable_gqa"] = True
     if rows == keys:
         return scaled_dot_product_attention(q, k, v, is_causal=True, **kwargs)
     blocks = []
@@ -165,7 +168,7 @@ def _runs_varlen(q: Tensor, cuts: list[list[Rectangle]], dropout: float) -> bool
     """Whether one flash call takes all rectangles: half precision on a GPU, something to cut."""
     half = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
     one_square = all(len(cut) == 1 and cut[0].query_end == cut[0].key_end for cut in cuts)
-    return half and varlen_attn is not None and not dropout and not one_square
+    return half and capabilities().varlen_attention and not dropout and not one_square
 
 
 def _cut(

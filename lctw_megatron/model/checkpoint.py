@@ -51,6 +51,8 @@ class CheckpointManifest(Section):
     """Where the data loader stood."""
     optimizer: bool = False
     """Whether the optimizer state is in it."""
+    machine: str | None = None
+    """The machine and the versions that trained it: platform.capabilities."""
 
 
 _STEP_NAME = re.compile(r"step_(\d+)")

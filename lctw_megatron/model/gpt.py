@@ -186,7 +186,7 @@ def build_model(
     """
     if model.vocab_size is None:
         raise InputError("model.vocab_size: not set and no tokenizer gives it; set it")
-    config = spec.transformer_config(model, layout, dtype)
+    config = spec.transformer_config(model, layout, dtype, packed)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     stages = range(layout.virtual_pipeline) if layout.virtual_pipeline else [None]
     chunks = []
@@ -211,7 +211,7 @@ def build_model(
         chunk.rotary_pos_emb = _rotary(model, config, groups.cp)
         if layout.context > 1:
             chunk.rotary_pos_emb_alone = _rotary(model, config, _alone_group())
-        chunk.takes_boundaries = packed or not spec.uses_transformer_engine(model)
+        chunk.takes_boundaries = spec.has_own_core_attention(model, dtype, packed)
         chunk.use_row_block_loss(model.vocab_size, layout.loss_block_rows)
         _mark_tensor_parallel(chunk)
         chunk.to(device)

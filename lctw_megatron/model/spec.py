@@ -1,6 +1,6 @@
 """From our config to megatron-core's: TransformerConfig and layer specification."""
 
-import importlib.util
+import os
 from typing import Any
 
 import torch
@@ -9,40 +9,63 @@ from lctw_megatron.config.schema import LayoutConfig, ModelConfig
 from lctw_megatron.errors import InputError
 from lctw_megatron.model.attention import SDPACoreAttention
 from lctw_megatron.model.norms import RMSNorm
+from lctw_megatron.platform.capabilities import capabilities
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
-def has_transformer_engine() -> bool:
-    return importlib.util.find_spec("transformer_engine") is not None
-
-
 def uses_transformer_engine(model: ModelConfig) -> bool:
     """Whether `attention: auto | te | sdpa` means TransformerEngine's layers on this machine."""
-    if model.attention == "te":
-        if not has_transformer_engine():
-            raise InputError(
-                "model.attention: te, but transformer-engine is not installed; install it (extra "
-                "`gpu`) or set model.attention=sdpa"
-            )
-        return True
-    return model.attention == "auto" and torch.cuda.is_available() and has_transformer_engine()
+    here = capabilities()
+    if model.attention == "te" and here.transformer_engine is None:
+        why = here.transformer_engine_error or (
+            "it is not installed" if here.gpu else "there is no GPU that torch can use"
+        )
+        raise InputError(
+            f"model.attention: te, but TransformerEngine cannot be used here ({why}); mend its "
+            "installation (a container's own fits its torch) or set model.attention=sdpa"
+        )
+    return model.attention != "sdpa" and here.transformer_engine is not None
 
 
-def transformer_config(model: ModelConfig, layout: LayoutConfig, dtype: torch.dtype) -> Any:
-    """The megatron-core TransformerConfig of a model under a layout, parameters in ``dtype``."""
+def has_own_core_attention(model: ModelConfig, dtype: torch.dtype, packed: bool) -> bool:
+    """Whether the layers get our core attention (model/attention.py).
+
+    TransformerEngine's cuts packed sequences for context parallelism piece by piece, where ours are
+    cut as a whole; and for float32 it has neither flash nor fused kernels, only one that stores all
+    probabilities, and none at all under context parallelism.
+    """
+    half = dtype in (torch.bfloat16, torch.float16)
+    return packed or not half or not uses_transformer_engine(model)
+
+
+def recomputes(model: ModelConfig, layout: LayoutConfig, dtype: torch.dtype, packed: bool) -> str:
+    """What of `layout.recompute` acts. `selective` frees what our core attention gathers and
+    copies; TransformerEngine's keeps nothing but inputs and output, which others keep anyway."""
+    own = has_own_core_attention(model, dtype, packed)
+    return "none" if layout.recompute == "selective" and not own else layout.recompute
+
+
+def transformer_config(
+    model: ModelConfig, layout: LayoutConfig, dtype: torch.dtype, packed: bool = True
+) -> Any:
+    """The megatron-core TransformerConfig of a model under a layout, parameters in ``dtype``.
+
+    packed: as in ``block_spec``.
+    """
     from megatron.core.transformer import TransformerConfig
 
-    on_gpu = torch.cuda.is_available()
+    on_gpu = capabilities().gpu is not None
     recompute: dict[str, Any] = {}
-    if layout.recompute == "full":
+    acting = recomputes(model, layout, dtype, packed)
+    if acting == "full":
         recompute = {
             "recompute_granularity": "full",
             "recompute_method": "uniform",
             "recompute_num_layers": 1,
         }
-    elif layout.recompute != "none":
-        modules = {"selective": ["core_attn"], "mlp": ["mlp"]}[layout.recompute]
+    elif acting != "none":
+        modules = {"selective": ["core_attn"], "mlp": ["mlp"]}[acting]
         recompute = {"recompute_granularity": "selective", "recompute_modules": modules}
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -80,18 +103,61 @@ def transformer_config(model: ModelConfig, layout: LayoutConfig, dtype: torch.dt
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
-        # One message per tensor: gloo has no batched point-to-point communication.
-        batch_p2p_comm=on_gpu,
+        attention_backend=_attention_backend(),
+        deterministic_mode=torch.are_deterministic_algorithms_enabled(),
+        **point_to_point(layout, on_gpu),
         **recompute,
+    )
+
+
+def point_to_point(layout: LayoutConfig, on_gpu: bool) -> dict[str, bool]:
+    """How pipeline stages exchange tensors.
+
+    Interleaved on a GPU: one message a tensor, overlapped with the computation. Batched messages
+    between two ranks that are each other's previous and next (two stages) are matched in the wrong
+    order by NCCL, and training goes on with swapped tensors; Megatron-LM's arguments refuse that
+    combination, megatron-core alone does not. Without overlap two unbatched messages can wait for
+    each other. gloo has no batched messages.
+    """
+    interleaved = layout.virtual_pipeline is not None
+    return {
+        "overlap_p2p_comm": on_gpu and interleaved,
+        "batch_p2p_comm": on_gpu and not interleaved,
+        # For torch before 1.12, whose batched messages raced with the computation.
+        "batch_p2p_sync": False,
+    }
+
+
+def _attention_backend() -> Any:
+    """megatron-core's name of what NVTE_FLASH_ATTN, NVTE_FUSED_ATTN and NVTE_UNFUSED_ATTN ask for.
+
+    It sets all three itself and stops at an assertion if they were set otherwise. InputError for a
+    combination it has no name for.
+    """
+    from megatron.core.transformer.enums import AttnBackend
+
+    names = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
+    backends = {
+        AttnBackend.auto: ("1", "1", "1"),
+        AttnBackend.flash: ("1", "0", "0"),
+        AttnBackend.fused: ("0", "1", "0"),
+        AttnBackend.unfused: ("0", "0", "1"),
+    }
+    wanted = [os.environ.get(name) for name in names]
+    for backend, flags in backends.items():
+        if all(value in (None, flag) for value, flag in zip(wanted, flags, strict=True)):
+            return backend
+    found = " ".join(f"{n}={v}" for n, v in zip(names, wanted, strict=True) if v is not None)
+    raise InputError(
+        f"environment: {found}: megatron-core knows all three 1 (or unset), or exactly one of them "
+        "1; unset them, or set model.attention=sdpa and unset them"
     )
 
 
 def block_spec(model: ModelConfig, config: Any, vp_stage: int | None, packed: bool) -> Any:
     """The layers of this pipeline stage: TransformerEngine's, or megatron-core's with our parts.
 
-    packed: the model will be given piece boundaries. TransformerEngine cuts packed sequences for
-    context parallelism piece by piece, ours are cut as a whole, so that its layers then get our
-    core attention (flash kernels, too).
+    packed: the model will be given piece boundaries, which only our core attention knows.
     """
     from megatron.core.models.gpt import gpt_layer_specs
     from megatron.core.transformer.transformer_block import (
@@ -105,7 +171,7 @@ def block_spec(model: ModelConfig, config: Any, vp_stage: int | None, packed: bo
         )
         from megatron.core.extensions.transformer_engine import TENorm as norm
 
-        if packed:
+        if has_own_core_attention(model, config.params_dtype, packed):
             layer.submodules.self_attention.submodules.core_attention = SDPACoreAttention
     else:
         layer = gpt_layer_specs.get_gpt_layer_local_spec(

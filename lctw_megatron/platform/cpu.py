@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from lctw_megatron.platform.capabilities import capabilities
+
 CPU = torch.device("cpu")
 
 MEGATRON = tuple(int(part) for part in version("megatron-core").split(".")[:2])
@@ -96,7 +98,7 @@ def patch_megatron() -> None:
     """Give every loaded megatron-core module the CPU view of torch. Idempotent; a no-op with
     CUDA.
     """
-    if torch.cuda.is_available():
+    if capabilities().gpu:  # asked before megatron-core is imported, see there
         return
     for name in _LAZY_MODULES:
         importlib.import_module(name)
@@ -124,7 +126,7 @@ def optimizer_construction() -> Iterator[None]:
     It sorts parameters by `param.type() == 'torch.cuda.FloatTensor'` and refuses all others
     (optimizer.py and distrib_optimizer.py).
     """
-    if torch.cuda.is_available():
+    if capabilities().gpu:
         yield
         return
     real = torch.Tensor.type

@@ -7,6 +7,8 @@ Without them megatron-core's rotary embedding runs as eight kernels over queries
 import torch
 import torch._dynamo
 
+from lctw_megatron.platform.capabilities import capabilities
+
 
 def fuse_small_operations() -> None:
     """Compile the rotary embedding; give every shape a kernel of its own. Idempotent.
@@ -15,7 +17,7 @@ def fuse_small_operations() -> None:
     more than torch._dynamo's default limit of recompilations, after which it stops compiling; and
     kernels for any shape ran three times slower than those for one.
     """
-    if not torch.cuda.is_available():
+    if not capabilities().gpu:
         return
     from megatron.core.models.common.embeddings import rope_utils
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from lctw_megatron.config.schema import LayoutConfig
 from lctw_megatron.errors import InputError
+from lctw_megatron.platform.capabilities import capabilities
 from lctw_megatron.platform.cpu import patch_megatron
 from lctw_megatron.platform.gpu import fuse_small_operations
 
@@ -35,10 +36,8 @@ class World:
 
 def default_device() -> torch.device:
     """The GPU of this process if there is one, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device(
-            "cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
-        )
+    if gpus := capabilities().gpus:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % gpus)
     return torch.device("cpu")
 
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from lctw_megatron.data.manifest import SidecarManifest
 from lctw_megatron.errors import InputError
+from lctw_megatron.platform.capabilities import capabilities
 from lctw_megatron.platform.world import World, initialize, shut_down, started_together
 from lctw_megatron.progress import Progress, human
 from lctw_megatron.scoring.job import Job
@@ -81,6 +82,7 @@ def _survey(job: Job, request: Request, log: Callable[[str], None]) -> _Work | N
         number for number in numbers if not job.is_done(number, shards, request.overwrite, log)
     ]
     statistics = job.plan.statistics
+    log(f"{capabilities().line()}; scoring in {job.precision}")
     log(
         f"{job.prefix}: {human(statistics.scored)} of {human(job.dataset.num_tokens)} tokens to "
         f"score, with {statistics.min_context} to {job.windowing.window - 1} tokens of context "

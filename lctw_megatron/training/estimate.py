@@ -35,6 +35,7 @@ from dataclasses import dataclass
 from lctw_megatron.config.layout_rules import check_layout, padded_vocabulary
 from lctw_megatron.config.model_sizes import layer_sizes
 from lctw_megatron.config.schema import RunConfig
+from lctw_megatron.platform.capabilities import capabilities
 from lctw_megatron.training.flops import step_flops
 
 GIB = 1024**3
@@ -129,7 +130,7 @@ def layer_activations(run: RunConfig) -> int:
     element = 2 if run.training.precision == "bf16" else 4
     layer = layer_sizes(model)
     q, k = layer.query, layer.key_value
-    if model.attention == "te" or layout.recompute == "selective":
+    if _has_engine_attention(run) or layout.recompute == "selective":
         # Recomputing the core attention drops what it gathers, and its output in another order.
         attention = (q + 2 * k) + (q + k) + q
     elif layout.context > 1:
@@ -142,6 +143,14 @@ def layer_activations(run: RunConfig) -> int:
     rotary = 4 * q // model.num_attention_heads
     log_sum_exp = 4 * model.num_attention_heads // layout.tensor
     return _tokens(run) * (element * (norms + split + rotary) + log_sum_exp)
+
+
+def _has_engine_attention(run: RunConfig) -> bool:
+    """Whether TransformerEngine's core attention runs, as model/spec.py decides it; asked for on a
+    machine without it, it counts as being on the one that will train."""
+    asked = run.model.attention
+    there = asked == "te" or (asked == "auto" and capabilities().transformer_engine is not None)
+    return there and run.training.precision == "bf16" and run.data.packing == "chunk"
 
 
 def _tokens(run: RunConfig) -> int:

@@ -23,6 +23,7 @@ from lctw_megatron.model.checkpoint import (
     read_manifest,
 )
 from lctw_megatron.model.gpt import build_model
+from lctw_megatron.platform.capabilities import capabilities
 from lctw_megatron.platform.world import World, initialize
 from lctw_megatron.progress import Progress
 from lctw_megatron.training import flops
@@ -163,6 +164,7 @@ class Trainer:
             run=self.config,
             loader=self.loader.state_dict(),
             optimizer=True,
+            machine=capabilities().line(),
         )
         self.writer.save(run_state(self.chunks, self.optimizer), manifest)
 
@@ -276,10 +278,19 @@ class Trainer:
         run_dir = Path(self.config.run_dir)
         with atomic_file(run_dir / "run.yaml", "w") as file:
             file.write(dump_yaml(self.config))
-        return MetricsLog(run_dir, self.first_step, self.config.training.tensorboard)
+        return MetricsLog(
+            run_dir, self.first_step, self.config.training.tensorboard, capabilities().line()
+        )
 
     def _announce(self, done: int) -> None:
         run = self.config
+        self.print_rank_0(capabilities().line())
+        packed, dtype = run.data.packing == "pack", spec.DTYPES[run.training.precision]
+        if spec.recomputes(run.model, run.layout, dtype, packed) != run.layout.recompute:
+            self.print_rank_0(
+                f"layout.recompute {run.layout.recompute}: left out, as TransformerEngine's "
+                "attention keeps nothing that it would free"
+            )
         for line in self.loader.packing_cost_lines():
             self.print_rank_0(line)
         self.print_rank_0(

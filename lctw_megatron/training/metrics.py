@@ -79,11 +79,14 @@ class MetricsLog:
     """RUN_DIR/metrics.jsonl, one line a step, and TensorBoard events beside it. First rank only.
 
     After a resume the lines of steps that were not kept in the checkpoint are cut off, so the file
-    holds every step once.
+    holds every step once. The first line after every start says on what ``machine`` (text).
     """
 
-    def __init__(self, run_dir: Path, first_step: int, tensorboard: bool) -> None:
+    def __init__(
+        self, run_dir: Path, first_step: int, tensorboard: bool, machine: str | None = None
+    ) -> None:
         self.path = run_dir / "metrics.jsonl"
+        self._started = {} if machine is None else {"speed/machine": machine}
         run_dir.mkdir(parents=True, exist_ok=True)
         self._truncate(first_step)
         self._file = open(self.path, "a")  # noqa: SIM115 - open as long as the run
@@ -111,7 +114,8 @@ class MetricsLog:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Append the values of ``step``. Floats are written so that they read back bit-equal."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.write(json.dumps({"step": step, **values, **self._started}) + "\n")
+        self._started = {}
         # A full disk stops the run at its next checkpoint, on all ranks and with one line. Until
         # then the lines wait in the file's buffer.
         with suppress(OSError):

@@ -13,6 +13,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer import get_standard_config_overrides as weight_decay_rules
 
 from lctw_megatron.config.schema import TrainingConfig
+from lctw_megatron.platform.capabilities import capabilities
 from lctw_megatron.platform.cpu import optimizer_construction
 from lctw_megatron.platform.torch_adam import prepare_torch_adam
 
@@ -24,7 +25,7 @@ def wrap_data_parallel(chunks: list[Any]) -> list[Any]:
     the global batch (calculate_per_token_loss). bf16 gradients are accumulated in float32.
     """
     config = chunks[0].config
-    on_gpu = torch.cuda.is_available()
+    on_gpu = capabilities().gpu is not None
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=config.params_dtype == torch.bfloat16,
         use_distributed_optimizer=True,
