@@ -23,8 +23,10 @@ Shapes: S full sequence, s = S / CP of this rank, b sequences, n query heads, g 
 head.
 """
 
+import functools
 import inspect
 import math
+from collections.abc import Callable
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
@@ -35,17 +37,6 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from lctw_megatron.data import zigzag
 from lctw_megatron.platform.capabilities import capabilities
-
-# Causal, aligned at the lower right, said in the words of the installed torch. The flash kernel
-# takes fewer key than query heads by itself; newer versions want that said, too.
-_VARLEN_OPTIONS: dict[str, Any] = {}
-if capabilities().varlen_attention:
-    from torch.nn.attention.varlen import varlen_attn
-
-    _words = inspect.signature(varlen_attn).parameters
-    _VARLEN_OPTIONS = {"window_size": (-1, 0)} if "window_size" in _words else {"is_causal": True}
-    if "enable_gqa" in _words:
-        _VARLEN_OPTIONS["enable_gqa"] = True
 
 # Query rows of a rectangle that is wider than high. The mask is [rows, keys] booleans: at 32k keys
 # and 1,024 rows 32 MiB; half a block of masked area per row is computed for nothing.
@@ -138,6 +129,21 @@ def _attend_rectangle(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: fl
     return torch.cat(blocks, dim=2)
 
 
+@functools.cache
+def _varlen_attention() -> Callable[..., Any]:
+    """torch's kernel, causal and aligned at the lower right in the words of the installed torch. It
+    takes fewer key than query heads by itself; newer versions want that said, too."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    words = inspect.signature(varlen_attn).parameters
+    options: dict[str, Any] = {"is_causal": True}
+    if "window_size" in words:
+        options = {"window_size": (-1, 0)}
+    if "enable_gqa" in words:
+        options["enable_gqa"] = True
+    return functools.partial(varlen_attn, **options)
+
+
 def _attend_varlen(parts: list[tuple[Tensor, Tensor, Tensor]], scale: float) -> Tensor:
     """Causal attention, aligned at the lower right, of many rectangles in one flash call.
 
@@ -145,7 +151,7 @@ def _attend_varlen(parts: list[tuple[Tensor, Tensor, Tensor]], scale: float) -> 
     """
     queries, keys, values = zip(*parts, strict=True)
     q_lengths, k_lengths = ([x.shape[0] for x in own] for own in (queries, keys))
-    out = varlen_attn(
+    out = _varlen_attention()(
         torch.cat(queries),
         torch.cat(keys),
         torch.cat(values),
@@ -154,7 +160,6 @@ def _attend_varlen(parts: list[tuple[Tensor, Tensor, Tensor]], scale: float) -> 
         max(q_lengths),
         max(k_lengths),
         scale=scale,
-        **_VARLEN_OPTIONS,
     )
     assert isinstance(out, Tensor)  # and not, as on request, with its log-sum-exps
     return out

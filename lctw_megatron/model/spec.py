@@ -55,7 +55,7 @@ def transformer_config(
     """
     from megatron.core.transformer import TransformerConfig
 
-    on_gpu = capabilities().gpu is not None
+    on_gpu = capabilities().gpu
     recompute: dict[str, Any] = {}
     acting = recomputes(model, layout, dtype, packed)
     if acting == "full":

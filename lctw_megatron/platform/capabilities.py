@@ -7,6 +7,7 @@ keep it in their checkpoints' manifests and metrics.
 import functools
 import importlib
 import importlib.util
+import os
 import platform
 import sys
 from dataclasses import dataclass
@@ -21,8 +22,8 @@ import lctw_megatron
 class Capabilities:
     """Versions, devices and optional accelerators."""
 
-    gpu: str | None
-    """Name of this process's GPU as CUDA gives it; None: no GPU that torch can use."""
+    gpu: bool
+    """Whether there is a GPU that torch can use."""
     gpus: int
     """GPUs of this machine that torch sees."""
     cuda: str | None
@@ -43,7 +44,9 @@ class Capabilities:
 
     def line(self) -> str:
         """All of it for the log."""
-        device = f"{self.gpu} (1 of {self.gpus}, CUDA {self.cuda}, NCCL {self.nccl})"
+        device = "CPU, gloo"
+        if self.gpu:
+            device = f"{gpu_name()} (1 of {self.gpus}, CUDA {self.cuda}, NCCL {self.nccl})"
         engine = self.transformer_engine or "none"
         if self.transformer_engine_error:
             engine = f"unusable ({self.transformer_engine_error})"
@@ -52,12 +55,19 @@ class Capabilities:
             f"megatron-core {self.megatron_core}",
             f"torch {self.torch}",
             f"Python {self.python}",
-            device if self.gpu else "CPU, gloo",
+            device,
             f"TransformerEngine {engine}",
             f"Adam {self.fused_adam or 'torch'}",
             f"variable-length attention {'yes' if self.varlen_attention else 'no'}",
         ]
         return ", ".join(parts)
+
+
+def gpu_name() -> str:
+    """Of this process's GPU, as CUDA names it. Starts CUDA: not before a process forks others."""
+    return torch.cuda.get_device_name(
+        int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+    )
 
 
 @functools.cache
@@ -67,7 +77,7 @@ def capabilities() -> Capabilities:
     gpu = torch.cuda.is_available()
     engine, error = _transformer_engine(gpu)
     return Capabilities(
-        gpu=torch.cuda.get_device_name() if gpu else None,
+        gpu=gpu,
         gpus=torch.cuda.device_count() if gpu else 0,
         cuda=torch.version.cuda if gpu else None,
         nccl=".".join(map(str, torch.cuda.nccl.version())) if gpu else None,

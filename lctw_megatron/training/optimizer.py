@@ -25,7 +25,7 @@ def wrap_data_parallel(chunks: list[Any]) -> list[Any]:
     the global batch (calculate_per_token_loss). bf16 gradients are accumulated in float32.
     """
     config = chunks[0].config
-    on_gpu = capabilities().gpu is not None
+    on_gpu = capabilities().gpu
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=config.params_dtype == torch.bfloat16,
         use_distributed_optimizer=True,

@@ -41,7 +41,6 @@ import json, sys
 sys.path.insert(0, {folder!r})
 import torch
 torch.cuda.is_available = lambda: {gpu}
-torch.cuda.get_device_name = lambda: "a GPU"
 torch.cuda.device_count = lambda: 1
 torch.cuda.nccl.version = lambda: (2, 27, 3)
 from lctw_megatron.platform.capabilities import capabilities
@@ -72,14 +71,14 @@ def test_a_transformer_engine_that_cannot_be_imported_breaks_nothing(
 def test_attention_te_without_a_usable_one_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     model = ModelConfig.model_validate(MODEL | {"attention": "te"})
     for changes, reason in [
-        ({"gpu": None}, "there is no GPU that torch can use"),
-        ({"gpu": "a GPU"}, "it is not installed"),
-        ({"gpu": "a GPU", "transformer_engine_error": "OSError: no libfoo"}, "OSError: no libfoo"),
+        ({"gpu": False}, "there is no GPU that torch can use"),
+        ({"gpu": True}, "it is not installed"),
+        ({"gpu": True, "transformer_engine_error": "OSError: no libfoo"}, "OSError: no libfoo"),
     ]:
         fresh(monkeypatch, **changes)
         with pytest.raises(InputError, match=reason):
             spec.uses_transformer_engine(model)
-    fresh(monkeypatch, gpu="a GPU", transformer_engine="2.20.2")
+    fresh(monkeypatch, gpu=True, transformer_engine="2.20.2")
     assert spec.uses_transformer_engine(model)
 
 
@@ -94,7 +93,7 @@ def test_attention_te_without_a_usable_one_says_why(monkeypatch: pytest.MonkeyPa
 def test_float32_and_packed_sequences_take_our_core_attention_inside_transformer_engines_layers(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, packed: bool, own: bool
 ) -> None:
-    fresh(monkeypatch, gpu="a GPU", transformer_engine="2.20.2")
+    fresh(monkeypatch, gpu=True, transformer_engine="2.20.2")
     model = ModelConfig.model_validate(MODEL)
     assert spec.has_own_core_attention(model, dtype, packed) is own
 
