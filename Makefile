@@ -3,11 +3,12 @@
 #   make quickstart   from a folder of text to two exported models and a report, on a CPU
 #   make test         the tests, without the long proofs
 #   make test-all     the tests with the long proofs
+#   make test-gpu     the tests that need a GPU, in the environment that is active
 #   make test-next    the tests on Python 3.12 with the newest supported megatron-core
 #   make lint         formatter, linter and type checker
 #   make format       let the formatter and the linter change the files
 #
-# PYTHON, PYTHON_NEXT and TORCH may be set: make test PYTHON=python3.12 TORCH=torch
+# PYTHON, PYTHON_NEXT, PYTHON_GPU and TORCH may be set: make test PYTHON=python3.12 TORCH=torch
 
 PYTHON ?= python3
 # A python3.12 on the path may be a stand-in that does not run: ask it.
@@ -15,6 +16,8 @@ PYTHON_NEXT ?= $(shell \
     if python3.12 -c '' 2>/dev/null; then echo python3.12; \
     else PYENV_VERSION=3.12 pyenv which python3.12 2>/dev/null || echo python3.12; fi)
 TORCH ?= torch==2.13.0
+# A container's own: its torch and TransformerEngine fit its GPUs, and pip would replace them.
+PYTHON_GPU ?= python3
 
 VENV := .venv
 VENV_NEXT := .venv-next
@@ -22,7 +25,7 @@ READY := $(VENV)/.ready
 READY_NEXT := $(VENV_NEXT)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all test-next lint format
+.PHONY: help quickstart test test-all test-gpu test-next lint format
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -31,13 +34,16 @@ quickstart: $(READY)
 	$(VENV)/bin/python tools/launch.py recipes/quickstart/recipe.yaml
 
 test: $(READY)
-	$(VENV)/bin/python -m pytest -m "not long"
+	$(VENV)/bin/python -m pytest -m "not long and not gpu"
 
 test-all: $(READY)
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -m "not gpu"
+
+test-gpu:
+	$(PYTHON_GPU) -m pytest -m gpu tests/gpu
 
 test-next: $(READY_NEXT)
-	$(VENV_NEXT)/bin/python -m pytest -m "not long"
+	$(VENV_NEXT)/bin/python -m pytest -m "not long and not gpu"
 
 lint: $(READY)
 	$(VENV)/bin/ruff format --check .

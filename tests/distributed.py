@@ -28,13 +28,17 @@ import torch.distributed as dist
 
 
 def run_distributed(
-    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 300.0
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout: float = 300.0,
+    backend: str = "gloo",
 ) -> list[Any]:
     """Call ``function(*args)`` on ``world_size`` ranks; return the ranks' results, in rank order.
 
-    Each rank is a fresh process with one thread, the default process group (gloo) and torchrun's
-    RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE set. ``function``, ``args`` and the results
-    travel as pickles.
+    Each rank is a fresh process with one thread, the default process group (of ``backend``) and
+    torchrun's RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE set. ``function``, ``args`` and the
+    results travel as pickles.
 
     The exception that was raised first, on whichever rank, is raised here again, with that rank's
     traceback as a note; the other ranks are killed. ``TimeoutError`` after ``timeout`` seconds,
@@ -47,7 +51,7 @@ def run_distributed(
         ranks = [
             context.Process(
                 target=_run_rank,
-                args=(rank, world_size, folder, call, timeout),
+                args=(rank, world_size, folder, call, timeout, backend),
                 name=f"rank {rank}",
             )
             for rank in range(world_size)
@@ -99,7 +103,9 @@ def _read_outcome(folder: str, rank: int) -> dict[str, Any] | None:
     return pickle.loads(path.read_bytes()) if path.exists() else None
 
 
-def _run_rank(rank: int, world_size: int, folder: str, call: bytes, timeout: float) -> None:
+def _run_rank(
+    rank: int, world_size: int, folder: str, call: bytes, timeout: float, backend: str
+) -> None:
     """One rank's process: run the call and leave its outcome in ``folder``."""
     for name in ("RANK", "LOCAL_RANK"):
         os.environ[name] = str(rank)
@@ -112,7 +118,7 @@ def _run_rank(rank: int, world_size: int, folder: str, call: bytes, timeout: flo
         store = dist.FileStore(str(Path(folder) / "store"), world_size)
         limit = timedelta(seconds=timeout)
         dist.init_process_group(
-            "gloo", store=store, rank=rank, world_size=world_size, timeout=limit
+            backend, store=store, rank=rank, world_size=world_size, timeout=limit
         )
         outcome["result"] = function(*args)
         data = pickle.dumps(outcome)

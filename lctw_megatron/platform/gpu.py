@@ -1,8 +1,11 @@
-"""Settings of torch.compile, which fuses small operations where TransformerEngine and apex do not.
+"""Settings of torch on a GPU: what is compiled, and which kernels are allowed.
 
-Without them megatron-core's rotary embedding runs as eight kernels over queries and keys, which at
-32k tokens of a 1B model is a twentieth of a step on an H200.
+torch.compile fuses small operations where TransformerEngine and apex do not. Without it
+megatron-core's rotary embedding runs as eight kernels over queries and keys, which at 32k tokens of
+a 1B model is a twentieth of a step on an H200.
 """
+
+import os
 
 import torch
 import torch._dynamo
@@ -27,3 +30,15 @@ def fuse_small_operations() -> None:
     plain = rope_utils._apply_rotary_pos_emb_bshd
     if not hasattr(plain, "_torchdynamo_orig_callable"):
         rope_utils._apply_rotary_pos_emb_bshd = torch.compile(plain)
+
+
+def use_deterministic_kernels(wanted: bool) -> None:
+    """Only kernels that add up in one order, or any. Before the first kernel of the process.
+
+    Not deterministic otherwise: the backward of torch's and TransformerEngine's flash attention,
+    which adds the parts of the queries' gradient atomically, and cuBLAS with several workspaces.
+    """
+    torch.use_deterministic_algorithms(wanted, warn_only=True)
+    if wanted:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"

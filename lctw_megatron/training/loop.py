@@ -24,6 +24,7 @@ from lctw_megatron.model.checkpoint import (
 )
 from lctw_megatron.model.gpt import build_model
 from lctw_megatron.platform.capabilities import capabilities
+from lctw_megatron.platform.gpu import use_deterministic_kernels
 from lctw_megatron.platform.world import World, initialize
 from lctw_megatron.progress import Progress
 from lctw_megatron.training import flops
@@ -59,6 +60,7 @@ class Trainer:
     """One run on this rank."""
 
     def __init__(self, run: RunConfig, allow_changes: bool = False) -> None:
+        use_deterministic_kernels(run.training.deterministic)
         self.world: World = initialize(
             run.layout, run.seed, run.training.distributed_timeout_minutes
         )

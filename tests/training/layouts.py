@@ -166,7 +166,7 @@ def shards(chunks: list[Any]) -> list[tuple[str, tuple, tuple, np.ndarray]]:
     result = []
     for name, shard in sharded_parameters(chunks):
         axes = shard.prepend_axis_num  # the layer's number, already in the name
-        array = shard.data.detach().double().numpy().reshape(shard.local_shape).copy()
+        array = shard.data.detach().double().cpu().numpy().reshape(shard.local_shape).copy()
         shape, offset = shard.global_shape[axes:], shard.global_offset[axes:]
         result.append((name, tuple(shape), tuple(offset), array))
     return result

@@ -1,0 +1,29 @@
+"""Tests that need a GPU: `make test-gpu`. Without one they are skipped, and say so."""
+
+from pathlib import Path
+
+import pytest
+
+from lctw_megatron.platform.capabilities import capabilities
+
+FOLDER = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = capabilities()
+    for item in items:
+        if FOLDER not in item.path.parents:
+            continue
+        item.add_marker(pytest.mark.gpu)
+        needed = item.get_closest_marker("gpus")
+        number = needed.args[0] if needed else 1
+        if here.gpus < number:
+            reason = f"needs {number} GPU(s), torch sees {here.gpus}"
+            item.add_marker(pytest.mark.skip(reason=reason))
+        elif item.get_closest_marker("engine") and here.transformer_engine is None:
+            why = here.transformer_engine_error or "it is not installed"
+            item.add_marker(pytest.mark.skip(reason=f"needs TransformerEngine: {why}"))
+
+
+def pytest_report_header() -> str:
+    return capabilities().line()

@@ -1,0 +1,120 @@
+"""Small runs with the sizes that GPU kernels want: heads of 64, sequences of 512."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lctw_megatron.config.schema import RunConfig
+from lctw_megatron.data.manifest import TokenizerIdentity
+from lctw_megatron.data.sidecar import SidecarWriter
+from lctw_megatron.data.token_dataset import TokenDataset, TokenWriter
+
+SEQUENCE, WINDOW, STRIDE = 512, 128, 96
+VOCABULARY = 1000
+
+MODEL: dict[str, Any] = dict(
+    num_layers=4, hidden_size=256, ffn_hidden_size=512, num_attention_heads=4, num_query_groups=2,
+    vocab_size=VOCABULARY, init_method_std=0.05,
+)  # fmt: skip
+
+ENGINES: dict[str, tuple[str, str]] = {
+    "ours fp32": ("sdpa", "fp32"),
+    "ours bf16": ("sdpa", "bf16"),
+    "TransformerEngine bf16": ("te", "bf16"),
+}
+"""Name: model.attention, training.precision."""
+
+WEIGHTINGS: dict[str, dict[str, Any]] = {
+    "uniform": {"scheme": "uniform"},
+    "dense frozen": {"scheme": "dense", "interpolation": 0.25, "mode": "frozen"},
+    "sparse self": {"scheme": "sparse", "keep_fraction": 0.2, "mode": "self"},
+    "longce self": {"scheme": "longce", "max_weight": 3.0, "mode": "self"},
+}
+
+
+def make_data(folder: Path) -> str:
+    """Documents of 2 to 1,500 tokens with a short_loss sidecar of random numbers."""
+    rng = np.random.default_rng(5)
+    prefix = str(folder / "tokens")
+    tokenizer = TokenizerIdentity(
+        kind="sentencepiece", path="none", digest="0", vocab_size=VOCABULARY,
+        bos_id=1, eos_id=2, add_bos=True, add_eos=True,
+    )  # fmt: skip
+    with TokenWriter(prefix, tokenizer) as writer:
+        for length in [1500, 2, 700, *rng.integers(2, 1500, 40)]:
+            # Half of the tokens repeat what stood before, so that there is something to learn.
+            tokens = rng.integers(3, VOCABULARY, length)
+            tokens[length // 2 :] = tokens[: length - length // 2]
+            writer.add(tokens.astype(np.uint16))
+    dataset = TokenDataset(prefix)
+    details = dict(
+        window=WINDOW, stride=STRIDE, sequence_length=None, score_first_window=False,
+        min_context=WINDOW - STRIDE, mean_context=80.0, scorer={},
+    )  # fmt: skip
+    with SidecarWriter(dataset, "short_loss", **details) as writer:
+        for length in dataset.lengths:
+            values = rng.gamma(4.0, 2.0, length).astype(np.float32)
+            values[:WINDOW] = np.nan
+            writer.add(values)
+    return prefix
+
+
+def make_run(
+    prefix: str,
+    folder: str,
+    engine: str,
+    layout: dict[str, Any],
+    packing: str,
+    weighting: str,
+    **training: Any,
+) -> RunConfig:
+    attention, precision = ENGINES[engine]
+    weights = dict(WEIGHTINGS[weighting])
+    if weighting != "uniform":
+        weights |= {"window": WINDOW, "stride": STRIDE, "tokens_per_forward": 1024}
+    values: dict[str, Any] = dict(
+        steps=3, global_batch_size=8, micro_batch_size=2, precision=precision, lr=1e-3,
+        warmup_steps=0, clip_grad=0.0, tensorboard=False, eval_sequences=5,
+    )  # fmt: skip
+    data = {"train": [prefix], "validation": [prefix], "sequence_length": SEQUENCE}
+    return RunConfig.model_validate(
+        {
+            "name": "gpu",
+            "run_dir": folder,
+            "seed": 7,
+            "data": data | {"packing": packing},
+            "model": MODEL | {"attention": attention},
+            "layout": layout,
+            "weighting": weights,
+            "training": values | training,
+        }
+    )
+
+
+Case = tuple[str, dict[str, Any], str, str]
+"""engine, layout, packing, weighting"""
+
+
+def trainings(prefix: str, folder: str, cases: list[Case]) -> list[dict[str, Any]]:
+    """Three steps and a validation of every case by the real trainer, on these ranks."""
+    from lctw_megatron.training.loop import Trainer
+
+    answers = []
+    for number, case in enumerate(cases):
+        trainer = Trainer(make_run(prefix, f"{folder}/{number}", *case))
+        try:
+            steps = [trainer.stepper.step(n, list(trainer.loader.step(n))) for n in range(3)]
+            answers.append({"metrics": steps, "validation": trainer.evaluate()})
+        finally:
+            trainer.close()
+    return answers
+
+
+def logged(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without speed and memory."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in line.items() if not k.startswith(("speed/", "memory/"))} for line in lines
+    ]
