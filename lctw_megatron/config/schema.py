@@ -214,9 +214,8 @@ class TrainingConfig(Section):
     nonfinite_budget: Annotated[int, Field(ge=0)] = 0
     """Steps with a non-finite loss or gradient that are skipped before training stops."""
     deterministic: bool = False
-    """On a GPU: only kernels that add up in one order, so that a repeated or resumed run is equal bit
-    for bit. The backward of flash attention is slower by it (README, Determinism). A CPU always is.
-    """
+    """On a GPU: only kernels that add up in one order, so that a repeated or resumed run is equal
+    bit for bit, at the price of a slower backward of attention. A CPU always does."""
     distributed_timeout_minutes: Positive = 30
     """A collective that hangs longer ends the job."""
 
