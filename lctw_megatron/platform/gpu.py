@@ -38,7 +38,8 @@ def use_deterministic_kernels(wanted: bool) -> None:
     Not deterministic otherwise: the backward of torch's and TransformerEngine's flash attention,
     which adds the parts of the queries' gradient atomically, and cuBLAS with several workspaces.
     """
-    torch.use_deterministic_algorithms(wanted, warn_only=True)
+    # Not warn_only, with which flash attention stays as it is.
+    torch.use_deterministic_algorithms(wanted)
     if wanted:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"

@@ -2,7 +2,10 @@
 evaluate, export. Without the package a process must not miss what the other left out."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,6 @@ from lctw_megatron.data.sidecar import Sidecar
 from lctw_megatron.data.token_dataset import TokenDataset
 from tests.conversion.hf_models import make_model
 from tests.gpu.runs import logged
-from tests.gpu.tool import run
 from tests.tokenizer_files import VOCAB_SIZE, hf_folder, real_text  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.engine
@@ -23,31 +25,28 @@ SIZES: dict[str, Any] = dict(
     vocab_size=VOCAB_SIZE, hidden_size=256, intermediate_size=512, num_attention_heads=4,
     num_key_value_heads=2, head_dim=64, max_position_embeddings=512,
 )  # fmt: skip
-ENGINE = {"TransformerEngine": True, "ours": False}
+ENGINES = {"TransformerEngine": "with", "ours": "without"}
+MODELS = ("llama", "qwen3")
+"""Qwen3 has norms of its own on queries and keys."""
+
+Command = list[str]
 
 
-@pytest.fixture(scope="module")
-def scene(hf_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
-    """For Llama and Qwen3 (norms of their own): two steps trained with each engine."""
-    folder = tmp_path_factory.mktemp("engines")
-    (folder / "texts").mkdir()
-    for number in range(12):
-        (folder / "texts" / f"{number}.txt").write_text(real_text()[number * 900 :][:8000])
-    for name in ("llama", "qwen3"):
-        make_model(name, folder / name, **SIZES)
-        for file in hf_folder.iterdir():
-            shutil.copy(file, folder / name)
-        output = folder / f"{name}_start"
-        run("convert", "import", "--hf", folder / name, "--output", output)
-    inputs = ["--input", folder / "texts", "--output-prefix", folder / "data"]
-    run("preprocess", *inputs, "--tokenizer", folder / "llama")
-    for name in ("llama", "qwen3"):
-        for engine, there in ENGINE.items():
-            run("train", recipe(folder, f"{name}_{engine}", f"{name}_start", 4), engine=there)
-    return folder
+def journey(scene: Path, engine: str, commands: list[Command]) -> None:
+    """Run the tools one after the other in one process."""
+    file = scene / "commands.json"
+    file.write_text(json.dumps([[str(word) for word in command] for command in commands]))
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.gpu.engine_journey", ENGINES[engine], str(file)],
+        env={**os.environ, "TORCHDYNAMO_DISABLE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
 
 
-def recipe(scene: Path, name: str, start: str, steps: int) -> Path:
+def recipe(scene: Path, name: str, start: str, steps: int) -> str:
     values = {
         "name": "engines",
         "output_dir": str(scene / name),
@@ -61,54 +60,72 @@ def recipe(scene: Path, name: str, start: str, steps: int) -> Path:
     (scene / name).mkdir(exist_ok=True)
     path = scene / name / "recipe.yaml"
     path.write_text(yaml.safe_dump(values))
-    return path
+    return str(path)
 
 
-def losses(folder: Path) -> list[float]:
-    return [line["loss/plain"] for line in logged(folder / "main")]
+def trained(scene: Path, model: str, engine: str) -> Path:
+    return scene / f"{model}_{engine}" / "main" / "checkpoints" / "step_00000004"
 
 
-@pytest.mark.parametrize("model", ["llama", "qwen3"])
-@pytest.mark.parametrize(("wrote", "reads"), [("ours", "TransformerEngine"),
-                                              ("TransformerEngine", "ours")])  # fmt: skip
-def test_what_one_engine_saved_the_other_goes_on_with(
-    model: str, wrote: str, reads: str, scene: Path
-) -> None:
-    source = scene / f"{model}_{wrote}"
-    there = ENGINE[reads]
-    # Resume: back to step 2, then on with the other.
-    name = f"{model}_{wrote}_then_{reads}"
-    shutil.copytree(source, scene / name)
+@pytest.fixture(scope="module")
+def scene(hf_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    """Both models, four steps trained with each engine; then what each makes of both's."""
+    scene = tmp_path_factory.mktemp("engines")
+    (scene / "texts").mkdir()
+    for number in range(12):
+        (scene / "texts" / f"{number}.txt").write_text(real_text()[number * 900 :][:8000])
+    first: list[Command] = []
+    for model in MODELS:
+        make_model(model, scene / model, **SIZES)
+        for file in hf_folder.iterdir():
+            shutil.copy(file, scene / model)
+        output = str(scene / f"{model}_start")
+        first.append(["convert", "import", "--hf", str(scene / model), "--output", output])
+    first.append(
+        ["preprocess", "--input", str(scene / "texts"), "--output-prefix", str(scene / "data"),
+         "--tokenizer", str(scene / "llama")]
+    )  # fmt: skip
+    for engine in ENGINES:
+        runs = [recipe(scene, f"{model}_{engine}", f"{model}_start", 4) for model in MODELS]
+        journey(scene, engine, [*first, *(["train", path] for path in runs)])
+        first = []
+    return scene
+
+
+def commands(scene: Path, model: str, wrote: str, reads: str) -> list[Command]:
+    """What ``reads`` does with what ``wrote`` saved."""
+    name = f"{model}_{wrote}_{reads}"
+    checkpoint = str(trained(scene, model, wrote))
+    shutil.copytree(scene / f"{model}_{wrote}", scene / name)
     shutil.rmtree(scene / name / "main" / "checkpoints" / "step_00000004")
-    run("train", recipe(scene, name, f"{model}_start", 4), engine=there)
-    np.testing.assert_allclose(losses(scene / name), losses(source), rtol=5e-3)
-    # Start: the first loss is that of the trained weights.
-    trained = f"{model}_{wrote}/main/checkpoints/step_00000004"
-    for engine, here in ENGINE.items():
-        run("train", recipe(scene, f"{name}_{engine}", trained, 1), engine=here)
-    firsts = [losses(scene / f"{name}_{engine}")[0] for engine in ENGINE]
-    np.testing.assert_allclose(firsts[0], firsts[1], rtol=2e-3)
-    # Score and evaluate.
-    arguments = ["--data", scene / "data", "--checkpoint", scene / trained]
-    values = []
-    for engine, here in ENGINE.items():
-        sidecar = f"{name}_{engine}"
-        run("score", *arguments, "--window", "128", "--stride", "96", "--name", sidecar,
-            engine=here)  # fmt: skip
-        values.append(np.array(Sidecar(TokenDataset(str(scene / "data")), sidecar).values))
-        output = scene / f"{sidecar}.evaluation.json"
-        run("evaluate_model", "losses", *arguments, "--output", output, "--max-sequences", "4",
-            engine=here)  # fmt: skip
-    assert (np.isnan(values[0]) == np.isnan(values[1])).all()
-    assert abs(np.nanmean(values[0]) - np.nanmean(values[1])) < 5e-3 * np.nanmean(values[0])
-    found = [
-        json.loads((scene / f"{name}_{engine}.evaluation.json").read_text())["loss"]
-        for engine in ENGINE
-    ]
-    np.testing.assert_allclose(found[0], found[1], rtol=2e-3)
-    # Export.
-    hf = scene / f"{name}_hf"
-    run("convert", "export", "--checkpoint", scene / trained, "--output", hf, engine=there)
-    shown = run("convert", "verify", "--hf", hf, "--checkpoint", scene / trained, "--length",
-                "64", engine=there)  # fmt: skip
-    assert "verify: equal" in shown
+    data = ["--data", str(scene / "data"), "--checkpoint", checkpoint]
+    hf = str(scene / f"{name}_hf")
+    return [
+        ["train", recipe(scene, name, f"{model}_start", 4)],
+        ["train", recipe(scene, f"{name}_started", checkpoint, 1)],
+        ["score", *data, "--window", "128", "--stride", "96", "--name", name],
+        ["evaluate_model", "losses", *data, "--output", str(scene / f"{name}.json"),
+         "--max-sequences", "4"],
+        ["convert", "export", "--checkpoint", checkpoint, "--output", hf],
+        ["convert", "verify", "--checkpoint", checkpoint, "--hf", hf, "--length", "64"],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("wrote", ENGINES)
+def test_what_one_engine_saved_both_go_on_with(model: str, wrote: str, scene: Path) -> None:
+    """verify, the last command, compares tensors and logits itself."""
+    for reads in ENGINES:
+        journey(scene, reads, commands(scene, model, wrote, reads))
+    whole = [line["loss/plain"] for line in logged(scene / f"{model}_{wrote}" / "main")]
+    first, mean, held_out = [], [], []
+    for reads in ENGINES:
+        name = f"{model}_{wrote}_{reads}"
+        resumed = [line["loss/plain"] for line in logged(scene / name / "main")]
+        np.testing.assert_allclose(resumed, whole, rtol=5e-3)
+        first.append(logged(scene / f"{name}_started" / "main")[0]["loss/plain"])
+        sidecar = Sidecar(TokenDataset(str(scene / "data")), name)
+        mean.append(float(np.nanmean(np.asarray(sidecar.values))))
+        held_out.append(json.loads((scene / f"{name}.json").read_text())["loss"])
+    for pair in (first, mean, held_out):
+        np.testing.assert_allclose(pair[0], pair[1], rtol=2e-3)
