@@ -11,7 +11,7 @@ import torch
 from lctw_megatron.benchmarks.attention import attention_benchmark
 from lctw_megatron.benchmarks.chip import matmul_tflops
 from lctw_megatron.benchmarks.head import head_benchmark
-from lctw_megatron.benchmarks.large_model import profile_step, time_steps
+from lctw_megatron.benchmarks.large_model import profile_step, time_deterministic, time_steps
 from lctw_megatron.benchmarks.results import print_results, write_results
 from lctw_megatron.benchmarks.scoring_gpu import time_scoring
 from lctw_megatron.errors import InputError
@@ -35,6 +35,7 @@ def time_attention(results: dict[str, Any]) -> None:
 
 PARTS: dict[str, Callable[[dict[str, Any]], None]] = {
     "steps": time_steps,
+    "deterministic": time_deterministic,
     "profile": profile_step,
     "head": time_head,
     "documents": time_attention,

@@ -7,6 +7,7 @@ import torch
 from lctw_megatron.benchmarks.chip import data_sheet_tflops
 from lctw_megatron.benchmarks.steps import StepBench, random_batches, step_benchmark
 from lctw_megatron.config.schema import RunConfig
+from lctw_megatron.platform.gpu import use_deterministic_kernels
 
 LARGE: dict[str, Any] = {
     "name": "large", "run_dir": "none",
@@ -41,6 +42,22 @@ def time_steps(results: dict[str, Any]) -> None:
     for name, row in steps.items():
         row["utilisation"] = row["tflops_per_second"] / data_sheet_tflops()
         results[f"step {name}"] = row
+
+
+def time_deterministic(results: dict[str, Any]) -> None:
+    """What `training.deterministic` costs: a uniform step with it over one without."""
+    run, uniform = RunConfig.model_validate(LARGE), {"uniform": WEIGHTINGS["uniform"]}
+    seconds = {}
+    try:
+        for wanted in (False, True):
+            use_deterministic_kernels(wanted)
+            seconds[wanted] = step_benchmark(run, uniform, repeats=3)["uniform"]["seconds"]
+    finally:
+        use_deterministic_kernels(False)
+    results["step deterministic"] = {
+        "seconds": seconds[True],
+        "time_ratio": seconds[True] / seconds[False],
+    }
 
 
 def profile_step(results: dict[str, Any]) -> None:

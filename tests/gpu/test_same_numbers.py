@@ -1,17 +1,21 @@
 """One GPU computes what a CPU process, float64 and the paper's published code compute."""
 
+import dataclasses
 import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
 from lctw_megatron.config.schema import LayoutConfig
-from lctw_megatron.model.attention import attend
+from lctw_megatron.model import attention
+from lctw_megatron.model.attention import Rectangle, attend
+from lctw_megatron.platform.capabilities import capabilities
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_llama"
 
@@ -31,12 +35,22 @@ def test_losses_and_all_gradients_are_those_of_a_cpu_process(
         assert error < allowed, (name, error)
 
 
+@pytest.fixture(params=["this torch", "torch before 2.10"])
+def varlen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With torch's variable-length kernel, and as where there is none."""
+    if request.param != "this torch":
+        older = dataclasses.replace(capabilities(), varlen_attention=False)
+        monkeypatch.setattr(attention, "capabilities", lambda: older)
+
+
 BOUNDARIES = [[0, 1, 100, 611, 1024], [0, 512, 1024, 1024, 1024]]
 
 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_attention_is_that_of_float64(dtype: torch.dtype, allowed: float, packed: bool) -> None:
+def test_attention_is_that_of_float64(
+    dtype: torch.dtype, allowed: float, packed: bool, varlen: None
+) -> None:
     generator = torch.Generator().manual_seed(3)
     inputs = [torch.randn(1024, 2, n, 64, generator=generator).bfloat16() for n in (8, 2, 2, 8)]
     boundaries = torch.tensor(BOUNDARIES, dtype=torch.int32) if packed else None
@@ -52,8 +66,10 @@ def test_attention_is_that_of_float64(dtype: torch.dtype, allowed: float, packed
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("packed", [True, False])
-def test_grouped_heads_never_store_the_probabilities(dtype: torch.dtype, packed: bool) -> None:
+@pytest.mark.parametrize("pieces", ["one", "packed", "context parallel"])
+def test_grouped_heads_never_store_the_probabilities(
+    dtype: torch.dtype, pieces: str, varlen: None
+) -> None:
     """32 heads over 8,192 tokens: their probabilities are 8 GiB in float32, all else is 0.6."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -61,8 +77,12 @@ def test_grouped_heads_never_store_the_probabilities(dtype: torch.dtype, packed:
         torch.randn(8192, 1, heads, 128, device="cuda", dtype=dtype, requires_grad=True)
         for heads in (32, 8, 8)
     )
-    boundaries = torch.tensor([[0, 3000, 8192]], dtype=torch.int32) if packed else None
-    attend(q, k, v, boundaries).sum().backward()
+    boundaries = torch.tensor([[0, 3000, 8192]], dtype=torch.int32) if pieces == "packed" else None
+    if pieces == "context parallel":  # the second half of the queries, all keys: one rectangle
+        with mock.patch.object(attention, "rectangles", lambda *_: [Rectangle(0, 4096, 0, 8192)]):
+            attend(q[4096:], k, v, boundaries).sum().backward()
+    else:
+        attend(q, k, v, boundaries).sum().backward()
     assert torch.cuda.max_memory_allocated() < 2 * 2**30
 
 
