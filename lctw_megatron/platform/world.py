@@ -4,6 +4,7 @@ import datetime
 import os
 import random
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,8 +62,8 @@ def initialize(layout: LayoutConfig, seed: int, timeout_minutes: float = 30) -> 
     """Join the ranks started by torchrun or srun (or be alone) and form megatron-core's groups.
 
     Reads RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; without them the world has one rank. Works
-    again with another layout on the same ranks. Raises InputError if the ranks do not fit the
-    layout.
+    again on the same ranks: groups of the same layout are kept, as NCCL takes a second for each.
+    Raises InputError if the ranks do not fit the layout.
     """
     patch_megatron()
     fuse_small_operations()
@@ -89,15 +90,19 @@ def initialize(layout: LayoutConfig, seed: int, timeout_minutes: float = 30) -> 
             f"{layout.context} = {model_ranks} ranks, but {size} were started; start a multiple of "
             f"{model_ranks}"
         )
-    if parallel_state.is_initialized():
-        _leave_groups()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
-        virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
-        context_parallel_size=layout.context,
-        distributed_timeout_minutes=timeout_minutes,
-    )
+    sizes = {
+        "tensor_model_parallel_size": layout.tensor,
+        "pipeline_model_parallel_size": layout.pipeline,
+        "virtual_pipeline_model_parallel_size": layout.virtual_pipeline,
+        "context_parallel_size": layout.context,
+        "distributed_timeout_minutes": timeout_minutes,
+    }
+    if not (parallel_state.is_initialized() and sizes == _FORMED):
+        if parallel_state.is_initialized():
+            _leave_groups()
+        parallel_state.initialize_model_parallel(**sizes)
+        _FORMED.clear()
+        _FORMED.update(sizes)
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -112,6 +117,10 @@ def initialize(layout: LayoutConfig, seed: int, timeout_minutes: float = 30) -> 
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
     )
+
+
+_FORMED: dict[str, Any] = {}
+"""What megatron-core's groups of this process were formed with."""
 
 
 def _leave_groups() -> None:

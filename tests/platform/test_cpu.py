@@ -1,5 +1,6 @@
 """The CPU patches: each one is needed, none reaches farther than it must."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -81,7 +82,8 @@ def test_patching_again_changes_nothing(module: Any) -> None:
 
 
 def test_a_machine_with_cuda_is_left_alone(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with_gpu = dataclasses.replace(cpu.capabilities(), gpu=True)
+    monkeypatch.setattr(cpu, "capabilities", lambda: with_gpu)
     monkeypatch.delattr(torch.Tensor, "cuda")  # what earlier tests left there
     cpu.patch_megatron()
     assert module.torch is torch
