@@ -46,6 +46,8 @@ def sample_or_reason(model: ModelLosses, near: int, most: int) -> dict[str, Any]
     run = model.manifest.run
     if run is None:
         return "the checkpoint is not from a training run"
+    if run.weighting.scheme == "custom":  # a checkpoint from elsewhere would name what is imported
+        return f"the run's weights are of a function of its own, {run.weighting.function}"
     weighting = parse_weighting(run.weighting)
     if isinstance(weighting.scheme, Uniform):
         return None

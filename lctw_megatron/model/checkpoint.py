@@ -14,10 +14,7 @@ complete. A run's folder holds `checkpoints/step_00000100/`, ...
 import hashlib
 import io
 import json
-import pickle
 import re
-from dataclasses import is_dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +23,7 @@ from pydantic import ValidationError
 
 from lctw_megatron.config.schema import ModelConfig, RunConfig, Section
 from lctw_megatron.errors import InputError
+from lctw_megatron.model.checkpoint_metadata import read_index
 from lctw_megatron.model.initialize import sharding
 
 MANIFEST = "checkpoint.json"
@@ -102,20 +100,18 @@ def check_files(checkpoint: Path) -> None:
 
     Three parts of it are pickles, and torch and megatron-core read some of them with an
     unrestricted unpickler (torch.distributed.checkpoint's `.metadata` and the items in the data
-    files that are no tensors). Here they are read first by ones that know only what belongs there.
+    files that are no tensors). Here they are read first: the one by checkpoint_metadata.py, the
+    others by torch's own that knows tensors and plain values only.
     """
     for name in (".metadata", "metadata.json"):
         if not (checkpoint / name).is_file():
             raise InputError(_missing(checkpoint / name))
     path = checkpoint / ".metadata"
     try:
-        with open(path, "rb") as file:
-            metadata = _MetadataUnpickler(file).load()
-        places = metadata.storage_data.items()
+        metadata: Any = read_index(path.read_bytes())
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    except Exception as error:
-        raise InputError(f"{path}: damaged ({type(error).__name__}); use another") from None
+    places = metadata.storage_data.items()
     sizes: dict[str, int] = {}
     for _, info in places:
         end = info.offset + info.length
@@ -155,38 +151,6 @@ def _check_pickled(path: Path, offset: int = 0, length: int = -1) -> None:
             f"{path}: damaged, or holds what does not belong in a checkpoint "
             f"({type(error).__name__}); use another"
         ) from None
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Knows the data classes of torch.distributed.checkpoint and a few plain types."""
-
-    _NAMES = {
-        ("torch", "Size"), ("torch", "device"), ("torch.serialization", "_get_layout"),
-        ("builtins", "set"), ("collections", "OrderedDict"),
-        ("pathlib", "Path"), ("pathlib", "PosixPath"),
-    }  # fmt: skip
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("builtins", "getattr"):
-            return _getattr_of_enums
-        known = (module, name) in self._NAMES
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            known = True
-        # A dotted name reaches through a module to everything that it imports.
-        if module.startswith("torch.distributed.checkpoint.") and "." not in name:
-            value = super().find_class(module, name)
-            plain = isinstance(value, type) and (is_dataclass(value) or issubclass(value, Enum))
-            known = plain and value.__module__ == module
-        if not known:
-            raise InputError(f"names {module}.{name}, which does not belong there; not loaded")
-        return super().find_class(module, name)
-
-
-def _getattr_of_enums(value: Any, name: str) -> Any:
-    """Pickled members of enums are spelled getattr(Class, 'MEMBER')."""
-    if isinstance(value, type) and issubclass(value, Enum):
-        return getattr(value, name)
-    raise InputError("calls getattr on something else than an enum; not loaded")
 
 
 def load_weights(chunks: list[Any], checkpoint: str | Path) -> None:

@@ -3,8 +3,9 @@
 import importlib.util
 import json
 import math
+import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from lctw_megatron.errors import InputError
 from lctw_megatron.evaluation.evaluate import EvaluationSettings, evaluate, open_held_out
 from lctw_megatron.evaluation.model_losses import ModelLosses
 from lctw_megatron.inspection.step_documents import describe_step, step_documents
+from lctw_megatron.model.checkpoint import find_checkpoint, read_manifest
 from lctw_megatron.report.report import write_report
 from tests.distributed import run_distributed
 from tests.evaluation.tiny_run import SEQUENCE, STRIDE, WINDOW, make_data, make_run
@@ -169,6 +171,19 @@ def test_the_page_is_the_end_of_a_sequence_with_its_own_weights(trained, monkeyp
     document = TokenDataset(folder / "train").get(page["document"], page["first_target"], 10)
     texts = TokenTexts(load_tokenizer(folder / "spm.model"))
     assert page["text"] == texts(document)
+
+
+def test_a_function_that_a_checkpoint_names_is_shown_and_not_imported(trained):
+    from lctw_megatron.evaluation.weight_sample import sample_or_reason
+
+    trained_run = read_manifest(find_checkpoint(trained[0] / "run")).run
+    custom = trained_run.weighting.model_copy(
+        update={"scheme": "custom", "function": "antigravity:fly"}
+    )
+    run = trained_run.model_copy(update={"weighting": custom})
+    model = SimpleNamespace(manifest=SimpleNamespace(run=run))
+    assert "antigravity:fly" in sample_or_reason(model, WINDOW, 4)
+    assert "antigravity" not in sys.modules
 
 
 def test_tools_from_checkpoint_to_report(trained, capsys):
