@@ -11,6 +11,7 @@ The folder gets its name only when everything in it is on the disk: a folder wit
 complete. A run's folder holds `checkpoints/step_00000100/`, ...
 """
 
+import errno
 import hashlib
 import io
 import json
@@ -29,6 +30,8 @@ from lctw_megatron.model.initialize import sharding
 MANIFEST = "checkpoint.json"
 TOKENIZER = "tokenizer"
 FORMAT = "lctw-megatron checkpoint 1"
+EXTRA_STATE = "_extra_state"
+"""How the names of a module's extra state end."""
 
 
 class CheckpointManifest(Section):
@@ -95,8 +98,9 @@ def read_manifest(checkpoint: str | Path) -> CheckpointManifest:
         raise InputError(f"{path}: damaged or of another version ({found})") from None
 
 
-def check_files(checkpoint: Path) -> None:
-    """Refuse a checkpoint with missing or cut files, or that would run code when loaded.
+def check_files(checkpoint: Path) -> Any:
+    """Refuse a checkpoint with missing or cut files, or that would run code when loaded. Returns
+    its index (checkpoint_metadata.read_index).
 
     Three parts of it are pickles, and torch and megatron-core read some of them with an
     unrestricted unpickler (torch.distributed.checkpoint's `.metadata` and the items in the data
@@ -133,6 +137,7 @@ def check_files(checkpoint: Path) -> None:
     for item, info in places:
         if not hasattr(metadata.state_dict_metadata.get(item.fqn), "chunks"):  # not a tensor
             _check_pickled(checkpoint / info.relative_path, info.offset, info.length)
+    return metadata
 
 
 def _missing(path: Path) -> str:
@@ -159,17 +164,61 @@ def load_weights(chunks: list[Any], checkpoint: str | Path) -> None:
 
     Raises InputError if the checkpoint is damaged or names or shapes differ.
     """
+    load_model_state(chunks, load_state(model_state(chunks), Path(checkpoint)))
+
+
+def load_state(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    """megatron-core's load of a sharded state dict: ``model``, ``model<i>`` and whatever else. All
+    ranks call it.
+
+    Extra states (of modules: FP8 scales of TransformerEngine's, empty for everything else) that the
+    checkpoint does not have are not asked for: its layers and ours have them in different places.
+    Raises InputError if the checkpoint is damaged or holds another model.
+    """
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.core import CheckpointingException
+    from torch.distributed.checkpoint import CheckpointException
 
-    checkpoint = Path(checkpoint)
-    check_files(checkpoint)
-    state = model_state(chunks)
+    there = check_files(checkpoint).state_dict_metadata.keys()
+    asked = dict(state)
+    for part in state.keys() - {"optimizer"}:
+        asked[part] = {
+            name: entry
+            for name, entry in state[part].items()
+            if not name.endswith(EXTRA_STATE) or getattr(entry, "unique_key", name) in there
+        }
     try:
-        loaded = dist_checkpointing.load(state, str(checkpoint))
+        return dist_checkpointing.load(asked, str(checkpoint))
+    except CheckpointException as error:  # gathered from all ranks, raised on all
+        reasons = [cause[0] for cause in error.failures.values()]
+        if any(map(_is_machines_fault, reasons)):
+            raise RuntimeError(f"{checkpoint}: {reasons}") from error
+        raise _unloadable(checkpoint, reasons[0]) from None
     except CheckpointingException as error:
-        raise InputError(f"{checkpoint}: {' '.join(str(error).split())[:300]}") from None
-    load_model_state(chunks, loaded)
+        raise _unloadable(checkpoint, error) from None
+    except Exception as error:
+        if _is_machines_fault(error):
+            raise
+        raise _unloadable(checkpoint, error) from None
+
+
+def _is_machines_fault(error: BaseException) -> bool:
+    """Another try, on another node, may go well: memory, a broken connection, a failing disk."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError | torch.distributed.DistError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno not in (None, errno.ENOENT)
+    return isinstance(error, RuntimeError) and bool(_CONNECTION.search(str(error)))
+
+
+_CONNECTION = re.compile("gloo|nccl|connection|cuda error|timed out", re.IGNORECASE)
+
+
+def _unloadable(checkpoint: Path, error: BaseException) -> InputError:
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    return InputError(
+        f"{checkpoint}: cannot be loaded ({reason}); it is damaged or holds another model"
+    )
 
 
 def model_state(chunks: list[Any]) -> dict[str, Any]:
@@ -180,8 +229,15 @@ def model_state(chunks: list[Any]) -> dict[str, Any]:
 
 
 def load_model_state(chunks: list[Any], state: dict[str, Any]) -> None:
+    """Put loaded weights into the chunks. InputError unless all but extra states are there."""
     for i, chunk in enumerate(chunks):
-        chunk.load_state_dict(state["model" if len(chunks) == 1 else f"model{i}"])
+        part = state["model" if len(chunks) == 1 else f"model{i}"]
+        missing, unknown = chunk.load_state_dict(part, strict=False)
+        missing = [name for name in missing if not name.endswith(EXTRA_STATE)]
+        for what, names in (("missing", missing), ("unknown", unknown)):
+            if names:
+                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                raise InputError(f"weights are {what}: {', '.join(names[:3])}{more}")
 
 
 def checkpoint_digest(checkpoint: str | Path) -> str:

@@ -13,7 +13,6 @@ from typing import Any, NoReturn, TypeVar
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint import CheckpointException
 
@@ -26,12 +25,14 @@ from lctw_megatron.model.checkpoint import (
     check_files,
     complete_checkpoints,
     load_model_state,
+    load_state,
     model_state,
     read_manifest,
     step_name,
 )
 from lctw_megatron.model.initialize import sharding
 from lctw_megatron.training.exit_status import end_with_parent
+from lctw_megatron.training.optimizer_state import keep_own_settings
 
 Result = TypeVar("Result")
 
@@ -242,9 +243,7 @@ def newest_checkpoint(
 
 def resume(checkpoint: Path, chunks: list[Any], optimizer: Any) -> None:
     """Load weights and optimizer. All ranks call it. InputError if they do not fit."""
-    try:
-        loaded = dist_checkpointing.load(run_state(chunks, optimizer, True), str(checkpoint))
-    except CheckpointingException as error:
-        raise InputError(f"{checkpoint}: {' '.join(str(error).split())[:300]}") from None
+    loaded = load_state(run_state(chunks, optimizer, True), checkpoint)
     load_model_state(chunks, loaded)
+    keep_own_settings(optimizer, loaded["optimizer"])
     optimizer.load_state_dict(loaded["optimizer"])

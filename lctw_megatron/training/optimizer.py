@@ -87,9 +87,13 @@ def learning_rate(training: TrainingConfig, step: int) -> float:
     )
 
 
-def set_learning_rate(optimizer: Any, rate: float) -> None:
+def set_rates(optimizer: Any, training: TrainingConfig, rate: float) -> None:
+    """Learning rate and weight decay of every group: its multiplier times ours. Each step anew, as
+    megatron-core's own scheduler does, which alone reads the multipliers: `wd_mult` is 0 for biases
+    and norms."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("lr_mult", 1.0)
+        group["weight_decay"] = training.weight_decay * group.get("wd_mult", 1.0)
 
 
 @torch.no_grad()

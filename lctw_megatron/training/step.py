@@ -20,7 +20,7 @@ from lctw_megatron.data import zigzag
 from lctw_megatron.scoring.self_scoring import SelfScorer
 from lctw_megatron.training.metrics import StepSums, move
 from lctw_megatron.training.nonfinite import NonFinite
-from lctw_megatron.training.optimizer import clip_gradients, learning_rate, set_learning_rate
+from lctw_megatron.training.optimizer import clip_gradients, learning_rate, set_rates
 from lctw_megatron.weighting.compute import compute_weights_and_counts
 from lctw_megatron.weighting.occurrence import batch_occurrence_distance, sum_by_distance
 from lctw_megatron.weighting.parse import Weighting, parse_weighting
@@ -76,7 +76,7 @@ class Stepper:
         if not (math.isfinite(metrics["loss/weighted"]) and math.isfinite(norm)):
             raise NonFinite(step, metrics["loss/weighted"], norm, self._gather_rows(sums))
         rate = learning_rate(self.run.training, step)
-        set_learning_rate(self.optimizer, rate)
+        set_rates(self.optimizer, self.run.training, rate)
         clip_gradients(self.optimizer, norm, self.run.training.clip_grad)
         self.optimizer.step_with_ready_grads()
         return metrics | {"grad_norm": norm, "learning_rate": rate}

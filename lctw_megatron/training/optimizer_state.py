@@ -1,0 +1,44 @@
+"""What of a saved optimizer comes back: its moments and the number of its steps, not its settings.
+
+megatron-core puts the saved parameter groups in the place of the new ones. Their learning rate,
+betas, eps and decay would then act instead of the recipe's, without a word; and a group that
+torch's AdamW saved lacks what TransformerEngine's or apex's FusedAdam keeps in its own
+(`bias_correction`), and the other way round.
+"""
+
+from typing import Any
+
+from megatron.core.optimizer.optimizer import param_group_identifier_keys
+
+_NOT_SETTINGS = ("params", "step")
+
+
+def keep_own_settings(optimizer: Any, saved: dict[str, Any]) -> None:
+    """Change ``saved``, the loaded sharded state dict of ``optimizer``, so that loading it leaves
+    every group the settings that the recipe has just given it.
+
+    The steps of all groups are one whole number, from which megatron-core makes what the optimizer
+    at hand keeps: torch's a tensor for every parameter, the fused ones a number for every group.
+    """
+    own = {_identity(group): group for group in optimizer.param_groups}
+    for inner in _inner_states(saved):
+        for group in inner["param_groups"]:
+            step = int(group["step"]) if group.get("step") is not None else None
+            settings = own.get(_identity(group), group)
+            kept = {key: settings[key] for key in settings if key not in _NOT_SETTINGS}
+            group.clear()
+            group.update(kept)
+            if step is not None:
+                group["step"] = step
+
+
+def _inner_states(saved: dict[str, Any]) -> list[dict[str, Any]]:
+    """The state dicts of torch's form: of the optimizer, or of each of chained ones."""
+    if "optimizer" in saved:
+        return [saved["optimizer"]]
+    return [part["optimizer"] for part in saved.values() if isinstance(part, dict)]
+
+
+def _identity(group: dict[str, Any]) -> tuple[Any, ...]:
+    """By which megatron-core, too, finds the group that a saved one belongs to."""
+    return tuple(group.get(key) for key in param_group_identifier_keys)
