@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from lctw_megatron.config.schema import RunConfig
 from lctw_megatron.data import zigzag
 from lctw_megatron.scoring.self_scoring import SelfScorer
+from lctw_megatron.training.dropout_seed import seed_dropout
 from lctw_megatron.training.metrics import StepSums, move
 from lctw_megatron.training.nonfinite import NonFinite
 from lctw_megatron.training.optimizer import clip_gradients, learning_rate, set_rates
@@ -83,8 +84,7 @@ class Stepper:
 
     def gradients(self, step: int, batches: list[Batch]) -> StepSums:
         """Score, forward and backward: the gradients of the objective, in the DDP buffers."""
-        # Random numbers (dropout) follow from seed and step alone, so a resume needs no state.
-        tensor_parallel.model_parallel_cuda_manual_seed(self.run.seed + step, force_reset_rng=True)
+        seed_dropout(self.run.seed, step)
         batches = [move(batch, self.device) for batch in batches]
         if self.scorer is not None:
             self.scorer.fill(batches)

@@ -1,0 +1,80 @@
+"""Ranks that work on other layers or tokens draw other masks, those that hold the same draw alike;
+and a resumed run draws what it would have drawn."""
+
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lctw_megatron.config.schema import LayoutConfig
+from lctw_megatron.training.loop import Trainer
+from tests.distributed import run_distributed
+from tests.training.layouts import make_data, make_run
+
+LAYOUTS: list[dict[str, Any]] = [
+    {"tensor": 2, "pipeline": 2},
+    {"tensor": 2, "context": 2},
+    {"tensor": 2},
+    {"pipeline": 2, "context": 2},
+    {"context": 2},
+    {"pipeline": 2},
+]
+"""On four ranks; what is left is data parallelism."""
+
+
+def draws(layouts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """This rank's place, and what it draws for what is replicated and what is split over TP."""
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    from lctw_megatron.platform.world import initialize
+    from lctw_megatron.training.dropout_seed import seed_dropout
+
+    answers = []
+    for layout in layouts:
+        world = initialize(LayoutConfig.model_validate(layout), 7)
+        answer: dict[str, Any] = {
+            "tensor": world.tensor_rank,
+            "place": (world.pipeline_rank, world.context_rank, world.data_rank),
+        }
+        for seed, step in [(7, 3), (7, 4), (8, 3)]:
+            seed_dropout(seed, step)
+            replicated = torch.rand(4).tolist()
+            with get_cuda_rng_tracker().fork():
+                answer[f"{seed}/{step}"] = replicated, torch.rand(4).tolist()
+        answers.append(answer)
+    return answers
+
+
+def test_masks_differ_where_the_work_differs() -> None:
+    ranks = run_distributed(draws, 4, LAYOUTS)
+    for number, layout in enumerate(LAYOUTS):
+        for one, other in combinations([rank[number] for rank in ranks], 2):
+            replicated, split = (a == b for a, b in zip(one["7/3"], other["7/3"], strict=True))
+            same_place = one["place"] == other["place"]
+            assert replicated == same_place, (layout, one, other)
+            assert not split, (layout, one, other)
+        for rank in ranks:
+            drawn = [rank[number][key][i] for key in ("7/3", "7/4", "8/3") for i in (0, 1)]
+            assert len({tuple(values) for values in drawn}) == 6
+
+
+def test_a_resumed_run_drops_what_the_whole_one_drops(tmp_path: Path) -> None:
+    data = make_data(tmp_path)
+    dropout = {"hidden_dropout": 0.2, "attention_dropout": 0.2}
+
+    def losses(name: str, numbers: range, save: bool = False) -> list[float]:
+        run = make_run(data, str(tmp_path / name), {}, "pack", "dense", "self", model=dropout)
+        trainer = Trainer(run)
+        try:
+            assert trainer.first_step == numbers.start
+            steps = [trainer.stepper.step(n, list(trainer.loader.step(n))) for n in numbers]
+            if save:
+                trainer.save(numbers.stop)
+            return [step["loss/weighted"] for step in steps]
+        finally:
+            trainer.close()
+
+    whole = losses("whole", range(3))
+    assert losses("parts", range(2), save=True) + losses("parts", range(2, 3)) == whole
+    assert len(set(whole)) == 3
