@@ -32,6 +32,16 @@ def check_run(run: RunConfig) -> None:
             f"training.eval_interval is {training.eval_interval}, but data.validation names no "
             "dataset; give one or leave eval_interval out"
         )
+    if (
+        training.keep_every
+        and training.save_interval
+        and training.keep_every % training.save_interval
+    ):
+        raise InputError(
+            f"training.keep_every ({training.keep_every}) must be divisible by "
+            f"training.save_interval ({training.save_interval}), or the checkpoints that it shall "
+            "keep are never written"
+        )
     positions = run.model.max_position_embeddings
     if positions and positions < sequence_length:
         raise InputError(

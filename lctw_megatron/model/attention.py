@@ -27,6 +27,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
@@ -243,6 +244,15 @@ def _deduplicated(row: list[int]) -> list[int]:
     return [row[0], *(b for a, b in zip(row, row[1:], strict=False) if b > a)]
 
 
+def _random_states_of_heads(config: Any) -> AbstractContextManager[None]:
+    """Inside, tensor ranks draw masks of their own, as each has heads of its own. Under sequence
+    parallelism megatron-core's layers have done it around the whole attention, and doing it twice
+    would draw other masks when activations are recomputed."""
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    return nullcontext() if config.sequence_parallel else get_cuda_rng_tracker().fork()
+
+
 class SDPACoreAttention(torch.nn.Module):
     """``attend`` in the place of megatron-core's core attention.
 
@@ -280,8 +290,7 @@ class SDPACoreAttention(torch.nn.Module):
         """query [s, b, n, d]; key, value [s, b, g, d] -> [s, b, n * d]."""
         # Short windows run with context_parallel_size 1 (model.gpt.without_context_parallel).
         group = self.context_group if self.config.context_parallel_size > 1 else None
-        out = attend(
-            query, key, value, attention_mask, group, self.softmax_scale,
-            self.dropout if self.training else 0.0,
-        )  # fmt: skip
+        dropout = self.dropout if self.training else 0.0
+        with _random_states_of_heads(self.config) if dropout else nullcontext():
+            out = attend(query, key, value, attention_mask, group, self.softmax_scale, dropout)
         return out.reshape(*out.shape[:2], -1)

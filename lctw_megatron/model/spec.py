@@ -14,8 +14,13 @@ from lctw_megatron.platform.capabilities import capabilities
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
-def uses_transformer_engine(model: ModelConfig) -> bool:
-    """Whether `attention: auto | te | sdpa` means TransformerEngine's layers on this machine."""
+def uses_transformer_engine(model: ModelConfig, dtype: torch.dtype) -> bool:
+    """Whether `attention: auto | te | sdpa` means TransformerEngine's layers on this machine.
+
+    Half precision only: it multiplies float32 matrices in TF32 (losses of a small model differ by
+    1e-2 nats), and its one attention for float32 stores all probabilities and knows no context
+    parallelism.
+    """
     here = capabilities()
     if model.attention == "te" and here.transformer_engine is None:
         why = here.transformer_engine_error or (
@@ -25,18 +30,14 @@ def uses_transformer_engine(model: ModelConfig) -> bool:
             f"model.attention: te, but TransformerEngine cannot be used here ({why}); mend its "
             "installation (a container's own fits its torch) or set model.attention=sdpa"
         )
-    return model.attention != "sdpa" and here.transformer_engine is not None
+    half = dtype in (torch.bfloat16, torch.float16)
+    return half and model.attention != "sdpa" and here.transformer_engine is not None
 
 
 def has_own_core_attention(model: ModelConfig, dtype: torch.dtype, packed: bool) -> bool:
-    """Whether the layers get our core attention (model/attention.py).
-
-    TransformerEngine's cuts packed sequences for context parallelism piece by piece, where ours are
-    cut as a whole; and for float32 it has neither flash nor fused kernels, only one that stores all
-    probabilities, and none at all under context parallelism.
-    """
-    half = dtype in (torch.bfloat16, torch.float16)
-    return packed or not half or not uses_transformer_engine(model)
+    """Whether the layers get our core attention (model/attention.py): TransformerEngine's cuts
+    packed sequences for context parallelism piece by piece, where ours are cut as a whole."""
+    return packed or not uses_transformer_engine(model, dtype)
 
 
 def recomputes(model: ModelConfig, layout: LayoutConfig, dtype: torch.dtype, packed: bool) -> str:
@@ -113,15 +114,14 @@ def transformer_config(
 def point_to_point(layout: LayoutConfig, on_gpu: bool) -> dict[str, bool]:
     """How pipeline stages exchange tensors.
 
-    Interleaved on a GPU: one message a tensor, overlapped with the computation. Batched messages
-    between two ranks that are each other's previous and next (two stages) are matched in the wrong
-    order by NCCL, and training goes on with swapped tensors; Megatron-LM's arguments refuse that
-    combination, megatron-core alone does not. Without overlap two unbatched messages can wait for
-    each other. gloo has no batched messages.
+    Interleaved: one message a tensor, overlapped with the computation. Batched messages between two
+    ranks that are each other's previous and next (two stages) are matched in the wrong order, and
+    training goes on with swapped tensors; Megatron-LM's arguments refuse that combination,
+    megatron-core alone does not. gloo sends batched messages one by one, so they gain nothing.
     """
     interleaved = layout.virtual_pipeline is not None
     return {
-        "overlap_p2p_comm": on_gpu and interleaved,
+        "overlap_p2p_comm": interleaved,
         "batch_p2p_comm": on_gpu and not interleaved,
         # For torch before 1.12, whose batched messages raced with the computation.
         "batch_p2p_sync": False,
@@ -136,6 +136,11 @@ def _attention_backend() -> Any:
     """
     from megatron.core.transformer.enums import AttnBackend
 
+    if os.environ.get("NVTE_APPLY_QK_LAYER_SCALING", "0") != "0":
+        raise InputError(
+            "environment: NVTE_APPLY_QK_LAYER_SCALING is set, but no model here scales queries and "
+            "keys by layer; unset it"
+        )
     names = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
     backends = {
         AttnBackend.auto: ("1", "1", "1"),
@@ -165,7 +170,7 @@ def block_spec(model: ModelConfig, config: Any, vp_stage: int | None, packed: bo
         get_num_layers_to_build,
     )
 
-    if uses_transformer_engine(model):
+    if uses_transformer_engine(model, config.params_dtype):
         layer = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
             qk_layernorm=model.qk_norm
         )

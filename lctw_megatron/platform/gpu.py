@@ -10,6 +10,7 @@ import os
 import torch
 import torch._dynamo
 
+from lctw_megatron.errors import InputError
 from lctw_megatron.platform.capabilities import capabilities
 
 
@@ -32,14 +33,26 @@ def fuse_small_operations() -> None:
         rope_utils._apply_rotary_pos_emb_bshd = torch.compile(plain)
 
 
+_DETERMINISTIC = {
+    "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": ("0",),
+    "NCCL_ALGO": ("Ring", "CollnetDirect", "CollnetChain", "^NVLS"),  # Megatron-LM's list
+}
+"""Variable: values with which the libraries add up in one order, the first if it is not set."""
+
+
 def use_deterministic_kernels(wanted: bool) -> None:
     """Only kernels that add up in one order, or any. Before the first kernel of the process.
 
     Not deterministic otherwise: the backward of torch's and TransformerEngine's flash attention,
-    which adds the parts of the queries' gradient atomically, and cuBLAS with several workspaces.
+    which adds the parts of the queries' gradient atomically, cuBLAS with several workspaces, and
+    NCCL's choice of algorithm. InputError if the environment asks for one of those.
     """
     # Not warn_only, with which flash attention stays as it is.
     torch.use_deterministic_algorithms(wanted)
-    if wanted:
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-        os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
+    for name, allowed in _DETERMINISTIC.items() if wanted else ():
+        if os.environ.setdefault(name, allowed[0]) not in allowed:
+            raise InputError(
+                f"environment: {name}={os.environ[name]} does not go with training.deterministic; "
+                f"unset it, or set it to {' or '.join(allowed)}"
+            )

@@ -69,6 +69,10 @@ def initialize(layout: LayoutConfig, seed: int, timeout_minutes: float = 30) -> 
     fuse_small_operations()
     from megatron.core import parallel_state, tensor_parallel
 
+    if layout.tensor > 1 or layout.context > 1:
+        # Before Blackwell the order of the host lets communication overlap only on one connection
+        # (Megatron-LM's arguments demand it). CUDA reads it when it starts.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device = default_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)

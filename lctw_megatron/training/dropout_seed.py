@@ -19,6 +19,8 @@ def seed_dropout(seed: int, step: int) -> None:
         parallel_state.get_context_parallel_rank(),
     )
     # Hashed: step 1 of seed 1 shall not be step 0 of seed 2.
-    digest = hashlib.blake2b(repr((seed, step, place)).encode(), digest_size=4).digest()
-    number = int.from_bytes(digest, "little")
-    tensor_parallel.model_parallel_cuda_manual_seed(number, force_reset_rng=True)
+    digest = hashlib.blake2b(repr((seed, step, place)).encode(), digest_size=8).digest()
+    number = int.from_bytes(digest, "little") >> 2  # signed, and with room for what is added
+    # The tracker is reseeded, not replaced: TransformerEngine's attention keeps the one that it was
+    # built with, and would go on with that one's states.
+    tensor_parallel.model_parallel_cuda_manual_seed(number)

@@ -293,6 +293,11 @@ class Trainer:
                 f"layout.recompute {run.layout.recompute}: left out, as TransformerEngine's "
                 "attention keeps nothing that it would free"
             )
+        if run.model.attention == "te" and run.training.precision == "fp32":
+            self.print_rank_0(
+                "model.attention te: float32 takes our layers, as TransformerEngine multiplies it "
+                "in TF32"
+            )
         for line in self.loader.packing_cost_lines():
             self.print_rank_0(line)
         self.print_rank_0(

@@ -16,7 +16,7 @@ from tests.training.layouts import MODEL
         # Two stages are each other's previous and next: NCCL would match batched messages wrongly.
         ({"pipeline": 2, "virtual_pipeline": 2}, True, True, False),
         ({"pipeline": 4, "virtual_pipeline": 2}, True, True, False),
-        ({"pipeline": 2, "virtual_pipeline": 2}, False, False, False),
+        ({"pipeline": 2, "virtual_pipeline": 2}, False, True, False),
         ({"pipeline": 2}, False, False, False),
     ],
 )
@@ -29,9 +29,9 @@ def test_interleaved_stages_overlap_unbatched_messages(layout, on_gpu, overlap, 
 def test_selective_recomputation_is_left_out_where_it_frees_nothing(monkeypatch):
     model, layout = ModelConfig.model_validate(MODEL), LayoutConfig(recompute="selective")
     assert spec.recomputes(model, layout, torch.bfloat16, packed=False) == "selective"
-    monkeypatch.setattr(spec, "uses_transformer_engine", lambda model: True)
+    monkeypatch.setattr(spec, "uses_transformer_engine", lambda *_: True)
     assert spec.recomputes(model, layout, torch.bfloat16, packed=False) == "none"
-    assert spec.recomputes(model, layout, torch.float32, packed=False) == "selective"
+    assert spec.recomputes(model, layout, torch.bfloat16, packed=True) == "selective"
     assert spec.transformer_config(model, layout, torch.bfloat16, False).recompute_granularity is (
         None
     )

@@ -77,9 +77,9 @@ def test_attention_te_without_a_usable_one_says_why(monkeypatch: pytest.MonkeyPa
     ]:
         fresh(monkeypatch, **changes)
         with pytest.raises(InputError, match=reason):
-            spec.uses_transformer_engine(model)
+            spec.uses_transformer_engine(model, torch.bfloat16)
     fresh(monkeypatch, gpu=True, transformer_engine="2.20.2")
-    assert spec.uses_transformer_engine(model)
+    assert spec.uses_transformer_engine(model, torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_attention_te_without_a_usable_one_says_why(monkeypatch: pytest.MonkeyPa
     [
         (torch.bfloat16, False, False),
         (torch.bfloat16, True, True),
-        (torch.float32, False, True),  # TransformerEngine would store all probabilities
+        (torch.float32, False, True),
     ],
 )
 def test_float32_and_packed_sequences_take_our_core_attention_inside_transformer_engines_layers(
@@ -96,6 +96,8 @@ def test_float32_and_packed_sequences_take_our_core_attention_inside_transformer
     fresh(monkeypatch, gpu=True, transformer_engine="2.20.2")
     model = ModelConfig.model_validate(MODEL)
     assert spec.has_own_core_attention(model, dtype, packed) is own
+    # It multiplies float32 in TF32.
+    assert spec.uses_transformer_engine(model, dtype) is (dtype == torch.bfloat16)
 
 
 VARIABLES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
