@@ -16,9 +16,8 @@ VOCABULARY = 1000
 
 MODEL: dict[str, Any] = dict(
     num_layers=4, hidden_size=256, ffn_hidden_size=512, num_attention_heads=4, num_query_groups=2,
-    vocab_size=VOCABULARY, init_method_std=0.2,
+    vocab_size=VOCABULARY, init_method_std=0.05,
 )  # fmt: skip
-"""Wide weights spread the scores: of two that differ in the last bit sparse may keep either."""
 
 ENGINES: dict[str, tuple[str, str]] = {
     "ours fp32": ("sdpa", "fp32"),

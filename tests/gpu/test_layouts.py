@@ -4,6 +4,10 @@ trainer over NCCL.
 float32: losses, gradient norms and weights' statistics within 1e-5. bf16: losses within 2e-3,
 gradient norms within 2e-2. Pipeline stages do the arithmetic of one GPU: the losses of their first
 step are equal to the last bit.
+
+`sparse` is no continuous function of the losses: of two targets at the threshold whose scores differ
+in the last bits one layout keeps the one, another the other, at weight 5. It has a line of its own
+in the table, and its weighted loss and gradient norm are held to 2e-3 and 1e-2 (bf16 1e-2 and 5e-2).
 """
 
 import itertools
@@ -91,14 +95,17 @@ def test_every_layout_trains_as_one_gpu(
         cases = [(engine, LAYOUTS[name][1], *case) for name in names for case in CASES]
         answers = iter(train(prefix, tmp_path, ranks, cases))
         for name in names:
-            rows = [differences(next(answers), right) for right in alone]
-            largest = {metric: max(row[metric] for row in rows) for metric in rows[0]}
-            shown = "  ".join(f"{metric} {value:.1e}" for metric, value in largest.items())
-            lines.append(f"{name:24} {shown}")
+            rows = {case: differences(next(answers), right) for case, right in zip(
+                CASES, alone, strict=True)}  # fmt: skip
+            for sparse in (False, True):
+                chosen = [row for case, row in rows.items() if is_sparse(case) == sparse]
+                largest = {metric: max(row[metric] for row in chosen) for metric in chosen[0]}
+                shown = "  ".join(f"{metric} {value:.1e}" for metric, value in largest.items())
+                lines.append(f"{name + (' sparse' if sparse else ''):32} {shown}")
             failures += [
                 (name, case, metric, row[metric], allowed)
-                for case, row in zip(CASES, rows, strict=True)
-                for metric, allowed in allowed_differences(engine, name).items()
+                for case, row in rows.items()
+                for metric, allowed in allowed_differences(engine, name, is_sparse(case)).items()
                 if not row[metric] <= allowed
             ]
     with capsys.disabled():
@@ -106,11 +113,20 @@ def test_every_layout_trains_as_one_gpu(
     assert not failures, "\n".join(map(str, failures))
 
 
-def allowed_differences(engine: str, layout: str) -> dict[str, float]:
+def is_sparse(case: tuple[str, str]) -> bool:
+    return case[1].startswith("sparse")
+
+
+def allowed_differences(engine: str, layout: str, sparse: bool) -> dict[str, float]:
     if engine.endswith("fp32"):
         allowed = {name: 1e-5 for name in (*COMPARED, "validation")}
+        if sparse:
+            allowed = {"loss/weighted": 2e-3, "loss/plain": 1e-3, "validation": 1e-3,
+                       "grad_norm": 1e-2, "weights/max": 1e-5}  # fmt: skip
     else:
         allowed = {"loss/weighted": 2e-3, "loss/plain": 2e-3, "validation": 2e-3, "grad_norm": 2e-2}
+        if sparse:
+            allowed |= {"loss/weighted": 1e-2, "grad_norm": 5e-2}
     if layout in ("PP2", "PP2+VPP2", "PP4"):
         allowed["first loss"] = 0.0
     return allowed
