@@ -5,9 +5,10 @@ float32: losses, gradient norms and weights' statistics within 1e-5. bf16: losse
 gradient norms within 2e-2. Pipeline stages do the arithmetic of one GPU: the losses of their first
 step are equal to the last bit.
 
-`sparse` is no continuous function of the losses: of two targets at the threshold whose scores differ
-in the last bits one layout keeps the one, another the other, at weight 5. It has a line of its own
-in the table, and its weighted loss and gradient norm are held to 2e-3 and 1e-2 (bf16 1e-2 and 5e-2).
+`sparse` is no continuous function of the losses: of two targets at the threshold whose scores
+differ in the last bits one layout keeps the one, another the other, at weight 5. It has a line of
+its own in the table; its weighted loss and gradient norm are held to 2e-3 and 1e-2 (bf16 1e-2 and
+5e-2).
 """
 
 import itertools
