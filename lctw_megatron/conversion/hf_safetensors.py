@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lctw_megatron.closing import Closing
 from lctw_megatron.conversion.dtypes import BY_SAFETENSORS
-from lctw_megatron.conversion.hf_config import read_json
+from lctw_megatron.data.json_object import read_json_object
 from lctw_megatron.errors import InputError
 
 SINGLE = "model.safetensors"
@@ -121,7 +121,7 @@ def _check_object(pairs: list[tuple[str, Any]]) -> None:
 def _read_indexed(folder: Path) -> dict[str, Entry]:
     """All tensors of the files that the index names; index and headers must say the same."""
     index = folder / INDEX
-    where = read_json(index).get("weight_map")
+    where = read_json_object(index).get("weight_map")
     if not isinstance(where, dict) or not all(isinstance(f, str) for f in where.values()):
         raise InputError(f"{index}: weight_map with a file for every tensor was expected")
     names = sorted(set(where.values()))
