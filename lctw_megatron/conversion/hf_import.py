@@ -1,4 +1,5 @@
-"""A Hugging Face folder to a checkpoint, streamed: one tensor of one layer in memory at a time.
+"""A Hugging Face folder to a checkpoint, streamed: one tensor of one layer in memory at a time,
+and what is mapped of the file that it is read from.
 
 Everything is checked before anything is written: the configuration, the header of every file, and
 that the tensors are exactly those of the architecture.
