@@ -2,10 +2,11 @@
 
 import sys
 import time
-from types import TracebackType
 from typing import TextIO
 
 from tqdm import tqdm
+
+from lctw_megatron.closing import Closing
 
 LOG_INTERVAL_SECONDS = 10.0
 
@@ -28,7 +29,7 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minute:02d}:{second:02d}"
 
 
-class Progress:
+class Progress(Closing):
     """``with Progress("tokenise", total, "bytes") as progress: progress.update(n, tokens=m)``.
 
     Writes to standard error. On a terminal it is one moving bar; anywhere else one line every
@@ -81,20 +82,16 @@ class Progress:
         """Show ``text`` at the end of the bar or line from now on."""
         self._note = text
 
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         if self._bar is not None:
             self._bar.set_postfix_str(", ".join(self._extras()))
             self._bar.close()
-        elif kind is None:  # after an error, its one line shall stand alone
+        else:
             self._write_line(f"{clock(self._elapsed())} elapsed")
+
+    def give_up(self, error: BaseException) -> None:
+        if self._bar is not None:  # in a log the one line of the error shall stand alone
+            self.close()
 
     def _elapsed(self) -> float:
         return max(time.monotonic() - self._start, 1e-9)

@@ -34,6 +34,7 @@ from lctw_megatron.config.schema import (
     RunSections,
     WeightingConfig,
 )
+from lctw_megatron.config.schemes import needs_short_loss
 from lctw_megatron.config.validation_errors import build, check_values, nearest
 from lctw_megatron.config.yaml_text import parse_yaml, parse_yaml_mapping, to_yaml
 from lctw_megatron.errors import InputError
@@ -245,7 +246,7 @@ def _check_recipe(recipe: Recipe, where: str) -> None:
 def _check_scores(recipe: Recipe, run: RunConfig) -> None:
     """Refuse scores that do not fit a run that reads them."""
     scoring, weighting = recipe.scoring, run.weighting
-    compares = weighting.mode == "frozen" and weighting.scheme not in ("uniform", "position")
+    compares = weighting.mode == "frozen" and needs_short_loss(weighting.scheme)
     if scoring and compares and run.data.scores == scoring.name:
         check_scores_fit(run, scoring)
 

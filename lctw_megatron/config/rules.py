@@ -2,6 +2,7 @@
 
 from lctw_megatron.config.layout_rules import check_layout
 from lctw_megatron.config.schema import EvaluationConfig, RunConfig, ScoringConfig
+from lctw_megatron.config.schemes import needs_short_loss
 from lctw_megatron.errors import InputError
 
 
@@ -11,7 +12,7 @@ def check_run(run: RunConfig) -> None:
     Raises InputError naming the rule and the numbers.
     """
     weighting, sequence_length = run.weighting, run.data.sequence_length
-    if weighting.mode == "self" and weighting.scheme not in ("uniform", "position"):
+    if weighting.mode == "self" and needs_short_loss(weighting.scheme):
         for field in ("window", "stride"):
             if getattr(weighting, field) is None:
                 raise InputError(

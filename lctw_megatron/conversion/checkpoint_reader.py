@@ -16,8 +16,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.utils import _create_file_view
 
-from lctw_megatron.conversion.file_part import FilePart
 from lctw_megatron.conversion.hf_safetensors import as_bytes, tensor_of
 from lctw_megatron.conversion.placement import StoredTensor
 from lctw_megatron.errors import InputError
@@ -80,8 +80,8 @@ class CheckpointReader:
         info = self._metadata.storage_data[item.storage_index]
         path = self.checkpoint / info.relative_path
         try:
-            with open(path, "rb", buffering=0) as file:
-                part: Any = FilePart(file.fileno(), info.offset, info.length)
+            with open(path, "rb") as file:
+                part: Any = _create_file_view(file, info.offset, info.length)  # type: ignore[arg-type]
                 # Without its data: how the box lies in the archive that torch.save wrote.
                 box = torch.load(part, map_location="meta", weights_only=True)
                 begin = getattr(box.untyped_storage(), "_checkpoint_offset", None)
@@ -93,7 +93,8 @@ class CheckpointReader:
                     and place.is_contiguous()
                 ):
                     part.seek(begin)
-                    part.read_all(as_bytes(place))
+                    if part.readinto(as_bytes(place)) != place.nbytes:
+                        raise EOFError("the file ends too early")
                     return
                 part.seek(0)
                 box = torch.load(part, map_location="cpu", weights_only=True)

@@ -17,7 +17,6 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import IO
 
 import torch
@@ -35,6 +34,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from lctw_megatron.atomic import write_json
+from lctw_megatron.closing import Closing
 from lctw_megatron.conversion.placement import StoredTensor
 
 FILE_BYTES = 10**9
@@ -68,7 +68,7 @@ def _no_checksums() -> Iterator[None]:
         torch.serialization.set_crc32_options(before)
 
 
-class CheckpointFiles:
+class CheckpointFiles(Closing):
     """``add`` every tensor and leave the context: without an error the files are complete."""
 
     def __init__(self, folder: Path) -> None:
@@ -77,9 +77,6 @@ class CheckpointFiles:
         self._files = 0
         self._metadata = Metadata(state_dict_metadata={})
         self._results: list[WriteResult] = []
-
-    def __enter__(self) -> "CheckpointFiles":
-        return self
 
     def add(self, stored: StoredTensor, value: Tensor) -> None:
         """Write ``value`` (stored.shape, contiguous, owning no more memory than it shows)."""
@@ -115,16 +112,8 @@ class CheckpointFiles:
             file.write(buffer.getbuffer())
             self._wrote(MetadataIndex(name), begin)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._file is not None:
-            self._file.close()
-        if error is not None:
-            return
+    def close(self) -> None:
+        self._close_file()
         FileSystemWriter(self._folder).finish(self._metadata, [self._results])
         torch.save({"content_metadata": _CONTENT}, self._folder / "common.pt")
         write_json(
@@ -137,11 +126,18 @@ class CheckpointFiles:
             },
         )
 
+    def give_up(self, error: BaseException) -> None:
+        self._close_file()
+
+    def _close_file(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
     def _open(self) -> IO[bytes]:
         """The current file, or a new one once it is full."""
         if self._file is not None and self._file.tell() >= FILE_BYTES:
-            self._file.close()
-            self._file = None
+            self._close_file()
         if self._file is None:
             name = f"__0_{self._files}.distcp"
             self._file = open(self._folder / name, "wb")  # noqa: SIM115  closed when full, or at exit

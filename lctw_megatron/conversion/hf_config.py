@@ -5,7 +5,6 @@ Reads what transformers 4 and 5 write: `rope_theta` beside `rope_scaling`, or bo
 An option that changes the arithmetic and that our model does not have is an error that names it.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from lctw_megatron.config.schema import ModelConfig, RopeScaling
 from lctw_megatron.conversion import dtypes
 from lctw_megatron.conversion.architectures import ARCHITECTURES, Llama, architecture
 from lctw_megatron.conversion.placement import head_width, query_groups
+from lctw_megatron.data.json_object import read_json_object
 from lctw_megatron.errors import InputError
 
 CONFIG = "config.json"
@@ -49,7 +49,13 @@ class HFConfig:
 def read_config(folder: Path) -> HFConfig:
     """Read FOLDER/config.json. Raises InputError, naming the field, if it cannot be converted."""
     path = folder / CONFIG
-    values = read_json(path)
+    try:
+        values = read_json_object(path)
+    except FileNotFoundError:
+        raise InputError(
+            f"{path}: missing; expected a Hugging Face model folder with config.json and "
+            "safetensors files"
+        ) from None
     table = _table(values, path)
     _refuse_unsupported(values, table, path)
     theta, scaling = _rope(values, table, path)
@@ -125,22 +131,6 @@ def config_values(model: ModelConfig, dtype: str, token_ids: dict[str, Any]) -> 
     }
     if model.rope_scaling is not None:
         values["rope_scaling"] = {"rope_type": "llama3", **model.rope_scaling.model_dump()}
-    return values
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in the JSON file ``path``; InputError if there is none."""
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise InputError(
-            f"{path}: missing; expected a Hugging Face model folder with config.json and "
-            "safetensors files"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: a JSON object was expected, found {type(values).__name__}")
     return values
 
 

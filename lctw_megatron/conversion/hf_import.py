@@ -1,4 +1,5 @@
-"""A Hugging Face folder to a checkpoint, streamed: one tensor of one layer in memory at a time.
+"""A Hugging Face folder to a checkpoint, streamed: one tensor of one layer in memory at a time,
+and what is mapped of the file that it is read from.
 
 Everything is checked before anything is written: the configuration, the header of every file, and
 that the tensors are exactly those of the architecture.
@@ -125,9 +126,7 @@ def _write(
     memory = np.empty(largest_bytes(tensors, dtype), np.uint8)
     total = sum(math.prod(stored.shape) for stored in tensors) * dtype.itemsize
     with Progress("import", total, "B") as progress, CheckpointFiles(folder) as files:
-        for stored, following in zip(tensors, [*tensors[1:], None], strict=True):
-            for part in following.parts if following else ():
-                source.prefetch(part.name)
+        for stored in tensors:
             value = tensor_of(memory, dtype, stored.shape)
             read_stored(source, stored, value)
             files.add(stored, value)
@@ -166,7 +165,8 @@ def _equal(source: SafetensorsFolder, one: str, other: str) -> bool:
     a, b = source.entries[one], source.entries[other]
     if a.shape != b.shape or a.dtype != b.dtype or a.dtype not in dtypes.BY_SAFETENSORS:
         return False
-    step = max(1, (1 << 26) // max(1, a.size // a.shape[0]))
+    width = math.prod(a.shape[1:]) * source.dtype(one).itemsize
+    step = max(1, (1 << 26) // max(1, width))
     for row in range(0, a.shape[0], step):
         shape = (min(step, a.shape[0] - row), *a.shape[1:])
         parts = [torch.empty(shape, dtype=source.dtype(one)) for _ in range(2)]

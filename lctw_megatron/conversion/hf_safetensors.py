@@ -1,60 +1,57 @@
-"""The safetensors files of a Hugging Face folder, read in place: any rows of any tensor.
+"""The safetensors files of a Hugging Face folder: any rows of any tensor, read by the library.
 
-A file is: <Q length of the header; the header (JSON: name to dtype, shape and data_offsets, begin
-and end in the data); the data. With several files, model.safetensors.index.json says which tensor
-is in which. Nothing is mapped into memory: what is read goes straight to where it is wanted, so
-that the caller decides how much memory that is.
+With several files, model.safetensors.index.json says which tensor is in which. The library maps
+files into memory, and every page that was read counts as memory of the process until the file is
+closed. So a file is open for one tensor at a time: what it adds is at most that tensor.
 """
 
 import json
 import math
-import os
-import struct
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lctw_megatron.closing import Closing
 from lctw_megatron.conversion.dtypes import BY_SAFETENSORS
-from lctw_megatron.conversion.hf_config import read_json
+from lctw_megatron.data.json_object import read_json_object
 from lctw_megatron.errors import InputError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_PIECE = 1 << 26
-"""Bytes converted at a time when the dtype changes."""
+_LARGEST_HEADER = 10**8
+"""Bytes; the library reads no larger one."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies."""
+    """What the header of ``file`` says about a tensor."""
 
     file: Path
     dtype: str
     """As the format spells it: BF16."""
     shape: tuple[int, ...]
-    offset: int
-    """Of its first byte in the file."""
-    size: int
-    """Bytes."""
 
 
-class SafetensorsFolder:
-    """The tensors of a folder; a context manager that closes the files.
+class SafetensorsFolder(Closing):
+    """The tensors of a folder; a context manager that closes the file read last.
 
-    Opening checks every header against its file and the index against the headers. Raises
-    InputError naming every file and tensor that is wrong.
+    Opening checks every file and the index against the headers. Raises InputError naming every
+    file and tensor that is wrong.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._files: dict[Path, int] = {}
+        self._open = ExitStack()
+        self._name = ""  # the tensor for which ``_file`` is open
+        self._file: Any = None
         if (folder / SINGLE).is_file():
             self.entries = read_header(folder / SINGLE)
         elif (folder / INDEX).is_file():
@@ -62,58 +59,19 @@ class SafetensorsFolder:
         else:
             raise InputError(_nothing_to_read(folder))
 
-    def __enter__(self) -> "SafetensorsFolder":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for descriptor in self._files.values():
-            os.close(descriptor)
-        self._files.clear()
+    def close(self) -> None:
+        self._open.close()
 
     def dtype(self, name: str) -> torch.dtype:
         return BY_SAFETENSORS[self.entries[name].dtype]
 
-    def prefetch(self, name: str) -> None:
-        """Ask the system to begin reading a tensor into its page cache. Costs no memory of ours."""
-        entry = self.entries[name]
-        os.posix_fadvise(
-            self._descriptor(entry.file), entry.offset, entry.size, os.POSIX_FADV_WILLNEED
-        )
-
     def read_rows(self, name: str, row: int, out: Tensor) -> None:
-        """Fill ``out`` (contiguous, on the CPU) with the rows from ``row`` on, in its dtype."""
-        entry = self.entries[name]
-        source = BY_SAFETENSORS[entry.dtype]
-        width = math.prod(entry.shape[1:])
-        begin = entry.offset + row * width * source.itemsize
-        flat = out.view(-1)
-        if source == out.dtype:
-            self._read(entry.file, begin, as_bytes(flat))
-            return
-        step = _PIECE // source.itemsize
-        for start in range(0, flat.numel(), step):
-            piece = torch.empty(min(step, flat.numel() - start), dtype=source)
-            self._read(entry.file, begin + start * source.itemsize, as_bytes(piece))
-            flat[start : start + step].copy_(piece)
-
-    def _read(self, path: Path, offset: int, out: memoryview) -> None:
-        descriptor = self._descriptor(path)
-        done = 0
-        while done < len(out):  # one call reads at most 2 GiB
-            count = os.preadv(descriptor, [out[done:]], offset + done)
-            if count == 0:
-                raise InputError(f"{path}: became shorter while it was read")
-            done += count
-
-    def _descriptor(self, path: Path) -> int:
-        if path not in self._files:
-            self._files[path] = os.open(path, os.O_RDONLY)
-        return self._files[path]
+        """Fill ``out`` (on the CPU) with the rows from ``row`` on, in its dtype."""
+        if name != self._name:
+            self._open.close()
+            self._file = self._open.enter_context(safe_open(self.entries[name].file, "pt"))
+            self._name = name
+        out.copy_(self._file.get_slice(name)[row : row + len(out)])
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
@@ -129,58 +87,41 @@ def tensor_of(memory: np.ndarray, dtype: torch.dtype, shape: tuple[int, ...]) ->
 
 def read_header(path: Path) -> dict[str, Entry]:
     """The tensors of one file. Raises InputError if the header and the file do not fit."""
-
-    def damaged(what: str) -> InputError:
-        return InputError(f"{path}: damaged: {what}; fetch it again")
-
-    size = path.stat().st_size
     with open(path, "rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if not 2 <= length <= size - 8:
-            raise damaged(f"a file of {size} bytes with a header of {length}")
-        text = file.read(length)
+        length = int.from_bytes(file.read(8), "little")
+        text = file.read(min(length, _LARGEST_HEADER))
     try:
-        header = json.loads(text, object_pairs_hook=_no_duplicates)
-    except ValueError as error:
-        raise damaged(f"its header is not valid ({error})") from None
-    entries: dict[str, Entry] = {}
-    end = 0
-    try:
-        header.pop("__metadata__", None)
-        for name, fields in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            shape = tuple(int(n) for n in fields["shape"])
-            begin, stop = (int(n) for n in fields["data_offsets"])
-            if begin != end:
-                raise damaged(f"{name} begins at {begin}, expected {end}")
-            dtype = fields["dtype"]
-            if (
-                dtype in BY_SAFETENSORS
-                and stop - begin != math.prod(shape) * BY_SAFETENSORS[dtype].itemsize
-            ):
-                raise damaged(f"{name} has {stop - begin} bytes for {dtype} {list(shape)}")
-            entries[name] = Entry(path, dtype, shape, 8 + length + begin, stop - begin)
-            end = stop
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise damaged(f"its header is not valid ({error!r})") from None
-    if size != 8 + length + end:
-        raise damaged(f"{size} bytes, its header says {8 + length + end}")
-    return entries
+        json.loads(text, object_pairs_hook=_check_object)
+        with safe_open(path, "pt") as file:
+            found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {
+                name: Entry(path, tensor.get_dtype(), tuple(tensor.get_shape()))
+                for name, tensor in found.items()
+            }
+    except (SafetensorError, ValueError) as error:
+        raise InputError(
+            f"{path}: damaged: its header is not valid ({error}); fetch it again"
+        ) from None
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _check_object(pairs: list[tuple[str, Any]]) -> None:
+    """ValueError for what the library lets pass, a name that occurs twice, and for a tensor whose
+    size is wrong, of which the library does not say more."""
     values = dict(pairs)
     if len(values) != len(pairs):
         raise ValueError("a name occurs twice")
-    return values
+    match values:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]}:
+            if not all(isinstance(size, int) for size in shape) or dtype not in BY_SAFETENSORS:
+                return  # the library's to judge
+            if end - begin != math.prod(shape) * BY_SAFETENSORS[dtype].itemsize:
+                raise ValueError(f"{end - begin} bytes for {dtype} {shape}")
 
 
 def _read_indexed(folder: Path) -> dict[str, Entry]:
     """All tensors of the files that the index names; index and headers must say the same."""
     index = folder / INDEX
-    where = read_json(index).get("weight_map")
+    where = read_json_object(index).get("weight_map")
     if not isinstance(where, dict) or not all(isinstance(f, str) for f in where.values()):
         raise InputError(f"{index}: weight_map with a file for every tensor was expected")
     names = sorted(set(where.values()))

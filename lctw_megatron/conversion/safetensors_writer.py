@@ -2,6 +2,9 @@
 
 The layout is that of transformers' `save_pretrained`: one model.safetensors, or files
 model-00001-of-00003.safetensors with an index, none larger than the limit unless one tensor is.
+
+safetensors' own `save_file` wants all tensors of a file in memory at once, 5 GB of them; this needs
+one, so that the size of a model does not matter.
 """
 
 import json
@@ -10,13 +13,13 @@ import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import IO
 
 import torch
 from torch import Tensor
 
 from lctw_megatron.atomic import write_json
+from lctw_megatron.closing import Closing
 from lctw_megatron.conversion import dtypes
 from lctw_megatron.conversion.hf_safetensors import INDEX, SINGLE, as_bytes
 from lctw_megatron.errors import InputError
@@ -70,7 +73,7 @@ def plan_files(
     ]
 
 
-class SafetensorsWriter:
+class SafetensorsWriter(Closing):
     """Writes FOLDER's weight files: ``begin`` a tensor, ``write`` its rows, and so on to the last.
 
     A context manager; leaving it without an error checks that everything was written and writes the
@@ -86,27 +89,21 @@ class SafetensorsWriter:
         self._left = 0  # elements of the current tensor still to be written
         self._file: IO[bytes] | None = None
 
-    def __enter__(self) -> "SafetensorsWriter":
-        return self
+    def close(self) -> None:
+        self._close_file()
+        assert self._left == 0 and self._next == len(self._order)
+        if len(self._files) > 1:
+            self._write_index()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._close()
-        if error is None:
-            assert self._left == 0 and self._next == len(self._order)
-            if len(self._files) > 1:
-                self._write_index()
+    def give_up(self, error: BaseException) -> None:
+        self._close_file()
 
     def begin(self, name: str) -> None:
         """The next tensor of the plan is ``name``."""
         file, expected = self._order[self._next]
         assert self._left == 0 and name == expected, (name, expected, self._left)
         if name == next(iter(file.tensors)):
-            self._close()
+            self._close_file()
             # Unbuffered: what is written is large, and is copied once less this way.
             path = self._folder / file.name
             self._file = open(path, "wb", buffering=0)  # noqa: SIM115  closed by the next, or at exit
@@ -130,7 +127,7 @@ class SafetensorsWriter:
         while done < len(data):  # one call writes at most 2 GiB
             done += self._file.write(data[done:])
 
-    def _close(self) -> None:
+    def _close_file(self) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None

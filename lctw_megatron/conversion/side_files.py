@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from lctw_megatron.atomic import write_json
-from lctw_megatron.conversion.hf_config import GENERATION_CONFIG, read_json
+from lctw_megatron.conversion.hf_config import GENERATION_CONFIG
+from lctw_megatron.data.json_object import read_json_object
 from lctw_megatron.data.tokenizers import load_tokenizer
 from lctw_megatron.model.checkpoint import TOKENIZER, CheckpointManifest
 
@@ -39,7 +40,7 @@ def bring_in(folder: Path, checkpoint: Path, token_ids: dict[str, Any]) -> None:
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, target / name)
     path = folder / GENERATION_CONFIG
-    settings = read_json(path) if path.is_file() else {}
+    settings = read_json_object(path) if path.is_file() else {}
     if settings := {**token_ids, **settings}:
         write_json(target / GENERATION_CONFIG, settings)
 
@@ -56,7 +57,7 @@ def take_out(checkpoint: Path, manifest: CheckpointManifest, folder: Path) -> di
     settings: dict[str, Any] = {}
     for place in (checkpoint, source):
         if (place / GENERATION_CONFIG).is_file():
-            settings = read_json(place / GENERATION_CONFIG)
+            settings = read_json_object(place / GENERATION_CONFIG)
     if not settings and manifest.tokenizer:
         ids = {f"{kind}_token_id": manifest.tokenizer.get(f"{kind}_id") for kind in ("bos", "eos")}
         settings = {name: value for name, value in ids.items() if value is not None}

@@ -19,16 +19,15 @@ and sidecars share them, and so do the shards both are merged from.
 import hashlib
 import os
 import struct
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from types import TracebackType
 from typing import IO, Any
 
 import numpy as np
 
 from lctw_megatron.atomic import atomic_file
+from lctw_megatron.closing import Closing
 from lctw_megatron.errors import InputError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -187,7 +186,7 @@ def write_index(
         file.write(np.arange(begin, end, dtype="<i8").tobytes())
 
 
-class IndexedArrayWriter:
+class IndexedArrayWriter(Closing):
     """Writes PREFIX.bin and PREFIX.idx, document by document; both appear whole at ``close``.
 
     A context manager: leaving it with an exception leaves neither file. Memory is bounded: the
@@ -251,8 +250,8 @@ class IndexedArrayWriter:
             for file in (self._index, self._data):
                 file.flush()
                 os.fsync(file.fileno())
-        except BaseException:
-            self._files.__exit__(*sys.exc_info())
+        except BaseException as error:
+            self.give_up(error)
             raise
         self.fingerprint = self._hash.hexdigest()
 
@@ -262,19 +261,8 @@ class IndexedArrayWriter:
             self.finish()
         self._files.close()
 
-    def __enter__(self) -> "IndexedArrayWriter":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self._files.__exit__(kind, error, trace)
+    def give_up(self, error: BaseException) -> None:
+        self._files.__exit__(type(error), error, error.__traceback__)
 
     def _append(self, block: bytes) -> None:
         self._data.write(block)

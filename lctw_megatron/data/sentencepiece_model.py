@@ -102,6 +102,9 @@ def breaks_at_newlines(processor: SentencePieceProcessor, settings: ModelSetting
 def to_fast_tokenizer(processor: SentencePieceProcessor, settings: ModelSettings) -> FastTokenizer:
     """The `tokenizers` form of a BPE or unigram model. ValueError for what has none.
 
+    transformers has a converter of its own, whose ids are SentencePiece's in some releases only:
+    tests/data/test_sentencepiece_converter.py.
+
     Known differences: text that spells out a control symbol, such as ``<s>``, becomes that symbol,
     as in every Hugging Face tokenizer (SentencePiece reads it as letters); and a unigram model's
     ties, such as two ways to cut a run of spaces, may fall the other way.

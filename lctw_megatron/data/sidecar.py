@@ -14,12 +14,12 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from lctw_megatron.atomic import atomic_file
+from lctw_megatron.closing import Closing
 from lctw_megatron.data.fingerprint import content_fingerprint, sample_digest
 from lctw_megatron.data.indexed_array import (
     BLOCK_BYTES,
@@ -172,7 +172,7 @@ class Sidecar(IndexedArrayReader):
         )
 
 
-class SidecarWriter:
+class SidecarWriter(Closing):
     """Writes the sidecar of a token dataset from the flat stream of its values.
 
     ``add`` may be given whole documents, parts of one or many at once: only the order counts, so
@@ -226,19 +226,8 @@ class SidecarWriter:
         write_manifest(self.prefix, manifest)
         return manifest
 
-    def __enter__(self) -> "SidecarWriter":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self._files.__exit__(kind, error, trace)
+    def give_up(self, error: BaseException) -> None:
+        self._files.__exit__(type(error), error, error.__traceback__)
 
     def _statistics(self) -> dict[str, Any]:
         """fingerprint, scored, min, mean, max of the written file, in blocks of a fixed size so

@@ -1,11 +1,11 @@
 """A tokenised corpus: PREFIX.bin, PREFIX.idx and its manifest PREFIX.json."""
 
 import os
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
+from lctw_megatron.closing import Closing
 from lctw_megatron.data.fingerprint import content_fingerprint, sample_digest
 from lctw_megatron.data.indexed_array import (
     BLOCK_BYTES,
@@ -119,7 +119,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
 
 
-class TokenWriter:
+class TokenWriter(Closing):
     """Writes a token dataset; .bin, .idx and .json appear at ``close``, the manifest last.
 
     A context manager like IndexedArrayWriter. An old manifest goes before the new files come, so
@@ -176,16 +176,5 @@ class TokenWriter:
         )
         write_manifest(self.prefix, manifest)
 
-    def __enter__(self) -> "TokenWriter":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self._array.__exit__(kind, error, trace)
+    def give_up(self, error: BaseException) -> None:
+        self._array.give_up(error)

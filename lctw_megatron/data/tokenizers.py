@@ -19,6 +19,7 @@ import numpy as np
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer as FastTokenizer
 
+from lctw_megatron.data.json_object import read_json_object
 from lctw_megatron.data.manifest import TokenizerIdentity
 from lctw_megatron.data.sentencepiece_model import (
     SPACE,
@@ -182,7 +183,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, folder: Path) -> None:
         path = folder / "tokenizer.json"
         self._folder = folder
-        description = _read_json(path)
+        description = read_json_object(path)
         try:
             self._fast = FastTokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception
@@ -257,7 +258,7 @@ def _read_specials(folder: Path) -> _Specials:
     settings: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).exists():
-            found = _read_json(folder / name)
+            found = read_json_object(folder / name)
             settings.update({key: value for key, value in found.items() if value is not None})
 
     def token(key: str) -> str | None:
@@ -265,16 +266,6 @@ def _read_specials(folder: Path) -> _Specials:
         return value["content"] if isinstance(value, dict) else value
 
     return _Specials(token("bos_token"), token("eos_token"), settings.get("add_bos_token"))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: a JSON object was expected")
-    return value
 
 
 def _load_sentencepiece(path: Path, model: bytes) -> SentencePieceProcessor:
@@ -288,7 +279,7 @@ def _same_vocabulary(fast: Path, model: Path) -> bool:
     processor = _load_sentencepiece(model, model.read_bytes())
     size = processor.get_piece_size()
     pieces = {processor.id_to_piece(id): id for id in range(size)}
-    description = _read_json(fast)
+    description = read_json_object(fast)
     vocabulary = description.get("model", {}).get("vocab", {})
     if isinstance(vocabulary, list):  # unigram: [piece, score] in the order of ids
         vocabulary = {piece: id for id, (piece, _) in enumerate(vocabulary)}

@@ -6,6 +6,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from lctw_megatron.config.schema import WeightingConfig
+from lctw_megatron.config.schemes import SCHEME_NEEDS
 from lctw_megatron.config.validation_errors import build, nearest
 from lctw_megatron.errors import InputError
 from lctw_megatron.weighting.schemes import SCHEMES, Scheme
@@ -18,10 +19,6 @@ class Weighting:
     scheme: Scheme
     config: WeightingConfig
     """`interpolation`, `unscored`, and where the short losses come from: `mode`, `window`, …"""
-
-
-# Parameters that some schemes take and others do not; all other fields are common to all schemes.
-_PARAMETERS = ("keep_fraction", "max_weight", "shift", "function")
 
 
 def parse_weighting(values: Mapping[str, Any] | WeightingConfig) -> Weighting:
@@ -38,12 +35,10 @@ def parse_weighting(values: Mapping[str, Any] | WeightingConfig) -> Weighting:
         raise InputError(f"weighting.scheme {name!r}: no such scheme; {nearest(name, SCHEMES)}")
     scheme = SCHEMES[name]
     takes = {field.name: field.default is MISSING for field in fields(scheme)}  # type: ignore[arg-type]
-    for parameter in _PARAMETERS:
+    for parameter in {p: None for needs in SCHEME_NEEDS.values() for p in needs.parameters}:
         if parameter not in takes and getattr(config, parameter) is not None:
             takers = [
-                other
-                for other, kind in SCHEMES.items()
-                if parameter in {field.name for field in fields(kind)}  # type: ignore[arg-type]
+                other for other, needs in SCHEME_NEEDS.items() if parameter in needs.parameters
             ]
             raise InputError(
                 f"weighting.{parameter}: scheme {name} does not take it (only "

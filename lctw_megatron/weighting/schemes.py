@@ -12,7 +12,8 @@ falls back to uniform weights where a sequence's scores are all zero. What a sch
 ``live`` is false is never used.
 
 A new scheme is one class here (its lower-case name is what recipes write, its dataclass fields are
-the `weighting` parameters it takes) and one line in ``WeightingConfig.scheme``'s docstring.
+the `weighting` parameters it takes), one line in config/schemes.py, which says whether it needs
+short losses, and its name in ``WeightingConfig.scheme``'s docstring.
 """
 
 import math
@@ -25,6 +26,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lctw_megatron.config.schemes import SCHEME_NEEDS
 from lctw_megatron.errors import InputError
 from lctw_megatron.weighting.selection import keep_largest, normalise
 
@@ -67,10 +69,13 @@ class Scheme(ABC):
     """Base of all schemes."""
 
     needs_short_loss: ClassVar[bool] = True
-    """Whether training must provide short losses (a sidecar, or self-scoring) at all."""
+    """Whether training must provide short losses; config/schemes.py says it of the schemes here."""
 
     def __init_subclass__(cls) -> None:
-        SCHEMES[cls.__name__.lower()] = cls
+        name = cls.__name__.lower()
+        if name in SCHEME_NEEDS:
+            cls.needs_short_loss = SCHEME_NEEDS[name].short_loss
+        SCHEMES[name] = cls
 
     @abstractmethod
     def scores(self, targets: Targets) -> Tensor: ...
@@ -82,8 +87,6 @@ class Scheme(ABC):
 @dataclass(frozen=True)
 class Uniform(Scheme):
     """w_i = 1: plain next-token training."""
-
-    needs_short_loss = False
 
     def scores(self, targets: Targets) -> Tensor:
         return torch.ones_like(targets.long_loss)
@@ -214,8 +217,6 @@ class Position(Scheme):
     frequency of logarithmic context buckets. EXACT counts frequencies over the corpus, this over a
     sequence, as every normalisation here: a bucket that few targets fall into makes them heavy.
     """
-
-    needs_short_loss = False
 
     window: int | None = None
     """Contexts longer than this are long; default: a quarter of the sequence."""

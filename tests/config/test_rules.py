@@ -34,6 +34,7 @@ def test_windows_that_do_not_fit_are_refused(weighting, rule):
 def test_windows_that_fit_are_accepted():
     check_run(weighted(scheme="dense", mode="self", window=1023, stride=1023))
     check_run(weighted(scheme="uniform", mode="self"))
+    check_run(weighted(scheme="position", mode="self"))
     check_run(weighted(scheme="dense"))
 
 

@@ -66,6 +66,15 @@ def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], obj
     save_file(tensors, path, {"format": "pt"})
 
 
+def with_a_name_twice(data: bytes) -> bytes:
+    """A header that gives its last tensor two times, alike, which the library takes."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = data[8:end].rstrip()
+    last = header[header.rindex(b'},"') + 1 : -1]
+    header = header[:-1] + last + b"}"
+    return len(header).to_bytes(8, "little") + header + data[end:]
+
+
 def test_every_missing_shard_is_named(refusal):
     def spoil(folder: Path) -> None:
         for path in shards(folder)[:2]:
@@ -86,6 +95,7 @@ def test_every_missing_shard_is_named(refusal):
         (lambda data: data[:8] + b"!" + data[9:], "not valid"),
         (lambda data: data.replace(b'"F32"', b'"F16"', 1), "bytes for F16"),
         (lambda data: data.replace(b"[0,", b"[9,", 1), "damaged"),
+        (lambda data: with_a_name_twice(data), "a name occurs twice"),
     ],
 )
 def test_every_damaged_shard_is_named(refusal, spoil, said):
@@ -252,6 +262,20 @@ def test_what_is_written_is_what_the_safetensors_library_and_we_read(limit, dtyp
             wide = torch.empty(3, 5, 3)
             source.read_rows(name, 4, wide)
             assert torch.equal(wide, tensor[4:7].to(dtype).float())
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="/proc lists what is mapped")
+def test_only_the_file_of_the_tensor_read_last_is_mapped_into_memory(originals):
+    def mapped() -> int:
+        maps = Path("/proc/self/maps").read_text()
+        return sum(path.name in maps for path in shards(originals / "sharded"))
+
+    most = 0
+    with SafetensorsFolder(originals / "sharded") as source:
+        for name, entry in source.entries.items():
+            source.read_rows(name, 0, torch.empty(entry.shape))
+            most = max(most, mapped())
+    assert most == 1 and mapped() == 0
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,18 @@
 """Every scheme on numbers worked out by hand, and what happens at the edges."""
 
 import math
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from lctw_megatron.config.schemes import SCHEME_NEEDS, needs_short_loss
 from lctw_megatron.errors import InputError
 from lctw_megatron.weighting import compute_weights, parse_weighting
 from lctw_megatron.weighting.compute import WeightCounts, compute_weights_and_counts
-from lctw_megatron.weighting.schemes import Targets
+from lctw_megatron.weighting.schemes import SCHEMES, Dense, Scheme, Targets
 
 NAN, INF = math.nan, math.inf
 
@@ -33,6 +35,10 @@ ALL_SETTINGS: list[dict[str, Any]] = [
 
 def long_loss_as_weight(long_loss: Tensor, short_loss: Tensor, mask: Tensor) -> Tensor:
     return long_loss
+
+
+def short_loss_as_weight(long_loss: Tensor, short_loss: Tensor, mask: Tensor) -> Tensor:
+    return short_loss
 
 
 def minus_one(long_loss: Tensor, short_loss: Tensor, mask: Tensor) -> Tensor:
@@ -256,6 +262,42 @@ def test_uniform_and_position_need_no_short_loss() -> None:
         assert compute_weights(weighting, loss, None).shape == loss.shape
     with pytest.raises(ValueError, match="short_loss is None"):
         compute_weights(parse_weighting({"scheme": "dense"}), loss, None)
+
+
+def test_every_scheme_takes_the_parameters_that_config_says() -> None:
+    assert list(SCHEMES) == list(SCHEME_NEEDS)
+    for name, scheme in SCHEMES.items():
+        default = {field.name: field.default for field in fields(scheme)}  # type: ignore[arg-type]
+        needs = SCHEME_NEEDS[name]
+        assert list(default) == [*needs.parameters, *needs.optional], name
+        assert all(default[parameter] is MISSING for parameter in needs.parameters), name
+        assert all(default[parameter] is None for parameter in needs.optional), name
+        assert scheme.needs_short_loss == needs.short_loss, name
+
+
+@pytest.mark.parametrize("setting", ALL_SETTINGS, ids=lambda s: s["scheme"])
+def test_the_short_losses_matter_where_config_says_that_they_are_needed(
+    setting: dict[str, Any],
+) -> None:
+    if setting["scheme"] == "custom":
+        setting = {**setting, "function": f"{__name__}:short_loss_as_weight"}
+    before, _ = weigh(setting, LONG, SHORT)
+    after, _ = weigh(setting, LONG, SHORT[::-1])
+    assert (before != after) == needs_short_loss(setting["scheme"])
+
+
+def test_a_scheme_that_config_does_not_know_needs_short_losses() -> None:
+    try:
+
+        @dataclass(frozen=True)
+        class Own(Scheme):
+            scores = Dense.scores
+            weights = Dense.weights
+
+        assert Own.needs_short_loss and needs_short_loss("own")
+        assert parse_weighting({"scheme": "own"}).scheme.needs_short_loss
+    finally:
+        SCHEMES.pop("own", None)
 
 
 def test_streams_of_different_shapes_are_refused() -> None:
