@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="--debug shows tracebacks. A conversion that is finished is not done again; one "
+        epilog="--debug shows tracebacks, --version the version. A conversion that is finished is not done again; one "
         "that was interrupted leaves no folder of the output's name.",
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="import | export | verify")
@@ -157,3 +157,7 @@ def _verify(options: argparse.Namespace) -> int:
 def run() -> None:
     """The console script."""
     run_command(main)
+
+
+if __name__ == "__main__":
+    run()
