@@ -24,7 +24,8 @@ def _parser() -> argparse.ArgumentParser:
         "losses",
         help="held-out loss by position and distance, LongPPL",
         description=LOSSES,
-        epilog="tools/report.py draws what --output holds. --debug shows tracebacks, --version the version.",
+        epilog="tools/report.py draws what --output holds. --debug shows tracebacks, --version "
+        "the version.",
     )
     add = verb.add_argument
     add(

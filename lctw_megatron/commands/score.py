@@ -23,7 +23,8 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Losses are in nats, NaN where not scored. --debug shows tracebacks, --version the version.",
+        epilog="Losses are in nats, NaN where not scored. --debug shows tracebacks, --version the "
+        "version.",
     )
     add = parser.add_argument
     add("--data", metavar="PREFIX", required=True, help="token dataset (tools/preprocess.py)")

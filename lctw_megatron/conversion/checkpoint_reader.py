@@ -81,7 +81,7 @@ class CheckpointReader:
         path = self.checkpoint / info.relative_path
         try:
             with open(path, "rb", buffering=0) as file:
-                part: Any = FilePart(file.fileno(), info.offset, info.length)
+                part: Any = FilePart(file, info.offset, info.length)
                 # Without its data: how the box lies in the archive that torch.save wrote.
                 box = torch.load(part, map_location="meta", weights_only=True)
                 begin = getattr(box.untyped_storage(), "_checkpoint_offset", None)

@@ -6,10 +6,13 @@ from typing import Any
 
 
 class FilePart(io.RawIOBase):
-    """``length`` bytes of a file from ``offset`` on, as a file of its own for torch.load."""
+    """``length`` bytes of a file from ``offset`` on, as a file of its own for torch.load.
 
-    def __init__(self, descriptor: int, offset: int, length: int) -> None:
-        self._descriptor = descriptor
+    file: opened without a buffer and used by nobody else meanwhile, for it is moved.
+    """
+
+    def __init__(self, file: io.FileIO, offset: int, length: int) -> None:
+        self._file = file
         self._offset = offset
         self._length = length
         self._position = 0
@@ -32,14 +35,14 @@ class FilePart(io.RawIOBase):
         """Fills ``buffer`` unless the end comes first: torch does not ask twice, and one call of
         the system reads at most 2 GiB."""
         view = memoryview(buffer).cast("B")[: max(0, self._length - self._position)]
+        self._file.seek(self._offset + self._position)
         done = 0
         while done < len(view):
-            begin = self._offset + self._position
-            count = os.preadv(self._descriptor, [view[done:]], begin)
-            if count == 0:
+            count = self._file.readinto(view[done:])
+            if not count:
                 break
             done += count
-            self._position += count
+        self._position += done
         return done
 
     def read_all(self, buffer: memoryview) -> None:
