@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from lctw_megatron.config.shipped import PROJECT
 from lctw_megatron.errors import InputError
 from lctw_megatron.launch.stage_graph import StageGraph
-from lctw_megatron.launch.stages import Stage, python_arguments
+from lctw_megatron.launch.stages import Stage, runnable
 
 
 def run_stages(graph: StageGraph, stages: Sequence[Stage], ranks: int | None = None) -> int:
@@ -65,15 +65,16 @@ def check_needs(
 
 def local_command(graph: StageGraph, stage: Stage, ranks: int | None = None) -> list[str]:
     """The command that runs ``stage`` on this machine, under torchrun if on several ranks."""
-    program = python_arguments(stage.arguments, PROJECT)
+    options, program = runnable(stage.arguments, PROJECT)
     world = stage.model_ranks
     if stage.scales:
         world = ranks or _most_ranks(graph, stage, max(_gpus(), stage.model_ranks))
         graph.check_ranks(stage, world)
     if world == 1:
-        return [sys.executable, *program]
+        return [sys.executable, *options, *program]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*torchrun, f"--nproc-per-node={world}", *program]
+    # Without the -- it takes options of ours for its own: --run for an abbreviation of --run-path.
+    return [*torchrun, f"--nproc-per-node={world}", *options, "--", *program]
 
 
 def _most_ranks(graph: StageGraph, stage: Stage, available: int) -> int:

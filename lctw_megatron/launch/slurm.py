@@ -18,7 +18,7 @@ from lctw_megatron.config.schema import ClusterConfig
 from lctw_megatron.config.shipped import PROJECT
 from lctw_megatron.errors import InputError
 from lctw_megatron.launch.stage_graph import StageGraph
-from lctw_megatron.launch.stages import Stage, python_arguments
+from lctw_megatron.launch.stages import Stage, runnable
 from lctw_megatron.training.exit_status import REQUEUE_STATUS
 
 MOST_FAILURES = 5
@@ -95,7 +95,7 @@ def _script(
     parts: int | None,
 ) -> str:
     # Jobs start in the checkout (see launch_request.py), where there is one.
-    program = python_arguments(arguments, Path() if PROJECT else None)
+    options, program = runnable(arguments, Path() if PROJECT else None)
     ranks = size.nodes * size.tasks
     merges = name == stage.name and stage.shards > 1
     # Signals before the time limit reach what srun started, not the script's shell.
@@ -105,7 +105,10 @@ def _script(
     title += f" in {parts} parts" if parts else ""
     container = f"{cluster.container} " if cluster.container else ""
     here = _ranks_of_one_node(graph, stage, size)
-    launcher = "python" if here == 1 else f"torchrun --standalone --nproc-per-node={here}"
+    python = " ".join([f"{container}python", *options])
+    torchrun = [f"{container}torchrun --standalone --nproc-per-node={here}", *options]
+    if options:
+        torchrun.append("--")  # as in local.py
     environment = [f"export {key}={shlex.quote(v)}" for key, v in cluster.environment.items()]
     return _TEMPLATE.render(
         sbatch=_sbatch_lines(graph, stage, name, cluster, size, parts, in_steps, merges),
@@ -113,11 +116,11 @@ def _script(
         in_steps=in_steps,
         folder=shlex.quote(str(graph.folder)),
         setup=[*(f"module load {name}" for name in cluster.modules), *environment, *cluster.setup],
-        command=_lines(f"{container}python", program),
+        command=_lines(python, program),
         arguments=_grouped(program),
-        here=f"{container}{launcher}",
+        here=python if here == 1 else " ".join(torchrun),
         srun="".join(f" {option}" for option in _srun_options(cluster)),
-        python=f"{container}python",
+        python=python,
         parts=parts,
         restarts=stage.restarts,
         mark=shlex.quote(str(graph.folder / stage.name)),
@@ -177,8 +180,7 @@ def _lines(program: str, arguments: Sequence[str]) -> list[str]:
 
 
 def _grouped(arguments: Sequence[str]) -> list[str]:
-    """Each option with its values as one quoted text; before them the tool (as in
-    ``python_arguments``) and its own."""
+    """Each option with its values as one quoted text; before them the tool and its own."""
     groups: list[str] = []
     for argument in arguments:
         quoted = shlex.quote(argument)

@@ -55,13 +55,15 @@ class Stage:
     """What decides the result, if it is not the arguments."""
 
 
-def python_arguments(arguments: Sequence[str], project: Path | None) -> list[str]:
-    """What Python (or torchrun) is given to run a stage's ``arguments``: the tool in the checkout
-    ``project`` or, without a checkout, the module that the tool runs."""
+def runnable(arguments: Sequence[str], project: Path | None) -> tuple[list[str], list[str]]:
+    """How Python (or torchrun) runs a stage's ``arguments``: its own options and what follows them.
+
+    That is the tool in the checkout ``project`` or, without a checkout, the module it runs.
+    """
     tool, *options = arguments
     if project is None:
-        return ["-m", f"lctw_megatron.commands.{Path(tool).stem}", *options]
-    return [str(project / tool), *options]
+        return ["-m"], [f"lctw_megatron.commands.{Path(tool).stem}", *options]
+    return [], [str(project / tool), *options]
 
 
 def all_stages(
