@@ -14,6 +14,7 @@ import pytest
 from lctw_megatron import __version__
 
 ROOT = Path(__file__).parents[1]
+BUILT_FROM = ("pyproject.toml", "README.md", "LICENSE", "lctw_megatron", "configs", "recipes")
 COMMANDS = sorted(
     path.stem for path in (ROOT / "lctw_megatron/commands").glob("*.py") if path.stem != "__init__"
 )
@@ -33,9 +34,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    for name in ("lctw_megatron", "configs", "recipes"):
+    for name in BUILT_FROM:
+        if (ROOT / name).is_file():
+            shutil.copy(ROOT / name, source)
+            continue
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-m", "pip", "wheel", str(source), "--no-deps", "--quiet"]
     if setuptools_version() >= 77:  # else pip fetches what pyproject.toml asks for
@@ -84,6 +86,12 @@ def test_every_command_is_a_console_script(wheel: Path) -> None:
     expected = {script(name): f"lctw_megatron.commands.{name}:run" for name in COMMANDS}
     assert dict(parser["console_scripts"]) == expected
     assert {path.stem for path in (ROOT / "tools").glob("*.py")} == set(COMMANDS)
+
+
+def test_the_image_is_built_from_the_same_files() -> None:
+    lines = (ROOT / "Dockerfile").read_text().splitlines()
+    copied = [word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]]
+    assert copied == list(BUILT_FROM)
 
 
 class Installed:
