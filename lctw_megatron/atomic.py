@@ -1,7 +1,6 @@
 """Files and folders that appear whole or not at all."""
 
 import errno
-import fcntl
 import json
 import os
 import secrets
@@ -11,9 +10,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from filelock import lock_descriptor
+
+from lctw_megatron.errors import InputError
+
+_WINDOWS = os.name == "nt"
+
 
 def sync_directory(directory: Path) -> None:
-    """Make renames inside ``directory`` survive a power cut."""
+    """Make renames inside ``directory`` survive a power cut, but on Windows, which opens none."""
+    if _WINDOWS:
+        return
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -25,16 +32,36 @@ def sync_directory(directory: Path) -> None:
 def locked(path: Path, wait: bool = True) -> Iterator[None]:
     """Let one process of all in. It is let go by a crash too.
 
-    BlockingIOError, without ``wait``, if another holds it. Where the file system has no locks, all
-    are let in.
+    The file ``path`` is made if it is missing, and never written to. BlockingIOError, without
+    ``wait``, if another process holds it; InputError if it is a link. Where the file system has no
+    locks, all are let in.
     """
-    with open(path, "w") as file:
+    descriptor = _open_lock(path)
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            entered = lock_descriptor(descriptor, blocking=wait)
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
+            entered = True
+        if not entered:
+            raise BlockingIOError(errno.EWOULDBLOCK, "another process holds the lock", str(path))
         yield
+    finally:
+        os.close(descriptor)  # which lets go
+
+
+def _open_lock(path: Path) -> int:
+    """The lock file, opened as it is: filelock itself empties it in some versions, and follows
+    links. Links are refused, for what they lead to is somebody else's."""
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    try:
+        if not path.is_symlink():
+            return os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+    raise InputError(f"{path}: a link, where a lock file was expected; remove it")
 
 
 def _beside(path: Path, suffix: str) -> Path:
@@ -85,7 +112,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         yield temporary
         for root, _, names in os.walk(temporary):
             for name in names:
-                with open(Path(root) / name, "rb") as file:
+                with open(Path(root) / name, "r+b" if _WINDOWS else "rb") as file:
                     os.fsync(file.fileno())
             sync_directory(Path(root))
         if path.exists():

@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable
 
+from lctw_megatron import __version__
 from lctw_megatron.errors import InputError
 
 # The errors of the operating system that a user can mend and that need no traceback.
@@ -23,9 +24,13 @@ _MENDABLE = {
 def run_command(main: Callable[[list[str]], int | None]) -> None:
     """Run ``main(arguments)`` and exit: 0 or its status; 2 and one line for a user's mistake.
 
-    ``--debug`` anywhere on the line is taken out of the arguments and shows the traceback.
+    ``--debug`` anywhere on the line is taken out of the arguments and shows the traceback;
+    ``--version`` anywhere prints the version and does nothing else.
     """
     arguments = sys.argv[1:]
+    if "--version" in arguments:
+        print(f"lctw-megatron {__version__}")
+        sys.exit(0)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     if not debug:

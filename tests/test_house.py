@@ -11,6 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import yaml
+
+import lctw_megatron
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lctw_megatron"
@@ -27,6 +30,8 @@ TOP_LEVEL = {
     "Makefile",
     "LICENSE",
     "CHANGELOG.md",
+    "CITATION.cff",
+    "Dockerfile",
 }
 
 # Part of the package -> the parts it may import (besides itself). Arrows point one way: every part
@@ -169,4 +174,13 @@ def test_every_tool_explains_itself():
         for tool, result in zip(TOOLS, pool.map(answer, TOOLS), strict=True):
             assert result.returncode == 0, f"{tool.name} --help: {result.stderr}"
             assert result.stdout.startswith("usage: "), tool.name
-            assert "--debug" in result.stdout, f"{tool.name} --help does not mention --debug"
+            for option in ("--debug", "--version"):
+                assert option in result.stdout, f"{tool.name} --help does not mention {option}"
+
+
+def test_the_citation_names_this_version_and_the_paper():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == lctw_megatron.__version__
+    paper = citation["preferred-citation"]
+    assert [author["family-names"] for author in paper["authors"]] == ["Helm", "Daheim", "Gurevych"]
+    assert paper["url"] in (ROOT / "README.md").read_text()

@@ -1,5 +1,10 @@
 """Runs `lctw_megatron/commands/score.py`, which is installed as `lctw-score`."""
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # this checkout, not an installed copy
+
 from lctw_megatron.cli import run_command
 from lctw_megatron.commands.score import main
 

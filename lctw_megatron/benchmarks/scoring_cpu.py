@@ -6,7 +6,6 @@ target is scored.
 """
 
 import multiprocessing
-import resource
 import statistics
 import tempfile
 import time
@@ -28,6 +27,7 @@ from lctw_megatron.data.token_dataset import TokenDataset
 from lctw_megatron.errors import InputError
 from lctw_megatron.model.checkpoint import find_checkpoint, read_manifest
 from lctw_megatron.model.spec import DTYPES
+from lctw_megatron.platform.peak_memory import peak_memory_bytes
 from lctw_megatron.platform.world import initialize
 from lctw_megatron.scoring.windows import Table, document_windows
 
@@ -200,8 +200,7 @@ def _run_once(sender: Connection, side: Callable[..., Losses], arguments: tuple[
     start = time.perf_counter()
     found = losses().numpy()
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    sender.send((seconds, peak, found))
+    sender.send((seconds, peak_memory_bytes(), found))
 
 
 def _flops_ratio(model: ModelConfig, task: Task) -> float:

@@ -7,7 +7,9 @@ from lctw_megatron.cli import run_command
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, epilog="--debug shows tracebacks.")
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog="--debug shows tracebacks, --version the version."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="cpu|gpu|scoring")
     cpu = commands.add_parser("cpu", help="loss, steps, attention and sparse backward on this CPU")
     cpu.add_argument("--output", default="benchmark.json", help="all numbers go there")
@@ -43,3 +45,7 @@ def main(arguments: list[str]) -> int:
 def run() -> None:
     """The console script."""
     run_command(main)
+
+
+if __name__ == "__main__":
+    run()

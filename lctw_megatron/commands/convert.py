@@ -1,7 +1,6 @@
 """Checkpoints from and to Hugging Face folders: import, export, verify."""
 
 import argparse
-import resource
 import time
 from pathlib import Path
 
@@ -25,8 +24,8 @@ def main(arguments: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="--debug shows tracebacks. A conversion that is finished is not done again; one "
-        "that was interrupted leaves no folder of the output's name.",
+        epilog="--debug shows tracebacks, --version the version. A conversion that is finished is "
+        "not done again; one that was interrupted leaves no folder of the output's name.",
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="import | export | verify")
 
@@ -119,13 +118,14 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _report(verb: str, done, output: Path, seconds: float) -> None:  # type: ignore[no-untyped-def]
+    from lctw_megatron.platform.peak_memory import peak_memory_bytes
+
     if not done.bytes:
         return
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
     print(
         f"{verb} {done.tensors} tensors, {done.parameters:,} parameters, {done.bytes / 1e9:.2f} GB "
         f"in {seconds:.1f} s ({done.bytes / 1e9 / seconds:.2f} GB/s), peak memory "
-        f"{peak / 1e9:.2f} GB: {output}"
+        f"{peak_memory_bytes() / 1e9:.2f} GB: {output}"
     )
 
 
@@ -157,3 +157,7 @@ def _verify(options: argparse.Namespace) -> int:
 def run() -> None:
     """The console script."""
     run_command(main)
+
+
+if __name__ == "__main__":
+    run()

@@ -16,13 +16,16 @@ def main(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, epilog="--debug shows tracebacks.")
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog="--debug shows tracebacks, --version the version."
+    )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="losses")
     verb = verbs.add_parser(
         "losses",
         help="held-out loss by position and distance, LongPPL",
         description=LOSSES,
-        epilog="tools/report.py draws what --output holds. --debug shows tracebacks.",
+        epilog="tools/report.py draws what --output holds. --debug shows tracebacks, --version "
+        "the version.",
     )
     add = verb.add_argument
     add(
@@ -117,3 +120,7 @@ def _losses(options: argparse.Namespace) -> int:
 def run() -> None:
     """The console script."""
     run_command(main)
+
+
+if __name__ == "__main__":
+    run()

@@ -33,7 +33,7 @@ A corpus that Megatron's own preprocessing made needs a manifest first:
 Long losses come from the same command as short ones:
   python tools/score.py --data PREFIX --checkpoint DIR --name long_loss --window S --stride D \\
       --score-first-window
---debug shows the traceback of an error.
+--debug shows tracebacks, --version the version.
 """
 
 
@@ -261,3 +261,7 @@ def _print_manifests(options: argparse.Namespace) -> None:
 def run() -> None:
     """The console script."""
     run_command(main)
+
+
+if __name__ == "__main__":
+    run()

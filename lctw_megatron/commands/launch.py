@@ -11,7 +11,7 @@ again:
 
 Stages are prepare, train-RUN, score (score-PREFIX with several datasets), export-RUN, verify-RUN,
 evaluate-RUN and report. Finished ones are skipped; their marks, scripts and logs are in
-OUTPUT_DIR/launch. --debug shows tracebacks.
+OUTPUT_DIR/launch. --debug shows tracebacks, --version the version.
 
 examples:
   python tools/launch.py recipes/quickstart/recipe.yaml
@@ -90,3 +90,7 @@ def again(verb: str, *arguments: str) -> int:
 def run() -> None:
     """The console script."""
     run_command(main)
+
+
+if __name__ == "__main__":
+    run()

@@ -8,7 +8,7 @@ from lctw_megatron.data.preprocessing.preprocess import preprocess
 
 EPILOG = """\
 Run it again after an interruption: finished shards are taken from PREFIX.shards. The result does
-not depend on --workers. --debug shows the traceback of an error.
+not depend on --workers. --debug shows tracebacks, --version the version.
 
 example:
   python tools/preprocess.py --input stdlib --output-prefix data/stdlib --train-sentencepiece 4096
@@ -97,3 +97,7 @@ def main(arguments: list[str]) -> int | None:
 def run() -> None:
     """The console script."""
     run_command(main)
+
+
+if __name__ == "__main__":
+    run()

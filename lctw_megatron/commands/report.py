@@ -13,7 +13,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="--debug shows tracebacks.",
+        epilog="--debug shows tracebacks, --version the version.",
     )
     parser.add_argument("runs", metavar="RUN_DIR", nargs="+", help="a run's folder")
     parser.add_argument(
@@ -33,3 +33,7 @@ def main(arguments: list[str]) -> int:
 def run() -> None:
     """The console script."""
     run_command(main)
+
+
+if __name__ == "__main__":
+    run()

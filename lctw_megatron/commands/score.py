@@ -23,7 +23,8 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Losses are in nats, NaN where not scored. --debug shows tracebacks.",
+        epilog="Losses are in nats, NaN where not scored. --debug shows tracebacks, --version the "
+        "version.",
     )
     add = parser.add_argument
     add("--data", metavar="PREFIX", required=True, help="token dataset (tools/preprocess.py)")
@@ -118,3 +119,7 @@ def main(arguments: list[str]) -> int:
 def run() -> None:
     """The console script."""
     run_command(main)
+
+
+if __name__ == "__main__":
+    run()

@@ -9,7 +9,8 @@ from lctw_megatron.cli import run_command
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="Start it again to go on from the newest checkpoint. --debug shows tracebacks.",
+        epilog="Start it again to go on from the newest checkpoint. --debug shows tracebacks, "
+        "--version the version.",
     )
     parser.add_argument("recipe", metavar="RECIPE.yaml", help="the recipe")
     parser.add_argument(
@@ -64,3 +65,7 @@ def main(arguments: list[str]) -> int:
 def run() -> None:
     """The console script."""
     run_command(main)
+
+
+if __name__ == "__main__":
+    run()

@@ -35,11 +35,10 @@ from lctw_megatron.config.schema import (
     WeightingConfig,
 )
 from lctw_megatron.config.schemes import needs_short_loss
+from lctw_megatron.config.shipped import CONFIGS, find_recipe
 from lctw_megatron.config.validation_errors import build, check_values, nearest
 from lctw_megatron.config.yaml_text import parse_yaml, parse_yaml_mapping, to_yaml
 from lctw_megatron.errors import InputError
-
-CONFIGS = Path(__file__).parents[2] / "configs"
 
 # Section of a recipe -> folder of its fragments in configs/, and what they hold.
 FRAGMENTS: dict[str, tuple[str, type[BaseModel]]] = {
@@ -56,9 +55,11 @@ _TAKEN_RUN_NAMES = {"report", "launch"}
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe and check every run of it. ``overrides`` are ``--set`` texts, applied in order.
 
+    ``path`` may also be the name of a shipped recipe (``shipped.find_recipe``).
     An override of a shared section reaches every run, ``runs.NAME.section.field=value`` one run.
     Raises InputError naming the file (or the override), the field and what would be right.
     """
+    path = find_recipe(path)
     where = str(path)
     values = parse_yaml_mapping(path)
     runs = values.pop("runs", None) or {"main": {}}

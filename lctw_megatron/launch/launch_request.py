@@ -10,6 +10,7 @@ from pathlib import Path
 from lctw_megatron.atomic import write_json
 from lctw_megatron.config.load import load_fragment
 from lctw_megatron.config.schema import ClusterConfig
+from lctw_megatron.config.shipped import PROJECT
 from lctw_megatron.errors import InputError
 from lctw_megatron.launch import local, queue
 from lctw_megatron.launch.stage_graph import StageGraph, build_stage_graph
@@ -44,7 +45,7 @@ def run_request(request: LaunchRequest, dry_run: bool = False) -> int:
         for job in queue.plan_jobs(graph, stages, cluster):
             print(f"##### {queue.script_path(graph, job)}\n\n{job.script}")
         return 0
-    if not Path("tools/launch.py").is_file():
+    if PROJECT and not Path("tools/launch.py").is_file():
         raise InputError(
             f"{Path.cwd()}: the jobs' scripts name tools/..., which is not here; start "
             "tools/launch.py in the project's folder"

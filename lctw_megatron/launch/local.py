@@ -7,13 +7,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
+from lctw_megatron.config.shipped import PROJECT
 from lctw_megatron.errors import InputError
 from lctw_megatron.launch.stage_graph import StageGraph
-from lctw_megatron.launch.stages import Stage
-
-PROJECT = Path(__file__).parents[2]
+from lctw_megatron.launch.stages import Stage, runnable
 
 
 def run_stages(graph: StageGraph, stages: Sequence[Stage], ranks: int | None = None) -> int:
@@ -43,7 +41,7 @@ def run_stages(graph: StageGraph, stages: Sequence[Stage], ranks: int | None = N
 def command_lines(
     graph: StageGraph, stages: Sequence[Stage], ranks: int | None = None
 ) -> list[str]:
-    """What ``run_stages`` would run, as one would type it in the project's folder."""
+    """What ``run_stages`` would run, as one would type it (in the checkout, if there is one)."""
     lines = []
     for stage in stages:
         command = shlex.join(_shortened(local_command(graph, stage, ranks)))
@@ -67,16 +65,16 @@ def check_needs(
 
 def local_command(graph: StageGraph, stage: Stage, ranks: int | None = None) -> list[str]:
     """The command that runs ``stage`` on this machine, under torchrun if on several ranks."""
-    tool, *arguments = stage.arguments
-    script = [str(PROJECT / tool), *arguments]
+    options, program = runnable(stage.arguments, PROJECT)
     world = stage.model_ranks
     if stage.scales:
         world = ranks or _most_ranks(graph, stage, max(_gpus(), stage.model_ranks))
         graph.check_ranks(stage, world)
     if world == 1:
-        return [sys.executable, *script]
+        return [sys.executable, *options, *program]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*torchrun, f"--nproc-per-node={world}", *script]
+    # Without the -- it takes options of ours for its own: --run for an abbreviation of --run-path.
+    return [*torchrun, f"--nproc-per-node={world}", *options, "--", *program]
 
 
 def _most_ranks(graph: StageGraph, stage: Stage, available: int) -> int:
@@ -97,9 +95,10 @@ def _gpus() -> int:
 
 
 def _shortened(command: list[str]) -> list[str]:
-    """The command as one would type it in the project folder."""
+    """The command as one would type it (in the checkout, if there is one)."""
     names = {sys.executable: "python"}
-    return [names.get(part, part.removeprefix(f"{PROJECT}{os.sep}")) for part in command]
+    short = [names.get(part, part) for part in command]
+    return [part.removeprefix(f"{PROJECT}{os.sep}") for part in short] if PROJECT else short
 
 
 def _run(command: list[str]) -> int:

@@ -10,13 +10,15 @@ import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import jinja2
 
 from lctw_megatron.config.schema import ClusterConfig
+from lctw_megatron.config.shipped import PROJECT
 from lctw_megatron.errors import InputError
 from lctw_megatron.launch.stage_graph import StageGraph
-from lctw_megatron.launch.stages import Stage
+from lctw_megatron.launch.stages import Stage, runnable
 from lctw_megatron.training.exit_status import REQUEUE_STATUS
 
 MOST_FAILURES = 5
@@ -92,6 +94,8 @@ def _script(
     arguments: Sequence[str],
     parts: int | None,
 ) -> str:
+    # Jobs start in the checkout (see launch_request.py), where there is one.
+    options, program = runnable(arguments, Path() if PROJECT else None)
     ranks = size.nodes * size.tasks
     merges = name == stage.name and stage.shards > 1
     # Signals before the time limit reach what srun started, not the script's shell.
@@ -101,7 +105,9 @@ def _script(
     title += f" in {parts} parts" if parts else ""
     container = f"{cluster.container} " if cluster.container else ""
     here = _ranks_of_one_node(graph, stage, size)
-    program = "python" if here == 1 else f"torchrun --standalone --nproc-per-node={here}"
+    python = " ".join([f"{container}python", *options])
+    # With a -- as in local.py.
+    torchrun = [f"{container}torchrun --standalone --nproc-per-node={here}", *options, "--"]
     environment = [f"export {key}={shlex.quote(v)}" for key, v in cluster.environment.items()]
     return _TEMPLATE.render(
         sbatch=_sbatch_lines(graph, stage, name, cluster, size, parts, in_steps, merges),
@@ -109,11 +115,11 @@ def _script(
         in_steps=in_steps,
         folder=shlex.quote(str(graph.folder)),
         setup=[*(f"module load {name}" for name in cluster.modules), *environment, *cluster.setup],
-        command=_lines(f"{container}python", arguments),
-        arguments=_grouped(arguments),
-        here=f"{container}{program}",
+        command=_lines(python, program),
+        arguments=_grouped(program),
+        here=python if here == 1 else " ".join(torchrun),
         srun="".join(f" {option}" for option in _srun_options(cluster)),
-        python=f"{container}python",
+        python=python,
         parts=parts,
         restarts=stage.restarts,
         mark=shlex.quote(str(graph.folder / stage.name)),

@@ -11,7 +11,7 @@ Exported, evaluated and reported on are the final runs: those that no other run 
 scored by.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,6 +53,17 @@ class Stage:
     """Whether it goes on where it stopped when it is started again after a failure."""
     configuration: str = field(default="", repr=False)
     """What decides the result, if it is not the arguments."""
+
+
+def runnable(arguments: Sequence[str], project: Path | None) -> tuple[list[str], list[str]]:
+    """How Python (or torchrun) runs a stage's ``arguments``: its own options and what follows them.
+
+    That is the tool in the checkout ``project`` or, without a checkout, the module it runs.
+    """
+    tool, *options = arguments
+    if project is None:
+        return ["-m"], [f"lctw_megatron.commands.{Path(tool).stem}", *options]
+    return [], [str(project / tool), *options]
 
 
 def all_stages(

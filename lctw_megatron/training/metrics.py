@@ -7,7 +7,6 @@ is counted twice, and context-parallel parts add up like data-parallel ones.
 
 import json
 import os
-import resource
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lctw_megatron.atomic import atomic_file
+from lctw_megatron.platform.peak_memory import peak_memory_bytes
 from lctw_megatron.weighting.occurrence import CLASSES
 from lctw_megatron.weighting.statistics import WeightStatistics
 
@@ -72,7 +72,7 @@ def peak_memory_gib(device: torch.device) -> float:
     """Most memory this process held so far: of the GPU, or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return peak_memory_bytes() / 2**30
 
 
 class MetricsLog:

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import parse_args
 
 from lctw_megatron.errors import InputError
 from lctw_megatron.launch import local
@@ -86,6 +87,18 @@ def test_several_ranks_run_under_torchrun(plan, monkeypatch):
     ]
 
 
+@pytest.mark.parametrize("project", [Path("project"), None])
+def test_torchrun_takes_no_option_of_ours_for_its_own(plan, monkeypatch, project):
+    monkeypatch.setattr(local, "PROJECT", project)
+    made = plan()
+    (train,) = made.select(["train-dense"])
+    answer = parse_args(local.local_command(made, train)[3:])
+    assert answer.module == (project is None)
+    tool = "project/tools/train.py" if project else "lctw_megatron.commands.train"
+    assert answer.training_script == tool
+    assert answer.training_script_args == ["recipe.yaml", "--run", "dense"]
+
+
 def test_sigterm_is_handed_on_so_that_training_can_save(plan, fake_tools, tmp_path):
     import signal
     import subprocess
@@ -122,5 +135,5 @@ def test_dry_run_shows_the_commands(plan):
     lines = local.command_lines(made, made.select(["train-dense"]))
     assert lines == [
         "# train-dense\npython -m torch.distributed.run --standalone --nproc-per-node=2 "
-        "tools/train.py recipe.yaml --run dense"
+        "-- tools/train.py recipe.yaml --run dense"
     ]

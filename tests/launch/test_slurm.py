@@ -12,6 +12,7 @@ import pytest
 
 from lctw_megatron.config.schema import ClusterConfig
 from lctw_megatron.errors import InputError
+from lctw_megatron.launch import slurm
 from lctw_megatron.launch.slurm import stage_jobs
 from tests.launch.conftest import RECIPE
 
@@ -145,10 +146,24 @@ def test_without_slurm_the_script_runs_on_this_node(plan, run_script):
     made = plan()
     (job,) = jobs(made, made.recipe.cluster, "train-dense")
     status, said = run_script(job.script)
-    assert (status, said) == (0, [f"torchrun --standalone --nproc-per-node=2 {TRAIN} /@"])
+    assert (status, said) == (0, [f"torchrun --standalone --nproc-per-node=2 -- {TRAIN} /@"])
     made.mark(job.stage).unlink()
     assert run_script(job.script, STATUS="75")[0] == 75
     assert not made.mark(job.stage).exists()
+
+
+def test_without_a_checkout_the_scripts_start_modules(plan, run_script, monkeypatch):
+    monkeypatch.setattr(slurm, "PROJECT", None)
+    made = plan()
+    train, prepare = jobs(made, made.recipe.cluster, "train-dense", "prepare")[::-1]
+    line = "lctw_megatron.commands.train recipe.yaml --run dense"
+    ranks = [f"python -m {line} {rank}/2@n1" for rank in range(2)]
+    assert run_script(train.script, **IN_JOB) == (0, ranks)
+    torchrun = f"torchrun --standalone --nproc-per-node=2 -m -- {line} /@"
+    assert run_script(train.script) == (0, [torchrun])
+    status, (said,) = run_script(prepare.script, **IN_JOB)
+    assert status == 0 and said.startswith("python -m lctw_megatron.commands.preprocess --input ")
+    assert "tools/" not in said
 
 
 def test_a_training_that_was_asked_to_leave_is_requeued_for_ever(plan, run_script):

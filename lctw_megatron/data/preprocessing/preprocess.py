@@ -169,7 +169,8 @@ def _work_folder(prefix: str) -> Iterator[Path]:
                     f"{error}; the next run takes what is finished in {work}"
                 ) from None
             raise
-        shutil.rmtree(work)
+        # Windows removes no open file: there the empty lock file stays, in its folder.
+        shutil.rmtree(work, ignore_errors=os.name == "nt")
 
 
 def _clear(work: Path, seconds: float) -> None:

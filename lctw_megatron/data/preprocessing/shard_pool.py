@@ -7,9 +7,10 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
@@ -110,14 +111,8 @@ class _Pool:
         )
 
     def submit(self, shard: Shard, folder: Path) -> Future[ShardResult]:
-        # Ctrl-C is the parent's to handle. It goes to all processes of a terminal, so a worker has
-        # to be deaf to it from its first moment: it inherits what is blocked here, and the parent
-        # gets a signal of this moment right after.
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
+        with _children_deaf_to_interrupts():
             return self._executor.submit(_work, shard, folder)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
     def show(self, progress: Progress) -> None:
         """Add what was done since the last call."""
@@ -141,6 +136,21 @@ class _Pool:
             ) from None
 
 
+@contextmanager
+def _children_deaf_to_interrupts() -> Iterator[None]:
+    """Ctrl-C is the parent's to handle. It goes to all processes of a terminal, so a worker has to
+    be deaf to it from its first moment: it inherits what is blocked here, and the parent gets a
+    signal of this moment right after. Windows blocks no signals: ``_start`` then ignores them."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
 class _Stopped(Exception):
     """The parent needs no more."""
 
@@ -154,6 +164,7 @@ _stop: Event
 def _start(tokenizer_path: str, settings: ShardSettings, counts: Any, stop: Event) -> None:
     """In a new worker process, once."""
     global _tokenizer, _settings, _counts, _stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a process; there are many
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _tokenizer = load_tokenizer(tokenizer_path)

@@ -1,0 +1,96 @@
+"""Locks: one process of all, let go by a crash, and no harm to a file that is somebody else's."""
+
+import errno
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lctw_megatron import atomic
+from lctw_megatron.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+HOLDER = """
+import sys, time
+from pathlib import Path
+from lctw_megatron.atomic import locked
+with locked(Path(sys.argv[1])):
+    print("in", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A process that is in, and the path of its lock."""
+    path = tmp_path / "lock"
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(path)], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert process.stdout.readline() == "in\n"
+    yield process, path
+    process.kill()
+    process.communicate()
+
+
+def test_only_one_process_is_in_until_it_is_killed(holder):
+    process, path = holder
+    with pytest.raises(BlockingIOError) as refusal, atomic.locked(path, wait=False):
+        pytest.fail("two are in")
+    assert refusal.value.filename == str(path)
+    process.kill()
+    with atomic.locked(path):  # waits until it is gone
+        pass
+
+
+def test_a_lock_is_let_go_at_the_end_and_after_an_error(tmp_path):
+    path = tmp_path / "lock"
+    with pytest.raises(RuntimeError), atomic.locked(path):
+        raise RuntimeError
+    first, second = (atomic.locked(path, wait=False) for _ in range(2))
+    with first, pytest.raises(BlockingIOError), second:
+        pytest.fail("two are in")
+    with atomic.locked(path, wait=False):
+        pass
+
+
+def test_what_is_in_the_file_stays_there(tmp_path):
+    path = tmp_path / "lock"
+    path.write_text("mine")
+    with atomic.locked(path):
+        pass
+    assert path.read_text() == "mine"
+
+
+def test_a_link_is_refused_and_not_followed(tmp_path):
+    for target in (tmp_path / "diary", tmp_path / "nothing yet"):
+        link = tmp_path / f"{target.name}.lock"
+        link.symlink_to(target)
+        refusal = f"{link}: a link, .*remove it"
+        with pytest.raises(InputError, match=refusal), atomic.locked(link):
+            pytest.fail("in through a link")
+        assert not target.exists()
+
+
+@pytest.mark.skipif(not hasattr(atomic.os, "O_NOFOLLOW"), reason="this system has no O_NOFOLLOW")
+def test_a_link_that_appears_at_the_last_moment_is_not_followed_either(tmp_path, monkeypatch):
+    (tmp_path / "lock").symlink_to(tmp_path / "diary")
+    monkeypatch.setattr(Path, "is_symlink", lambda _: False)
+    with pytest.raises(InputError, match="a link"), atomic.locked(tmp_path / "lock"):
+        pytest.fail("in through a link")
+    assert not (tmp_path / "diary").exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EIO])
+def test_a_file_system_without_locks_lets_all_in(tmp_path, monkeypatch, number):
+    def refuse(descriptor: int, blocking: bool) -> bool:
+        raise OSError(number, "no locks here")
+
+    monkeypatch.setattr(atomic, "lock_descriptor", refuse)
+    if number == errno.EIO:  # something else is wrong
+        with pytest.raises(OSError, match="no locks here"), atomic.locked(tmp_path / "lock"):
+            pytest.fail("in")
+        return
+    with atomic.locked(tmp_path / "lock", wait=False), atomic.locked(tmp_path / "lock"):
+        pass
