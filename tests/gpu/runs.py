@@ -75,7 +75,7 @@ def make_run(
     if weighting != "uniform":
         weights |= {"window": WINDOW, "stride": STRIDE, "tokens_per_forward": 1024}
     values: dict[str, Any] = dict(
-        steps=3, global_batch_size=8, micro_batch_size=2, precision=precision, lr=1e-3,
+        steps=3, global_batch_size=8, micro_batch_size=2, precision=precision, lr=3e-4,
         warmup_steps=0, clip_grad=0.0, tensorboard=False, eval_sequences=5,
     )  # fmt: skip
     data = {"train": [prefix], "validation": [prefix], "sequence_length": SEQUENCE}
