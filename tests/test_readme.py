@@ -62,6 +62,8 @@ def test_every_command_is_one_that_its_tool_takes(page, monkeypatch):
     for words in found:
         if words[0] == "make":  # tests/test_house.py
             continue
+        if words == ["python", "-m", "lctw_megatron"]:  # tests/platform/test_capabilities.py
+            continue
         if words[0] == "pip":
             assert words == ["pip", "install", "."], words
             continue
