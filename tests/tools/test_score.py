@@ -88,7 +88,8 @@ def test_the_command_scores_and_says_what_it_did(copy: Scene, scene: Scene):
     answer = run("score.py", *copy.arguments)
     assert answer.status == 0, answer.err
     assert sidecar_bytes(copy.prefix) == scene.reference
-    plan, result = answer.out.splitlines()
+    machine, plan, result = answer.out.splitlines()
+    assert machine.startswith("lctw-megatron ") and machine.endswith("scoring in fp32")
     assert "tokens of context" in plan and "0 of 4 shards finished before" in plan
     assert "tokens scored, mean " in result and result.endswith(" nats")
     assert "tokens/s" in answer.err and "elapsed" in answer.err
