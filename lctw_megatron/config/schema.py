@@ -164,8 +164,8 @@ class WeightingConfig(Section):
     shift: Annotated[float, Field(gt=0)] | None = None
     """s: ppmi and npmi subtract log s."""
     unscored: Literal["zero", "one"] = "zero"
-    """Targets without a short loss: zero = score 0, then weighted like any other (lambda under
-    dense); one = weight 1, outside the normalisation."""
+    """Targets without a short loss: zero = score 0, never kept before a scored one (lambda under
+    dense; 1 under longce); one = weight 1, outside the normalisation."""
     function: str | None = None
     """custom: import path `package.module:function`."""
     window: Positive | None = None

@@ -49,6 +49,7 @@ def scores(
         torch.from_numpy(long_known),
         torch.from_numpy(short_known),
         torch.from_numpy(live),
+        torch.from_numpy(scored),
         _boundaries(samples),
     )
     return np.where(scored, weighting.scheme.scores(targets).numpy(), np.float32(np.nan))

@@ -49,9 +49,10 @@ def compute_weights(
     Returns float32, or float64 where a loss is float64 (everything is then computed in it); 0 on
     targets that are not live. Equal bit for bit for every size of ``group``.
 
-    A target without a short loss scores d = 0. With `unscored: one` it gets weight 1 instead and
-    the rest of the sequence is weighted as if it were not there. Where all scores of a sequence
-    are zero its weights are 1. `interpolation` λ makes λ + (1 - λ)·w of every scheme's w.
+    A target without a short loss scores 0 and is never kept before one that has one. With
+    `unscored: one` it gets weight 1 instead and the rest of the sequence is weighted as if it were
+    not there. Where all scores of a sequence are zero its weights are 1. `interpolation` λ makes
+    λ + (1 - λ)·w of every scheme's w.
     """
     return compute_weights_and_counts(weighting, long_loss, short_loss, mask, group, boundaries)[0]
 
@@ -83,8 +84,9 @@ def compute_weights_and_counts(
     short_loss = short_loss.where(scored, long_loss)
 
     weighted = scored if config.unscored == "one" else live
-    scores = scheme.scores(Targets(long_loss, short_loss, weighted, boundaries))
-    weights = scheme.weights(scores, weighted)
+    targets = Targets(long_loss, short_loss, weighted, scored, boundaries)
+    scores = scheme.scores(targets)
+    weights = scheme.weights(scores, targets)
     flat = ((scores == 0) | ~weighted).all(1, keepdim=True)
     weights = weights.masked_fill(flat, 1)
     weights = config.interpolation + (1 - config.interpolation) * weights

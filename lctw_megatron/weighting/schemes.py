@@ -2,14 +2,15 @@
 
 A scheme is a class with two steps, kept apart:
 
-    scores(targets)          how much does long context change this target?
-    weights(scores, live)    scores -> weights (dense or sparse, normalised)
+    scores(targets)             how much does long context change this target?
+    weights(scores, targets)    scores -> weights (dense or sparse, normalised)
 
 d_i = log p_long - log p_short = short_loss_i - long_loss_i below, in nats; n is the number of live
 targets of a sequence. All tensors are [sequences, targets], every row a whole sequence, whatever
 the parallel layout: ``compute.py`` gathers and cuts, replaces unscored targets, interpolates, and
 falls back to uniform weights where a sequence's scores are all zero. What a scheme returns where
-``live`` is false is never used.
+``live`` is false is never used. An unscored target scores 0 and is chosen only after every scored
+one; longce, whose weight is a ratio of probabilities, gives it 1.
 
 A new scheme is one class here (its lower-case name is what recipes write, its dataclass fields are
 the `weighting` parameters it takes), one line in config/schemes.py, which says whether it needs
@@ -44,6 +45,8 @@ class Targets:
     """Likewise, from the short-context model; equal to ``long_loss`` where not scored."""
     live: Tensor
     """bool [sequences, targets]: the targets that count."""
+    scored: Tensor
+    """Likewise: those of them that have both losses, or all if the scheme needs no short loss."""
     boundaries: Tensor | None = None
     """int [sequences, pieces + 1], rising: piece p covers [boundaries[p], boundaries[p + 1]).
     None: every sequence is one piece."""
@@ -81,7 +84,7 @@ class Scheme(ABC):
     def scores(self, targets: Targets) -> Tensor: ...
 
     @abstractmethod
-    def weights(self, scores: Tensor, live: Tensor) -> Tensor: ...
+    def weights(self, scores: Tensor, targets: Targets) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ class Uniform(Scheme):
     def scores(self, targets: Targets) -> Tensor:
         return torch.ones_like(targets.long_loss)
 
-    def weights(self, scores: Tensor, live: Tensor) -> Tensor:
+    def weights(self, scores: Tensor, targets: Targets) -> Tensor:
         return scores
 
 
@@ -106,8 +109,8 @@ class Dense(Scheme):
     def scores(self, targets: Targets) -> Tensor:
         return targets.difference.abs()
 
-    def weights(self, scores: Tensor, live: Tensor) -> Tensor:
-        return normalise(scores, live)
+    def weights(self, scores: Tensor, targets: Targets) -> Tensor:
+        return normalise(scores, targets.live)
 
 
 @dataclass(frozen=True)
@@ -120,8 +123,8 @@ class Sparse(Scheme):
     def scores(self, targets: Targets) -> Tensor:
         return targets.difference.abs()
 
-    def weights(self, scores: Tensor, live: Tensor) -> Tensor:
-        return normalise(keep_largest(scores, live, self.keep_fraction).to(scores.dtype), live)
+    def weights(self, scores: Tensor, targets: Targets) -> Tensor:
+        return _equal_weights(scores, targets, self.keep_fraction)
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ class LongCE(Scheme):
     def scores(self, targets: Targets) -> Tensor:
         return targets.difference.exp().clamp(max=self.max_weight)
 
-    def weights(self, scores: Tensor, live: Tensor) -> Tensor:
+    def weights(self, scores: Tensor, targets: Targets) -> Tensor:
         return scores
 
 
@@ -156,11 +159,10 @@ class PPMI(Scheme):
     """s"""
 
     def scores(self, targets: Targets) -> Tensor:
-        return (targets.difference - math.log(self.shift)).clamp(min=0)
+        return _above(targets.difference - math.log(self.shift), targets)
 
-    def weights(self, scores: Tensor, live: Tensor) -> Tensor:
-        kept = keep_largest(scores, live, self.keep_fraction) & (scores > 0)
-        return normalise(kept.to(scores.dtype), live)
+    def weights(self, scores: Tensor, targets: Targets) -> Tensor:
+        return _equal_weights(scores, targets, self.keep_fraction, least=0)
 
 
 @dataclass(frozen=True)
@@ -176,11 +178,10 @@ class NPMI(Scheme):
     """s"""
 
     def scores(self, targets: Targets) -> Tensor:
-        return (-targets.difference - math.log(self.shift)).clamp(min=0)
+        return _above(-targets.difference - math.log(self.shift), targets)
 
-    def weights(self, scores: Tensor, live: Tensor) -> Tensor:
-        kept = keep_largest(scores, live, self.keep_fraction) & (scores > 0)
-        return normalise(kept.to(scores.dtype), live)
+    def weights(self, scores: Tensor, targets: Targets) -> Tensor:
+        return _equal_weights(scores, targets, self.keep_fraction, least=0)
 
 
 @dataclass(frozen=True)
@@ -199,8 +200,8 @@ class Rho(Scheme):
     def scores(self, targets: Targets) -> Tensor:
         return targets.long_loss - targets.short_loss
 
-    def weights(self, scores: Tensor, live: Tensor) -> Tensor:
-        return normalise(keep_largest(scores, live, self.keep_fraction).to(scores.dtype), live)
+    def weights(self, scores: Tensor, targets: Targets) -> Tensor:
+        return _equal_weights(scores, targets, self.keep_fraction)
 
 
 @dataclass(frozen=True)
@@ -232,8 +233,8 @@ class Position(Scheme):
         share = size.gather(1, bucket).clamp(min=1).to(targets.long_loss.dtype).reciprocal()
         return share.where(long, torch.zeros_like(share))
 
-    def weights(self, scores: Tensor, live: Tensor) -> Tensor:
-        return normalise(scores, live)
+    def weights(self, scores: Tensor, targets: Targets) -> Tensor:
+        return normalise(scores, targets.live)
 
 
 @dataclass(frozen=True)
@@ -268,8 +269,21 @@ class Custom(Scheme):
             )
         return result.to(targets.long_loss.dtype)
 
-    def weights(self, scores: Tensor, live: Tensor) -> Tensor:
+    def weights(self, scores: Tensor, targets: Targets) -> Tensor:
         return scores
+
+
+def _above(scores: Tensor, targets: Targets) -> Tensor:
+    """max(0, score); 0 where not scored, which under a shift below 1 would be above it."""
+    return scores.clamp(min=0).where(targets.scored, torch.zeros_like(scores))
+
+
+def _equal_weights(
+    scores: Tensor, targets: Targets, fraction: float, least: float = -math.inf
+) -> Tensor:
+    """The kept of the largest ``scores`` alike, with mean 1: those above ``least``."""
+    kept = keep_largest(scores, targets.live, fraction, targets.scored) & (scores > least)
+    return normalise(kept.to(scores.dtype), targets.live)
 
 
 @cache

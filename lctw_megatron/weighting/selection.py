@@ -32,14 +32,18 @@ def number_to_keep(targets: Tensor, fraction: float) -> Tensor:
     return (targets * kappa.numerator // kappa.denominator).clamp(min=1).minimum(targets)
 
 
-def keep_largest(scores: Tensor, live: Tensor, fraction: float) -> Tensor:
+def keep_largest(
+    scores: Tensor, live: Tensor, fraction: float, scored: Tensor | None = None
+) -> Tensor:
     """The ``number_to_keep`` largest ``scores`` of each row's live targets, as bool.
 
     Exactly that many: of equal scores at the threshold a pseudo-random part is kept, see
-    ``choose_fairly``. Costs a sort.
+    ``choose_fairly``. Live targets that are not ``scored`` (bool; None: all are) come after all
+    that are, alike. Costs a sort.
     """
     keep = number_to_keep(live.sum(1, keepdim=True), fraction)
-    values = scores.masked_fill(~live, -torch.inf)
+    known = live if scored is None else live & scored
+    values = scores.masked_fill(~known, -torch.inf)
     falling = values.sort(dim=1, descending=True).values
     threshold = falling.gather(1, (keep - 1).clamp(min=0))
     above = live & (values > threshold)

@@ -12,7 +12,7 @@ from lctw_megatron.weighting.compute import WeightCounts, compute_weights_and_co
 from lctw_megatron.weighting.statistics import WeightStatistics, weight_statistics
 from lctw_megatron.weighting.weighted_loss import weighted_sum
 from tests.distributed import run_distributed
-from tests.weighting.test_schemes import ALL_SETTINGS
+from tests.weighting.test_schemes import ALL_SETTINGS, SELECTIONS
 
 SEQUENCES, TARGETS = 7, 240
 BOUNDARIES = torch.tensor([[0, 100, 130, TARGETS]] * SEQUENCES, dtype=torch.int32)
@@ -21,6 +21,7 @@ BOUNDARIES = torch.tensor([[0, 100, 130, TARGETS]] * SEQUENCES, dtype=torch.int3
 def cases() -> dict[str, tuple[dict[str, Any], torch.dtype]]:
     settings = [*ALL_SETTINGS, {"scheme": "sparse", "keep_fraction": 0.001}]
     settings += [{"scheme": "dense", "unscored": "one", "interpolation": 0.25}]
+    settings += [setting for setting, _ in SELECTIONS]
     result = {}
     for dtype in (torch.float32, torch.float64):
         for setting in settings:
