@@ -20,7 +20,6 @@ from lctw_megatron.model.checkpoint import (
     CheckpointManifest,
     find_checkpoint,
     load_weights,
-    read_manifest,
 )
 from lctw_megatron.model.gpt import build_model
 from lctw_megatron.platform.capabilities import capabilities
@@ -34,6 +33,7 @@ from lctw_megatron.training.checkpoint import (
     resume,
     run_state,
 )
+from lctw_megatron.training.compatibility import check_unchanged, complete_run
 from lctw_megatron.training.exit_status import REQUEUE_STATUS
 from lctw_megatron.training.loss_spike import SpikeWatch
 from lctw_megatron.training.metrics import MetricsLog, peak_memory_gib
@@ -66,8 +66,9 @@ class Trainer:
         )
         check_layout(run, self.world.size)
         self.loader = self._open_data(run)
-        self.config = run = self._complete(run)
-        self.allow_changes = allow_changes
+        source = self.loader.sources[0]
+        self.config = run = complete_run(run, source.tokenizer, source.prefix)
+        check_layout(run, self.world.size)
         self.chunks = build_model(
             run.model,
             run.layout,
@@ -86,7 +87,10 @@ class Trainer:
         self.first_step = 0
         if own is not None:
             path, manifest = own
-            self._accept(manifest)
+            if not allow_changes:
+                check_unchanged(run, manifest)
+            if manifest.loader is not None:
+                self.loader.load_state_dict(manifest.loader, allow_changes)
             resume(path, self.chunks, self.optimizer)
             self.first_step = manifest.step
         self.log = self._open_log()
@@ -202,60 +206,6 @@ class Trainer:
             stride=weighting.stride,
             vocab_size=run.model.vocab_size,
         )
-
-    def _complete(self, run: RunConfig) -> RunConfig:
-        """Fill in what tokenizer and sequence length decide; refuse a start that does not fit."""
-        tokenizer = self.loader.sources[0].tokenizer
-        model = run.model.model_copy(
-            update={
-                "vocab_size": run.model.vocab_size or tokenizer.vocab_size,
-                "max_position_embeddings": run.model.max_position_embeddings
-                or run.data.sequence_length,
-            }
-        )
-        if run.start:
-            start = find_checkpoint(run.start)
-            manifest = read_manifest(start)
-            free = {"max_position_embeddings", "rope_theta", "rope_scaling", "attention",
-                    "hidden_dropout", "attention_dropout", "init_method_std"}  # fmt: skip
-            for name in type(model).model_fields.keys() - free:
-                ours, theirs = getattr(model, name), getattr(manifest.model, name)
-                if ours != theirs and not (
-                    name in ("num_query_groups", "kv_channels") and ours is None
-                ):
-                    raise InputError(
-                        f"model.{name} is {ours}, but {start} has {theirs}; leave the model "
-                        "section out to take the checkpoint's"
-                    )
-            theirs = (manifest.tokenizer or {}).get("digest")
-            if theirs and theirs != tokenizer.digest:
-                raise InputError(
-                    f"{self.loader.sources[0].prefix} was tokenised with tokenizer "
-                    f"{tokenizer.digest}, but {start} was trained with {theirs}; preprocess with "
-                    "the checkpoint's"
-                )
-        completed = run.model_copy(update={"model": model})
-        check_layout(completed, self.world.size)
-        return completed
-
-    def _accept(self, manifest: CheckpointManifest) -> None:
-        """Refuse to resume on other data or with another scheme; else set the loader."""
-        if manifest.run is not None and not self.allow_changes:
-            for section in ("weighting", "model"):
-                ours = getattr(self.config, section).model_dump(mode="json")
-                theirs = getattr(manifest.run, section).model_dump(mode="json")
-                for name in ours:
-                    if (
-                        name not in ("tokens_per_forward", "attention")
-                        and ours[name] != theirs[name]
-                    ):
-                        raise InputError(
-                            f"{section}.{name} is {ours[name]}, but {self.config.run_dir} was "
-                            f"trained to step {manifest.step} with {theirs[name]}; restore it, "
-                            "choose another run_dir, or pass --allow-changes"
-                        )
-        if manifest.loader is not None:
-            self.loader.load_state_dict(manifest.loader, self.allow_changes)
 
     def _tokenizer_files(self) -> Path | None:
         """Tokenizer files for the checkpoints: made once from the data's tokenizer, or the

@@ -2,9 +2,7 @@
 
 import gc
 import json
-import math
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,43 +10,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lctw_megatron.config.schema import Corpus, DataConfig
-from lctw_megatron.data.loader import TokenLoader
-from lctw_megatron.data.token_dataset import TokenDataset
 from lctw_megatron.data.zigzag import join
 from lctw_megatron.errors import InputError
-from tests.data.small_data import VOCAB_SIZE, count_up, write_sidecar, write_tokens
-
-NAN = float("nan")
-LENGTHS = {"a": [9, 30, 2, 17, 6], "b": [12, 25]}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """Two corpora, a and b; the short loss of token t of document d is d + t / 100."""
-    folder = tmp_path_factory.mktemp("corpora")
-    for number, (name, lengths) in enumerate(LENGTHS.items()):
-        documents = [[500_000 * number + t for t in d] for d in count_up(lengths)]
-        dataset = write_tokens(folder / name, documents)
-        write_sidecar(dataset, losses(lengths))
-    return folder
-
-
-def losses(lengths: list[int], first_scored: int = 3) -> list[list[float]]:
-    return [
-        [NAN if t < first_scored else d + t / 100 for t in range(n)] for d, n in enumerate(lengths)
-    ]
-
-
-def config(folder: Path, names: str = "ab", **fields) -> DataConfig:
-    corpora = [Corpus(prefix=str(folder / name), weight=1 + i) for i, name in enumerate(names)]
-    return DataConfig(**{"train": corpora, "sequence_length": 8, **fields})
-
-
-def loader(data: DataConfig, **options) -> TokenLoader:
-    return TokenLoader(
-        data, **{"seed": 1, "global_batch_size": 4, "micro_batch_size": 1, **options}
-    )
+from tests.data.small_data import count_up, write_sidecar, write_tokens
+from tests.data.small_loader import NAN, config, loader, losses
 
 
 def rows(batches) -> dict[str, list]:
@@ -321,102 +286,3 @@ def test_the_reading_thread_ends(folder) -> None:
     for thread in threads:
         thread.join(timeout=10)
     assert reading() <= before
-
-
-# ---------------------------------------------------------------- what is refused
-
-
-def refused(match: str):
-    return pytest.raises(InputError, match=match)
-
-
-def test_batch_sizes_that_do_not_fit(folder) -> None:
-    with refused("global_batch_size=4 is no multiple of .*micro_batch_size=3 times 1 data"):
-        loader(config(folder), micro_batch_size=3)
-    with refused("global_batch_size=4 is no multiple of .*micro_batch_size=1 times 3 data"):
-        loader(config(folder), dp_size=3)
-
-
-def test_a_sequence_that_cannot_be_cut(folder) -> None:
-    with refused("8 tokens cannot be cut for layout.context=3"):
-        loader(config(folder), cp_size=3)
-
-
-def test_no_corpus(folder) -> None:
-    with refused("data.train is empty"):
-        loader(config(folder, ""))
-
-
-def test_no_sequence(folder) -> None:
-    with refused("a: no sequence of data.sequence_length=64 .*tails=drop.* longest .* 30 tokens"):
-        loader(config(folder, sequence_length=64, tails="drop"))
-
-
-def test_steps_before_the_first(folder) -> None:
-    with refused("no step -1"):
-        loader(config(folder)).documents(-1)
-
-
-def test_corpora_of_two_tokenizers(folder, tmp_path) -> None:
-    write_tokens(tmp_path / "c", count_up([17]), digest="f" * 32, path="another/tokenizer")
-    corpora = [Corpus(prefix=str(folder / "a")), Corpus(prefix=str(tmp_path / "c"))]
-    with refused(r"c was tokenised with another/tokenizer \(digest f+\), but .*a with a/tokenizer"):
-        loader(DataConfig(train=corpora, sequence_length=8))
-
-
-def test_a_token_beyond_the_vocabulary(folder) -> None:
-    with refused(r"b: token \d+ of document \d+ has the id 50\d+, the vocabulary has 500000"):
-        list(loader(config(folder), vocab_size=500_000).step(0))
-    list(loader(config(folder), vocab_size=VOCAB_SIZE).step(0))
-
-
-def test_scores_that_are_not_there(tmp_path) -> None:
-    write_tokens(tmp_path / "c", count_up([17]))
-    with refused(r"c.short_loss.*score"):
-        loader(config(tmp_path, "c"), scores=True)
-
-
-@pytest.mark.parametrize(
-    ("fields", "options", "named"),
-    [
-        ({}, {"window": 4}, "c.short_loss: scored with window 3, but window 4"),
-        ({}, {"stride": 1}, "c.short_loss: scored with stride 2, but stride 1"),
-        ({"sequence_length": 16}, {}, "sequence.length 8, .*sequence_length 16"),
-        ({"packing": "pack"}, {}, "sequence.length 8, .*chunk, not pack"),
-    ],
-)
-def test_scores_that_do_not_fit(tmp_path, fields, options, named) -> None:
-    dataset = write_tokens(tmp_path / "c", count_up([40]))
-    write_sidecar(dataset, losses([40]), sequence_length=8)
-    loader(config(tmp_path, "c"), scores=True, window=3, stride=2)
-    with refused(named):
-        loader(config(tmp_path, "c", **fields), scores=True, **options)
-
-
-def test_a_window_as_long_as_a_sequence(folder) -> None:
-    with refused("short_loss: scored with window 3, but data.sequence_length is 3"):
-        loader(config(folder, sequence_length=3), scores=True)
-
-
-def test_an_infinite_short_loss(tmp_path) -> None:
-    dataset = write_tokens(tmp_path / "c", count_up([9, 9]))
-    write_sidecar(dataset, [[NAN] * 9] * 2)
-    # The sample digest covers so small a file; a large one may be damaged where it does not look.
-    values = np.memmap(tmp_path / "c.short_loss.bin", "<f4", "r+")
-    values[9 + 5] = -math.inf
-    values.flush()
-    manifest = json.loads((tmp_path / "c.short_loss.json").read_text())
-    from lctw_megatron.data.fingerprint import sample_digest
-
-    manifest["sample_digest"] = sample_digest(str(tmp_path / "c.short_loss"))
-    (tmp_path / "c.short_loss.json").write_text(json.dumps(manifest))
-    with refused("c.short_loss: the short loss of token 5 of document 1 is -inf"):
-        list(loader(config(tmp_path, "c"), scores=True).step(0))
-
-
-def test_a_dataset_without_manifest(tmp_path) -> None:
-    write_tokens(tmp_path / "c", count_up([17]))
-    (tmp_path / "c.json").unlink()
-    assert TokenDataset(str(tmp_path / "c"))
-    with refused("c.json: no such file"):
-        loader(config(tmp_path, "c"))

@@ -1,4 +1,7 @@
-"""A run that was stopped goes on as if it had not been, and only from what is whole."""
+"""A run that was stopped goes on as if it had not been, and only from what is whole.
+
+Longer than 350 lines: all of it begins with the one stopped run that is trained here.
+"""
 
 import os
 import pickle

@@ -12,7 +12,8 @@ from lctw_megatron.weighting.compute import WeightCounts, compute_weights_and_co
 from lctw_megatron.weighting.statistics import WeightStatistics, weight_statistics
 from lctw_megatron.weighting.weighted_loss import weighted_sum
 from tests.distributed import run_distributed
-from tests.weighting.test_schemes import ALL_SETTINGS, SELECTIONS
+from tests.weighting.test_schemes import ALL_SETTINGS
+from tests.weighting.test_unscored import SELECTIONS
 
 SEQUENCES, TARGETS = 7, 240
 BOUNDARIES = torch.tensor([[0, 100, 130, TARGETS]] * SEQUENCES, dtype=torch.int32)
