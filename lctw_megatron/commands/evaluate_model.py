@@ -58,7 +58,8 @@ def _parser() -> argparse.ArgumentParser:
         "--window",
         metavar="K",
         type=positive,
-        help="tokens of the short context; without it no LongPPL and no gain",
+        help="tokens of the short context; without it no LongPPL and no gain; LongPPL's own: "
+        "--window 5120 --stride 1024",
     )
     add(
         "--stride",

@@ -38,7 +38,7 @@ class EvaluationSettings:
     window: int | None = None
     """K, the short context of LongPPL and of the gain; None: neither."""
     stride: int | None = None
-    """None: a quarter of the window, as in LongPPL's own experiments."""
+    """None: a quarter of the window."""
     near: int | None = None
     """Largest distance called near; None: the window, else a quarter of S."""
     key_checkpoint: str | None = None

@@ -8,8 +8,9 @@ whole context and with a short one, and picks the key tokens, where
     long-context likelihood  LCL = log p_long               > β    (and then likely at all)
 
 LongPPL of the model under test is exp(mean long loss) over the key tokens. Models are comparable
-only on the same key tokens: give all of them one evaluator. The paper's settings are α = 2, β = -2,
-a short context of at most 4096 tokens and windows 1024 apart.
+only on the same key tokens: give all of them one evaluator. The paper's settings are α = 2, β = -2.
+Its published code gives a target from 4,096 to 5,119 tokens of short context; windows of 5,120
+tokens, 1,024 apart, do the same here (`--window 5120 --stride 1024`).
 
 Pure numpy: losses are arrays of one shape, in nats; NaN = not scored.
 """
