@@ -38,7 +38,7 @@ from lctw_megatron.config.schemes import needs_short_loss
 from lctw_megatron.config.shipped import CONFIGS, find_recipe
 from lctw_megatron.config.validation_errors import build, check_values, nearest
 from lctw_megatron.config.yaml_text import parse_yaml, parse_yaml_mapping, to_yaml
-from lctw_megatron.errors import InputError
+from lctw_megatron.errors import InputError, few
 
 # Section of a recipe -> folder of its fragments in configs/, and what they hold.
 FRAGMENTS: dict[str, tuple[str, type[BaseModel]]] = {
@@ -107,7 +107,7 @@ def resolve_run(
     """
     if run_name is None:
         if len(recipe.runs) > 1:
-            raise InputError(f"which run? Choose one with --run: {', '.join(recipe.runs)}")
+            raise InputError(f"which run? Choose one with --run: {few(list(recipe.runs), most=12)}")
         run_name = next(iter(recipe.runs))
     if run_name not in recipe.runs:
         raise InputError(f"no run {run_name} in this recipe; {nearest(run_name, recipe.runs)}")

@@ -6,7 +6,7 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from lctw_megatron.errors import InputError
+from lctw_megatron.errors import InputError, few
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -37,7 +37,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """`did you mean X?`, or the list of what is known, for an unknown ``name``."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]}?" if close else f"there are: {', '.join(sorted(known))}"
+    return f"did you mean {close[0]}?" if close else f"there are: {few(sorted(known), most=12)}"
 
 
 def _one_line(

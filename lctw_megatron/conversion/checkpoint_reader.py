@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 
 from lctw_megatron.conversion.hf_safetensors import as_bytes, tensor_of
 from lctw_megatron.conversion.placement import StoredTensor
-from lctw_megatron.errors import InputError
+from lctw_megatron.errors import InputError, few
 from lctw_megatron.model.checkpoint import check_files
 
 _WEIGHTS = ("embedding.", "decoder.", "output_layer.")
@@ -52,7 +52,7 @@ class CheckpointReader:
         if problems:
             raise InputError(
                 f"{self.checkpoint}: its weights are not those of its manifest: "
-                + "; ".join(problems)
+                + few(problems, "; ")
             )
 
     def dtype(self, stored: StoredTensor) -> torch.dtype:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lctw_megatron.atomic import write_json
-from lctw_megatron.errors import InputError
+from lctw_megatron.errors import InputError, few
 
 MARK = "conversion.json"
 """In every folder that a conversion wrote: what it was made from, and its files."""
@@ -49,7 +49,7 @@ def already_done(output: Path, source: dict[str, Any], log: Callable[[str], None
     if foreign := sorted(_files(output) - known):
         raise InputError(
             f"{output}: was made from something else and holds files of yours: "
-            f"{', '.join(foreign)}; remove it or choose another --output"
+            f"{few(foreign)}; remove it or choose another --output"
         )
     log(f"{output}: was made from something else, is replaced")
     return False

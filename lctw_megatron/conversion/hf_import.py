@@ -23,7 +23,7 @@ from lctw_megatron.conversion.done_marks import already_done, write_mark
 from lctw_megatron.conversion.hf_config import CONFIG, GENERATION_CONFIG, read_config
 from lctw_megatron.conversion.hf_safetensors import SafetensorsFolder, tensor_of
 from lctw_megatron.conversion.placement import StoredTensor, head_width, stored_tensors
-from lctw_megatron.errors import InputError
+from lctw_megatron.errors import InputError, few
 from lctw_megatron.model.checkpoint import MANIFEST, CheckpointManifest
 from lctw_megatron.progress import Progress
 
@@ -104,8 +104,23 @@ def check_tensors(
             problems.append(f"{name} is unknown")
     if problems:
         raise InputError(
-            f"{source.folder}: the tensors are not those of its config.json: {'; '.join(problems)}"
+            f"{source.folder}: the tensors are not those of its config.json: "
+            + (_prefixed(list(found), list(wanted)) or few(problems, "; "))
         )
+
+
+def _prefixed(found: list[str], wanted: list[str]) -> str | None:
+    """What wrappers (torch.compile, multimodal models) do to every name, if that is the reason."""
+    for name in found:
+        prefix = name.removesuffix(wanted[0])
+        if prefix.endswith(".") and name != prefix:
+            count = sum(other.startswith(prefix) for other in found)
+            share = f"all {count}" if count == len(found) else f"{count} of {len(found)}"
+            return (
+                f"{share} names begin with {prefix}, expected e.g. {wanted[0]}; save the model "
+                "inside its wrapper, or rename them"
+            )
+    return None
 
 
 def read_stored(source: SafetensorsFolder, stored: StoredTensor, out: Tensor) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from lctw_megatron.closing import Closing
 from lctw_megatron.conversion.dtypes import BY_SAFETENSORS
 from lctw_megatron.data.json_object import read_json_object
-from lctw_megatron.errors import InputError
+from lctw_megatron.errors import InputError, few
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -151,13 +151,13 @@ def _collect(names: list[str], read: Callable[[str], Any]) -> dict[str, Any]:
         except InputError as error:
             failures.append(str(error))
     if failures:
-        raise InputError("; ".join(failures))
+        raise InputError(few(failures, "; "))
     return results
 
 
 def _raise_all(what: str, names: list[str]) -> None:
     if names:
-        raise InputError(f"{what}: {', '.join(names)}")
+        raise InputError(f"{what}: {few(names)}")
 
 
 def _nothing_to_read(folder: Path) -> str:
@@ -166,9 +166,9 @@ def _nothing_to_read(folder: Path) -> str:
     pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
     if pickles:
         return (
-            f"{folder}: {', '.join(pickles)}: pickled weights are not read, for a pickle can run "
+            f"{folder}: {few(pickles)}: pickled weights are not read, for a pickle can run "
             "any code; convert them to safetensors (transformers: save_pretrained) first"
         )
     if others := sorted(path.name for path in folder.glob("*.safetensors")):
-        return f"{folder}: {', '.join(others)}, but neither {SINGLE} nor {INDEX} that names them"
+        return f"{folder}: {few(others)}, but neither {SINGLE} nor {INDEX} that names them"
     return f"{folder}: no {SINGLE} and no {INDEX}; expected a Hugging Face model folder"

@@ -23,7 +23,7 @@ import torch
 from pydantic import ValidationError
 
 from lctw_megatron.config.schema import ModelConfig, RunConfig, Section
-from lctw_megatron.errors import InputError
+from lctw_megatron.errors import InputError, few
 from lctw_megatron.model.checkpoint_metadata import read_index
 from lctw_megatron.model.initialize import sharding
 
@@ -236,8 +236,7 @@ def load_model_state(chunks: list[Any], state: dict[str, Any]) -> None:
         missing = [name for name in missing if not name.endswith(EXTRA_STATE)]
         for what, names in (("missing", missing), ("unknown", unknown)):
             if names:
-                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-                raise InputError(f"weights are {what}: {', '.join(names[:3])}{more}")
+                raise InputError(f"weights are {what}: {few(names)}")
 
 
 def checkpoint_digest(checkpoint: str | Path) -> str:

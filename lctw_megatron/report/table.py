@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+from lctw_megatron.errors import few
 from lctw_megatron.evaluation.buckets import Difference
 from lctw_megatron.report.runs import (
     RunRecord,
@@ -66,7 +67,7 @@ def explain(runs: list[RunRecord]) -> list[str]:
     missing = [run.name for run in runs if run.evaluation is None]
     if missing:
         lines.append(
-            f"{', '.join(missing)}: no evaluation.json; make it with tools/evaluate_model.py "
+            f"{few(missing)}: no evaluation.json; make it with tools/evaluate_model.py "
             "losses --checkpoint RUN_DIR --data PREFIX"
         )
     evaluated = next((run.evaluation for run in runs if run.evaluation is not None), None)

@@ -15,7 +15,7 @@ from lctw_megatron.config.schema import LayoutConfig
 from lctw_megatron.data.manifest import SidecarManifest, read_manifest
 from lctw_megatron.data.sidecar import Sidecar, sidecar_prefix
 from lctw_megatron.data.token_dataset import TokenDataset
-from lctw_megatron.errors import InputError
+from lctw_megatron.errors import InputError, few
 from lctw_megatron.model import checkpoint as checkpoints
 from lctw_megatron.scoring.sidecar_shard import Settings, ShardReader, shard_files, shard_path
 from lctw_megatron.scoring.window_plan import WindowPlan
@@ -186,10 +186,9 @@ class Job:
         paths = [shard_path(self.folder, number, shards) for number in range(shards)]
         missing = [number for number, path in enumerate(paths) if not path.exists()]
         if missing:
-            first = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
             raise InputError(
-                f"{self.folder}: {len(missing)} of {shards} shards are missing ({first}); run "
-                f"tools/score.py without --merge, or with --shard {missing[0]}/{shards}"
+                f"{self.folder}: {len(missing)} of {shards} shards are missing ({few(missing)}); "
+                f"run tools/score.py without --merge, or with --shard {missing[0]}/{shards}"
             )
         readers = [ShardReader(path) for path in paths]
         for reader in readers:

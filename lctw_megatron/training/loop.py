@@ -13,7 +13,7 @@ from lctw_megatron.config.load import dump_yaml
 from lctw_megatron.config.schema import RunConfig
 from lctw_megatron.data.loader import TokenLoader
 from lctw_megatron.data.validation import ValidationLoader
-from lctw_megatron.errors import InputError
+from lctw_megatron.errors import InputError, few
 from lctw_megatron.model import spec
 from lctw_megatron.model.checkpoint import (
     TOKENIZER,
@@ -305,7 +305,9 @@ class Trainer:
                     Path(self.config.run_dir) / f"spike_step_{step:08d}.json",
                     {"step": step, "loss": loss, "sequences": samples},
                 )
-            self.print_rank_0(f"step {step}: loss spike to {loss:.3f}, documents {documents}")
+            self.print_rank_0(
+                f"step {step}: loss spike to {loss:.3f}, documents [{few(documents)}]"
+            )
 
 
 def needs_scores(run: RunConfig) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 
 from lctw_megatron.atomic import write_json
 from lctw_megatron.data.loader import TokenLoader
+from lctw_megatron.errors import few
 
 
 class NonFinite(Exception):
@@ -37,12 +38,12 @@ def write_nonfinite(loader: TokenLoader, error: NonFinite, run_dir: Path) -> str
         written = f"{path} could not be written ({failure.strerror})"
     where = "; ".join(
         f"{samples[row]['corpus']} sequence {samples[row]['sequence']} (documents "
-        f"{', '.join(str(piece['document']) for piece in samples[row]['pieces'])})"
+        f"{few([piece['document'] for piece in samples[row]['pieces']])})"
         for row in chosen[:3]
     )
     more = f" and {len(chosen) - 3} more" if len(chosen) > 3 else ""
     what = f"the loss of {where}{more}" if error.rows else "the gradient, all losses are finite,"
-    ranks = ", ".join(str(rank) for rank in sorted({rank for rank, _ in error.rows}))
+    ranks = few(sorted({rank for rank, _ in error.rows}))
     seen = f" on rank {ranks}" if ranks else ""
     return f"{error}: {what} is not finite{seen}; no weight was changed, {written}"
 

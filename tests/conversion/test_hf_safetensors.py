@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -162,6 +163,39 @@ def test_all_missing_unknown_and_wrongly_shaped_tensors_are_named_at_once(refusa
         "model.layers.3.mlp.up_proj.weight has dtype I8",
     ):
         assert said in text, f"{said!r} not in {text!r}"
+
+
+def test_a_line_about_many_tensors_stays_short(refusal):
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if ".mlp." in name]:
+            tensors[name.replace("mlp", "feed_forward")] = tensors.pop(name)
+
+    said = refusal("single", lambda folder: change_tensors(folder, spoil))
+    assert said.endswith(" and 16 more") and said.count(" is ") == 8, said
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "language_model.", "module.base."])
+@pytest.mark.parametrize("name", ["single", "tied"])
+def test_a_prefix_of_all_names_is_said_once(refusal, prefix, name):
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        for key in list(tensors):
+            tensors[prefix + key] = tensors.pop(key)
+
+    said = refusal(name, lambda folder: change_tensors(folder, spoil))
+    found = re.search(r"all (\d+) names begin with (\S+), expected e.g. (\S+);", said)
+    assert found and found[2] == prefix and found[3] == "model.embed_tokens.weight", said
+    assert said.count(prefix) == 1
+
+
+def test_a_prefix_of_some_names_is_counted(refusal):
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        for key in list(tensors):
+            tensors["language_model." + key] = tensors.pop(key)
+        tensors["vision_tower.patch.weight"] = torch.zeros(3)
+
+    said = refusal("single", lambda folder: change_tensors(folder, spoil))
+    found = re.search(r"(\d+) of (\d+) names begin with language_model\.,", said)
+    assert found and int(found[2]) - int(found[1]) == 1, said
 
 
 def test_mixed_dtypes_need_a_choice(originals, tmp_path):
