@@ -1,6 +1,7 @@
 """Running a tool as a user does, in this process or in one of its own."""
 
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -52,6 +53,8 @@ def start(name: str, *arguments: object, **environment: str) -> "subprocess.Pope
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        # Else what a shell starts with & is deaf to Ctrl-C, and so is all that it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
