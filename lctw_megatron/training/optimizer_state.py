@@ -8,9 +8,9 @@ torch's AdamW saved lacks what TransformerEngine's or apex's FusedAdam keeps in 
 
 from typing import Any
 
-from megatron.core.optimizer.optimizer import param_group_identifier_keys
-
 _NOT_SETTINGS = ("params", "step")
+_IDENTITY = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
+"""What tells groups apart. Newer megatron-core adds the rates, which a recipe may change."""
 
 
 def keep_own_settings(optimizer: Any, saved: dict[str, Any]) -> None:
@@ -40,5 +40,5 @@ def _inner_states(saved: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _identity(group: dict[str, Any]) -> tuple[Any, ...]:
-    """By which megatron-core, too, finds the group that a saved one belongs to."""
-    return tuple(group.get(key) for key in param_group_identifier_keys)
+    """The same for a saved group and the one at hand that it belongs to."""
+    return tuple(group.get(key) for key in _IDENTITY)
