@@ -3,4 +3,4 @@
 from lctw_megatron.platform.capabilities import capabilities
 
 if __name__ == "__main__":
-    print("\n".join(capabilities().line().split(", ")))
+    print("\n".join(capabilities().parts()))

@@ -12,8 +12,6 @@ class SchemeNeeds:
     """Whether training must provide short losses (a sidecar, or self-scoring) at all."""
     parameters: tuple[str, ...] = ()
     """Fields of the `weighting` section that this scheme must have and most others refuse."""
-    optional: tuple[str, ...] = ()
-    """Fields that all schemes share and that this one reads too."""
 
 
 SCHEME_NEEDS: dict[str, SchemeNeeds] = {
@@ -24,7 +22,7 @@ SCHEME_NEEDS: dict[str, SchemeNeeds] = {
     "ppmi": SchemeNeeds(parameters=("keep_fraction", "shift")),
     "npmi": SchemeNeeds(parameters=("keep_fraction", "shift")),
     "rho": SchemeNeeds(parameters=("keep_fraction",)),
-    "position": SchemeNeeds(short_loss=False, optional=("window",)),
+    "position": SchemeNeeds(short_loss=False),
     "custom": SchemeNeeds(parameters=("function",)),
 }
 

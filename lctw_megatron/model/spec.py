@@ -14,13 +14,18 @@ from lctw_megatron.platform.capabilities import capabilities
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
-def uses_transformer_engine(model: ModelConfig, dtype: torch.dtype) -> bool:
-    """Whether `attention: auto | te | sdpa` means TransformerEngine's layers on this machine.
+def takes_engine_layers(model: ModelConfig, dtype: torch.dtype, there: bool) -> bool:
+    """Whether `attention: auto | te | sdpa` means TransformerEngine's layers where it is ``there``.
 
     Half precision only: it multiplies float32 matrices in TF32 (losses of a small model differ by
     1e-2 nats), and its one attention for float32 stores all probabilities and knows no context
     parallelism.
     """
+    return there and model.attention != "sdpa" and dtype in (torch.bfloat16, torch.float16)
+
+
+def uses_transformer_engine(model: ModelConfig, dtype: torch.dtype) -> bool:
+    """``takes_engine_layers`` on this machine. InputError if it is asked for and cannot be used."""
     here = capabilities()
     if model.attention == "te" and here.transformer_engine is None:
         why = here.transformer_engine_error or (
@@ -30,8 +35,7 @@ def uses_transformer_engine(model: ModelConfig, dtype: torch.dtype) -> bool:
             f"model.attention: te, but TransformerEngine cannot be used here ({why}); mend its "
             "installation (a container's own fits its torch) or set model.attention=sdpa"
         )
-    half = dtype in (torch.bfloat16, torch.float16)
-    return half and model.attention != "sdpa" and here.transformer_engine is not None
+    return takes_engine_layers(model, dtype, here.transformer_engine is not None)
 
 
 def has_own_core_attention(model: ModelConfig, dtype: torch.dtype, packed: bool) -> bool:
@@ -48,7 +52,7 @@ def recomputes(model: ModelConfig, layout: LayoutConfig, dtype: torch.dtype, pac
 
 
 def transformer_config(
-    model: ModelConfig, layout: LayoutConfig, dtype: torch.dtype, packed: bool = True
+    model: ModelConfig, layout: LayoutConfig, dtype: torch.dtype, packed: bool
 ) -> Any:
     """The megatron-core TransformerConfig of a model under a layout, parameters in ``dtype``.
 

@@ -44,13 +44,19 @@ class Capabilities:
 
     def line(self) -> str:
         """All of it for the log."""
+        return ", ".join(self.parts())
+
+    def parts(self) -> list[str]:
+        """All of it, one thing after the other. Asks CUDA for the name of this process's GPU and so
+        starts it: not before a process forks others."""
         device = "CPU, gloo"
         if self.gpu:
-            device = f"{gpu_name()} (1 of {self.gpus}, CUDA {self.cuda}, NCCL {self.nccl})"
+            name = torch.cuda.get_device_name(local_gpu(self.gpus))
+            device = f"{name} (1 of {self.gpus}, CUDA {self.cuda}, NCCL {self.nccl})"
         engine = self.transformer_engine or "none"
         if self.transformer_engine_error:
             engine = f"unusable ({self.transformer_engine_error})"
-        parts = [
+        return [
             f"lctw-megatron {self.lctw_megatron}",
             f"megatron-core {self.megatron_core}",
             f"torch {self.torch}",
@@ -60,14 +66,11 @@ class Capabilities:
             f"Adam {self.fused_adam or 'torch'}",
             f"variable-length attention {'yes' if self.varlen_attention else 'no'}",
         ]
-        return ", ".join(parts)
 
 
-def gpu_name() -> str:
-    """Of this process's GPU, as CUDA names it. Starts CUDA: not before a process forks others."""
-    return torch.cuda.get_device_name(
-        int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
-    )
+def local_gpu(gpus: int) -> int:
+    """The number of this process's GPU among the ``gpus`` of its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0")) % gpus
 
 
 @functools.cache

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from lctw_megatron.config.schema import LayoutConfig
 from lctw_megatron.errors import InputError
-from lctw_megatron.platform.capabilities import capabilities
+from lctw_megatron.platform.capabilities import capabilities, local_gpu
 from lctw_megatron.platform.cpu import patch_megatron
 from lctw_megatron.platform.gpu import fuse_small_operations
 
@@ -38,7 +38,7 @@ class World:
 def default_device() -> torch.device:
     """The GPU of this process if there is one, else the CPU."""
     if gpus := capabilities().gpus:
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % gpus)
+        return torch.device("cuda", local_gpu(gpus))
     return torch.device("cpu")
 
 

@@ -28,11 +28,10 @@ def complete_run(run: RunConfig, tokenizer: TokenizerIdentity, prefix: str) -> R
     if run.start:
         start = find_checkpoint(run.start)
         manifest = read_manifest(start)
-        for name in type(model).model_fields.keys() - _FREE_OF_THE_START:
+        for name in type(model).model_fields:
             ours, theirs = getattr(model, name), getattr(manifest.model, name)
-            if ours != theirs and not (
-                name in ("num_query_groups", "kv_channels") and ours is None
-            ):
+            derived = ours is None and name in ("num_query_groups", "kv_channels")
+            if ours != theirs and not derived and name not in _FREE_OF_THE_START:
                 raise InputError(
                     f"model.{name} is {ours}, but {start} has {theirs}; leave the model section "
                     "out to take the checkpoint's"

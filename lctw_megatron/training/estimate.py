@@ -35,6 +35,7 @@ from dataclasses import dataclass
 from lctw_megatron.config.layout_rules import check_layout, padded_vocabulary
 from lctw_megatron.config.model_sizes import layer_sizes
 from lctw_megatron.config.schema import RunConfig
+from lctw_megatron.model import spec
 from lctw_megatron.platform.capabilities import capabilities
 from lctw_megatron.training.flops import step_flops
 
@@ -146,11 +147,11 @@ def layer_activations(run: RunConfig) -> int:
 
 
 def _has_engine_attention(run: RunConfig) -> bool:
-    """Whether TransformerEngine's core attention runs, as model/spec.py decides it; asked for on a
-    machine without it, it counts as being on the one that will train."""
-    asked = run.model.attention
-    there = asked == "te" or (asked == "auto" and capabilities().transformer_engine is not None)
-    return there and run.training.precision == "bf16" and run.data.packing == "chunk"
+    """Whether TransformerEngine's core attention runs. Asked for on a machine without it, it counts
+    as being on the one that will train."""
+    there = run.model.attention == "te" or capabilities().transformer_engine is not None
+    layers = spec.takes_engine_layers(run.model, spec.DTYPES[run.training.precision], there)
+    return layers and run.data.packing == "chunk"
 
 
 def _tokens(run: RunConfig) -> int:

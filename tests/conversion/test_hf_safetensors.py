@@ -298,7 +298,7 @@ def test_what_is_written_is_what_the_safetensors_library_and_we_read(limit, dtyp
             assert torch.equal(wide, tensor[4:7].to(dtype).float())
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="/proc lists what is mapped")
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc to list what is mapped")
 def test_only_the_file_of_the_tensor_read_last_is_mapped_into_memory(originals):
     def mapped() -> int:
         maps = Path("/proc/self/maps").read_text()

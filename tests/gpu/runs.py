@@ -7,9 +7,7 @@ from typing import Any
 import numpy as np
 
 from lctw_megatron.config.schema import RunConfig
-from lctw_megatron.data.manifest import TokenizerIdentity
-from lctw_megatron.data.sidecar import SidecarWriter
-from lctw_megatron.data.token_dataset import TokenDataset, TokenWriter
+from tests.data.small_data import write_sidecar, write_tokens
 
 SEQUENCE, WINDOW, STRIDE = 512, 128, 96
 VOCABULARY = 1000
@@ -38,26 +36,21 @@ def make_data(folder: Path) -> str:
     """Documents of 2 to 1,500 tokens with a short_loss sidecar of random numbers."""
     rng = np.random.default_rng(5)
     prefix = str(folder / "tokens")
-    tokenizer = TokenizerIdentity(
-        kind="sentencepiece", path="none", digest="0", vocab_size=VOCABULARY,
-        bos_id=1, eos_id=2, add_bos=True, add_eos=True,
-    )  # fmt: skip
-    with TokenWriter(prefix, tokenizer) as writer:
-        for length in [1500, 2, 700, *rng.integers(2, 1500, 40)]:
-            # Half of the tokens repeat what stood before, so that there is something to learn.
-            tokens = rng.integers(3, VOCABULARY, length)
-            tokens[length // 2 :] = tokens[: length - length // 2]
-            writer.add(tokens.astype(np.uint16))
-    dataset = TokenDataset(prefix)
-    details = dict(
-        window=WINDOW, stride=STRIDE, sequence_length=None, score_first_window=False,
-        min_context=WINDOW - STRIDE, mean_context=80.0, scorer={},
-    )  # fmt: skip
-    with SidecarWriter(dataset, "short_loss", **details) as writer:
-        for length in dataset.lengths:
-            values = rng.gamma(4.0, 2.0, length).astype(np.float32)
-            values[:WINDOW] = np.nan
-            writer.add(values)
+    documents = []
+    for length in [1500, 2, 700, *rng.integers(2, 1500, 40)]:
+        # Half of the tokens repeat what stood before, so that there is something to learn.
+        tokens = rng.integers(3, VOCABULARY, length)
+        tokens[length // 2 :] = tokens[: length - length // 2]
+        documents.append(tokens)
+    dataset = write_tokens(
+        prefix, documents, vocab_size=VOCABULARY, bos_id=1, eos_id=2, add_bos=True, add_eos=True
+    )
+    short_losses = []
+    for length in dataset.lengths:
+        values = rng.gamma(4.0, 2.0, length)
+        values[:WINDOW] = np.nan
+        short_losses.append(values)
+    write_sidecar(dataset, short_losses, window=WINDOW, stride=STRIDE, min_context=WINDOW - STRIDE)
     return prefix
 
 

@@ -6,9 +6,9 @@ gradient norms within 2e-2. Pipeline stages do the arithmetic of one GPU: the lo
 step are equal to the last bit.
 
 `sparse` is no continuous function of the losses: of two targets at the threshold whose scores
-differ in the last bits one layout keeps the one, another the other, at weight 5. It has a line of
-its own in the table; its weighted loss and gradient norm are held to 2e-3 and 1e-2 (bf16 1e-2 and
-5e-2).
+differ in the last bits one layout keeps the one, another the other, at weight 5. In float32 that
+does not happen here. In bf16 it does: `sparse` has a line of its own in the table, and its weighted
+loss and gradient norm are held to 1e-2 and 5e-2.
 """
 
 import itertools
@@ -121,9 +121,6 @@ def is_sparse(case: tuple[str, str]) -> bool:
 def allowed_differences(engine: str, layout: str, sparse: bool) -> dict[str, float]:
     if engine.endswith("fp32"):
         allowed = {name: 1e-5 for name in (*COMPARED, "validation")}
-        if sparse:
-            allowed = {"loss/weighted": 2e-3, "loss/plain": 1e-3, "validation": 1e-3,
-                       "grad_norm": 1e-2, "weights/max": 1e-5}  # fmt: skip
     else:
         allowed = {"loss/weighted": 2e-3, "loss/plain": 2e-3, "validation": 2e-3, "grad_norm": 2e-2}
         if sparse:
