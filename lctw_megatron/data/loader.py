@@ -177,7 +177,8 @@ class TokenLoader:
             prefixes = ", ".join(source.prefix for source in self.sources)
             raise InputError(
                 f"the checkpoint was trained on other data than {prefixes} now give: "
-                f"{'; '.join(changed)}; restore them, or start a new run"
+                f"{'; '.join(changed)}; restore them, start a new run, or pass "
+                "--allow-changes"
             )
         self.consumed_samples = state["consumed_samples"]
         self._batch_sizes = [list(span) for span in state["batch_sizes"]]

@@ -15,6 +15,8 @@ import errno
 import hashlib
 import io
 import json
+import math
+import pickle
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -136,7 +138,12 @@ def check_files(checkpoint: Path) -> Any:
         raise InputError(_missing(common))
     for item, info in places:
         if not hasattr(metadata.state_dict_metadata.get(item.fqn), "chunks"):  # not a tensor
-            _check_pickled(checkpoint / info.relative_path, info.offset, info.length)
+            value = _check_pickled(checkpoint / info.relative_path, info.offset, info.length)
+            if f".{EXTRA_STATE}/" in item.fqn and _holds_something(value):
+                raise InputError(
+                    f"{checkpoint}: {item.fqn} is not empty: it holds the scales of FP8 weights, "
+                    "which nothing here reads; save it from a run without FP8"
+                )
     return metadata
 
 
@@ -144,13 +151,13 @@ def _missing(path: Path) -> str:
     return f"{path}: missing; the checkpoint is damaged, use another"
 
 
-def _check_pickled(path: Path, offset: int = 0, length: int = -1) -> None:
-    """Refuse what was not written by torch.save, or holds more than tensors and plain values."""
+def _check_pickled(path: Path, offset: int = 0, length: int = -1) -> Any:
+    """What torch.save wrote there. Refused if it holds more than tensors and plain values."""
     with open(path, "rb") as file:
         file.seek(offset)
         data = io.BytesIO(file.read(length))
     try:
-        torch.load(data, map_location="cpu", weights_only=True)
+        return torch.load(data, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's own advice would be to allow everything
         raise InputError(
             f"{path}: damaged, or holds what does not belong in a checkpoint "
@@ -164,7 +171,7 @@ def load_weights(chunks: list[Any], checkpoint: str | Path) -> None:
 
     Raises InputError if the checkpoint is damaged or names or shapes differ.
     """
-    load_model_state(chunks, load_state(model_state(chunks), Path(checkpoint)))
+    load_model_state(chunks, load_state(model_state(chunks), Path(checkpoint)), checkpoint)
 
 
 def load_state(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
@@ -179,7 +186,8 @@ def load_state(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
     from megatron.core.dist_checkpointing.core import CheckpointingException
     from torch.distributed.checkpoint import CheckpointException
 
-    there = check_files(checkpoint).state_dict_metadata.keys()
+    there = check_files(checkpoint).state_dict_metadata
+    _check_complete(checkpoint, there)
     asked = dict(state)
     for part in state.keys() - {"optimizer"}:
         asked[part] = {
@@ -202,6 +210,26 @@ def load_state(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
         raise _unloadable(checkpoint, error) from None
 
 
+def _holds_something(value: Any) -> bool:
+    """Whether an extra state is more than an empty tensor, None or (megatron-core) a list of it."""
+    if isinstance(value, list | tuple):
+        return any(map(_holds_something, value))
+    return value is not None and not (isinstance(value, torch.Tensor) and value.numel() == 0)
+
+
+def _check_complete(checkpoint: Path, entries: dict[str, Any]) -> None:
+    """Refuse an index whose boxes leave out some of a tensor: torch would load what was in the
+    memory before."""
+    for name, entry in entries.items():
+        if hasattr(entry, "chunks"):
+            whole, stored = math.prod(entry.size), sum(math.prod(c.sizes) for c in entry.chunks)
+            if whole != stored:
+                raise InputError(
+                    f"{checkpoint}: {stored} of {whole} elements of {name} are stored; it is "
+                    "damaged, use another"
+                )
+
+
 def _is_machines_fault(error: BaseException) -> bool:
     """Another try, on another node, may go well: memory, a broken connection, a failing disk."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError | torch.distributed.DistError):
@@ -215,7 +243,9 @@ _CONNECTION = re.compile("gloo|nccl|connection|cuda error|timed out", re.IGNOREC
 
 
 def _unloadable(checkpoint: Path, error: BaseException) -> InputError:
-    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    # torch's words about a damaged pickle end with the advice to trust it.
+    known = "" if isinstance(error, pickle.UnpicklingError) else str(error)
+    reason = " ".join(known.split())[:300] or type(error).__name__
     return InputError(
         f"{checkpoint}: cannot be loaded ({reason}); it is damaged or holds another model"
     )
@@ -228,15 +258,16 @@ def model_state(chunks: list[Any]) -> dict[str, Any]:
     return {f"model{i}": c.sharded_state_dict(metadata=sharding()) for i, c in enumerate(chunks)}
 
 
-def load_model_state(chunks: list[Any], state: dict[str, Any]) -> None:
-    """Put loaded weights into the chunks. InputError unless all but extra states are there."""
+def load_model_state(chunks: list[Any], state: dict[str, Any], checkpoint: str | Path) -> None:
+    """Put what was loaded from ``checkpoint`` into the chunks. InputError unless all weights are
+    there."""
     for i, chunk in enumerate(chunks):
         part = state["model" if len(chunks) == 1 else f"model{i}"]
         missing, unknown = chunk.load_state_dict(part, strict=False)
         missing = [name for name in missing if not name.endswith(EXTRA_STATE)]
         for what, names in (("missing", missing), ("unknown", unknown)):
             if names:
-                raise InputError(f"weights are {what}: {few(names)}")
+                raise InputError(f"{checkpoint}: weights are {what}: {few(names)}")
 
 
 def checkpoint_digest(checkpoint: str | Path) -> str:

@@ -23,10 +23,7 @@ def prepare_torch_adam(optimizer: Any) -> None:
             continue
         for group in inner.param_groups:
             for parameter in group["params"]:
-                state = inner.state[parameter]
-                state["step"] = torch.tensor(0.0)
-                state["exp_avg"] = torch.zeros_like(parameter)
-                state["exp_avg_sq"] = torch.zeros_like(parameter)
+                inner.state[parameter]["step"] = torch.tensor(0.0)
         part._set_main_param_and_optimizer_states = MethodType(_set_states, part)
 
 

@@ -244,6 +244,12 @@ def newest_checkpoint(
 def resume(checkpoint: Path, chunks: list[Any], optimizer: Any) -> None:
     """Load weights and optimizer. All ranks call it. InputError if they do not fit."""
     loaded = load_state(run_state(chunks, optimizer, True), checkpoint)
-    load_model_state(chunks, loaded)
-    keep_own_settings(optimizer, loaded["optimizer"])
+    load_model_state(chunks, loaded, checkpoint)
+    try:
+        keep_own_settings(optimizer, loaded["optimizer"])
+    except KeyError as error:
+        raise InputError(
+            f"{checkpoint}: holds no {error} of an optimizer; to begin from its weights name it as "
+            "`start` of a new run_dir"
+        ) from None
     optimizer.load_state_dict(loaded["optimizer"])

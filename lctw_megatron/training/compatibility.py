@@ -1,8 +1,10 @@
 """Whether a run fits what it begins with: a start's model and tokenizer, its own checkpoint."""
 
+import os
+
 from lctw_megatron.config.schema import RunConfig
 from lctw_megatron.data.manifest import TokenizerIdentity
-from lctw_megatron.errors import InputError
+from lctw_megatron.errors import InputError, few
 from lctw_megatron.model.checkpoint import CheckpointManifest, find_checkpoint, read_manifest
 
 # What a longer context changes of a start's model, and what its weights do not show.
@@ -46,16 +48,29 @@ def complete_run(run: RunConfig, tokenizer: TokenizerIdentity, prefix: str) -> R
 
 
 def check_unchanged(run: RunConfig, manifest: CheckpointManifest) -> None:
-    """Raise InputError unless ``run`` has the model and weighting of the checkpoint it resumes."""
+    """Raise InputError unless ``run`` has the start, model, weighting and precision of the
+    checkpoint it resumes."""
     if manifest.run is None:
         return
-    for section in ("weighting", "model"):
-        ours = getattr(run, section).model_dump(mode="json")
-        theirs = getattr(manifest.run, section).model_dump(mode="json")
-        for name in ours:
-            if ours[name] != theirs[name] and name not in _FREE_ON_RESUME:
-                raise InputError(
-                    f"{section}.{name} is {ours[name]}, but {run.run_dir} was trained to step "
-                    f"{manifest.step} with {theirs[name]}; restore it, choose another run_dir, or "
-                    "pass --allow-changes"
-                )
+    changed = {
+        f"{section}.{name}": (ours, theirs[name])
+        for section in ("weighting", "model")
+        for theirs in [getattr(manifest.run, section).model_dump(mode="json")]
+        for name, ours in getattr(run, section).model_dump(mode="json").items()
+        if ours != theirs[name] and name not in _FREE_ON_RESUME
+    }
+    if run.training.precision != manifest.run.training.precision:
+        changed["training.precision"] = run.training.precision, manifest.run.training.precision
+    if _place(run) != _place(manifest.run) and run.start != manifest.run.start:
+        changed["start"] = run.start, manifest.run.start
+    if changed:
+        found = few([f"{name} is {ours}, was {theirs}" for name, (ours, theirs) in changed.items()])
+        raise InputError(
+            f"{run.run_dir} was trained to step {manifest.step} with other settings ({found}); "
+            "restore them, choose another run_dir, or pass --allow-changes"
+        )
+
+
+def _place(run: RunConfig) -> str | None:
+    """Where the start lies, seen from the run: a folder of both that was moved changes nothing."""
+    return run.start and os.path.relpath(os.path.realpath(run.start), os.path.realpath(run.run_dir))

@@ -67,6 +67,9 @@ def build_optimizer(wrapped: list[Any], training: TrainingConfig) -> Any:
         optimizer = get_megatron_optimizer(
             config, wrapped, config_overrides=weight_decay_rules(config)
         )
+    # Moments from the start: a run may save before its first good step.
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        part.init_state_fn(part.optimizer, config)
     prepare_torch_adam(optimizer)
     return optimizer
 

@@ -19,17 +19,17 @@ def keep_own_settings(optimizer: Any, saved: dict[str, Any]) -> None:
 
     The steps of all groups are one whole number, from which megatron-core makes what the optimizer
     at hand keeps: torch's a tensor for every parameter, the fused ones a number for every group.
+    KeyError: what ``saved`` lacks of an optimizer.
     """
     own = {_identity(group): group for group in optimizer.param_groups}
     for inner in _inner_states(saved):
         for group in inner["param_groups"]:
-            step = int(group["step"]) if group.get("step") is not None else None
+            # The fused ones count from their first step on.
+            step = int(group.get("step") or 0)
             settings = own.get(_identity(group), group)
             kept = {key: settings[key] for key in settings if key not in _NOT_SETTINGS}
             group.clear()
-            group.update(kept)
-            if step is not None:
-                group["step"] = step
+            group.update(kept, step=step)
 
 
 def _inner_states(saved: dict[str, Any]) -> list[dict[str, Any]]:

@@ -274,6 +274,29 @@ def test_another_weighting_is_refused_unless_allowed(data: str, copy: Path) -> N
     assert [line["step"] for line in logged(copy)] == list(range(STEPS))
 
 
+def test_another_precision_or_start_is_refused_but_one_that_moved_along_is_not(
+    data: str, stopped: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(stopped, tmp_path / "before" / "base")
+    changes = {"training": {"steps": 2, "save_interval": None}}
+
+    def run(folder: str, start: str | None, **training: Any) -> RunConfig:
+        changed = {"training": changes["training"] | training}
+        place = tmp_path / folder / "next"
+        return dense_run(data, place, start=start and str(tmp_path / start), **changed)
+
+    assert train(run("before", "before/base")) == 0
+    message = refusal(run("before", "before/base", precision="bf16"))
+    assert "training.precision is bf16, was fp32" in message
+    message = refusal(run("before", None))
+    assert "start is None" in message and "before/base" in message
+    shutil.copytree(tmp_path / "before", tmp_path / "after")
+    assert train(run("after", "after/base")) == 0
+    message = refusal(run("after", "after/next"))
+    assert "start is" in message and "after/next" in message and "before/base" in message
+    assert train(run("after", None, steps=3, precision="bf16"), allow_changes=True) == 0
+
+
 def test_other_data_or_another_tokenizer_is_refused(data: str, copy: Path) -> None:
     folder = copy.parent
     uniform = {"weighting": {"scheme": "uniform"}}

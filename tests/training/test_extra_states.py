@@ -66,6 +66,20 @@ def test_what_layers_of_one_kind_saved_the_other_kind_goes_on_with(
     assert first == 2 and metrics == expected[1]
 
 
+def test_scales_of_fp8_are_not_dropped_without_a_word(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spec, "RMSNorm", EngineNorm)
+    scales = torch.ones(3, dtype=torch.uint8)
+    monkeypatch.setattr(EngineNorm, "get_extra_state", lambda self: scales)
+    run = make_run(data, str(tmp_path / "run"), {}, "chunk", "uniform", "frozen")
+    _, _, folder = steps(run, range(1), save=True)
+    for norm in NORMS.values():
+        monkeypatch.setattr(spec, "RMSNorm", norm)
+        with pytest.raises(InputError, match="step_00000001: .*_extra_state.* not empty.* FP8"):
+            check_files(folder / "step_00000001")
+
+
 def test_a_weight_that_lacks_is_an_error_that_names_it(data: str, tmp_path: Path) -> None:
     run = make_run(data, str(tmp_path / "run"), {}, "chunk", "uniform", "frozen",
                    model={"qk_norm": False})  # fmt: skip

@@ -3,6 +3,7 @@ for does not, as the batch script then tries again."""
 
 import errno
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 
 from lctw_megatron.errors import InputError
 from lctw_megatron.model import checkpoint as module
-from lctw_megatron.model.checkpoint import load_weights
+from lctw_megatron.model.checkpoint import load_weights, model_state, read_manifest
 from lctw_megatron.training.loop import Trainer
 from tests.distributed import run_distributed
 from tests.training.layouts import make_data, make_run
@@ -59,7 +60,20 @@ def message(data: str, folder: str, model: dict[str, Any], checkpoint: Path) -> 
     return "loaded"
 
 
-@pytest.mark.parametrize("name", [*MODELS, "garbled"])
+def shorten(folder: Path) -> None:
+    """Take the last box of a stacked tensor out of the index, as if its layer were not there."""
+    index = pickle.loads((folder / ".metadata").read_bytes())
+    entry = index.state_dict_metadata["decoder.layers.mlp.linear_fc1.weight"]
+    box = entry.chunks.pop()
+    index.storage_data = {
+        place: info
+        for place, info in index.storage_data.items()
+        if (place.fqn, place.offset) != ("decoder.layers.mlp.linear_fc1.weight", box.offsets)
+    }
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+
+
+@pytest.mark.parametrize("name", [*MODELS, "garbled", "a layer too few in the index"])
 def test_what_does_not_fit_or_is_damaged_is_one_line(
     name: str, saved: tuple[str, Path], tmp_path: Path
 ) -> None:
@@ -71,8 +85,25 @@ def test_what_does_not_fit_or_is_damaged_is_one_line(
         model = {}
     if name == "garbled":
         garble(copy)
+    if name == "a layer too few in the index":
+        shorten(copy)
     found = message(data, str(tmp_path / "run"), model, copy)
     assert found.startswith(f"{copy}") and "\n" not in found and len(found) < 600, found
+    assert "weights_only" not in found, found  # torch's advice to trust the file
+
+
+def test_weights_alone_are_no_checkpoint_to_go_on_from(
+    saved: tuple[str, Path], tmp_path: Path
+) -> None:
+    data, checkpoint = saved
+    run = make_run(data, str(tmp_path), {}, "chunk", "uniform", "frozen",
+                   model=MODELS["a head of its own"])  # fmt: skip
+    trainer = Trainer(run)
+    manifest = read_manifest(checkpoint).model_copy(update={"optimizer": False})
+    trainer.writer.save(model_state(trainer.chunks), manifest)
+    trainer.close()
+    with pytest.raises(InputError, match=f"{tmp_path}/checkpoints/step_00000001: .*optimizer"):
+        Trainer(run)
 
 
 def test_all_ranks_get_the_line(saved: tuple[str, Path], tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ class FusedAdam(torch.optim.Optimizer):
 
     def __init__(
         self, params: Any, lr: float, betas: Any, eps: float, weight_decay: float,
-        adam_w_mode: bool, bias_correction: bool = True,
+        adam_w_mode: bool, bias_correction: bool = True, **switches: Any,
     ) -> None:  # fmt: skip
         assert adam_w_mode
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
@@ -163,6 +163,19 @@ class FusedAdam(torch.optim.Optimizer):
                 mean = state["exp_avg"] / (1 - one ** group["step"])
                 size = (state["exp_avg_sq"] / (1 - two ** group["step"])).sqrt() + group["eps"]
                 p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * mean / size)
+
+
+@pytest.mark.parametrize(("wrote", "reads"), [("torch", "fused"), ("fused", "torch")])
+def test_a_run_may_save_before_its_first_good_step(
+    wrote: str, reads: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses, _ = steps(run_of(data, str(tmp_path / "whole"), {}), range(2))
+    run = run_of(data, str(tmp_path / "run"), {})
+    use(wrote, monkeypatch)
+    steps(run, range(0), save=True)
+    use(reads, monkeypatch)
+    then, _ = steps(run, range(2))
+    assert then == pytest.approx(losses, rel=1e-6)
 
 
 def use(adam: str, patch: pytest.MonkeyPatch) -> None:
