@@ -40,6 +40,8 @@ class PrepareConfig(Section):
     """Hold out this many documents, evenly spaced, as PREFIX-validation (also as jsonl text)."""
     max_bytes: Positive | None = None
     """Use no more than this many bytes of the corpus (whole documents)."""
+    max_document_bytes: Positive = 1 << 28
+    """A longer document (of jsonl: a longer line) counts as broken."""
     text_field: str = "text"
     """The field of a jsonl line or the column of a parquet file that holds the text."""
     skip_bad: bool = False
