@@ -111,7 +111,7 @@ def _lines(part: Slice, text_field: str, most_bytes: int) -> Iterator[_Piece]:
                 yield number, error, done
 
 
-def _rest_of_line(stream: IO[bytes]) -> int:
+def _rest_of_line(stream: io.BufferedIOBase) -> int:
     """Read to the end of the line, however far it is; how many bytes that were."""
     size = 0
     while block := stream.readline(_BUFFER_BYTES):
