@@ -20,6 +20,7 @@ import numpy as np
 
 from lctw_megatron.atomic import atomic_directory, write_json
 from lctw_megatron.data.indexed_array import IndexedArrayReader, IndexedArrayWriter
+from lctw_megatron.data.json_object import read_json_object
 from lctw_megatron.data.manifest import TokenizerIdentity
 from lctw_megatron.data.preprocessing.corpus import Shard
 from lctw_megatron.data.preprocessing.documents import MOST_BYTES, read_documents
@@ -79,7 +80,7 @@ def shard_key(shard: Shard, settings: ShardSettings, tokenizer: TokenizerIdentit
 def finished_shard(folder: Path, skip_bad: bool) -> ShardResult | None:
     """The result of a shard that an earlier run has finished; None if it must be made."""
     try:
-        result = ShardResult(**json.loads((folder / "shard.json").read_bytes()))
+        result = ShardResult(**read_json_object(folder / "shard.json"))
         tokens = open_tokens(folder)
         sizes = (folder / "sizes.bin").stat().st_size
     except (OSError, ValueError, TypeError, InputError):
