@@ -14,6 +14,13 @@ from lctw_megatron.data.token_dataset import TokenDataset
 from lctw_megatron.errors import InputError
 
 
+def _advice(data: DataConfig) -> str:
+    """Against data without sequences: only settings that are not set already."""
+    if data.packing == "chunk" and data.tails == "drop":
+        return "shorten the sequences, or set data.tails=keep or data.packing=pack"
+    return "preprocess documents of two tokens or more"
+
+
 class SequenceSource:
     """Sequences of one token dataset, by number.
 
@@ -55,8 +62,7 @@ class SequenceSource:
             raise InputError(
                 f"{prefix}: no sequence of data.sequence_length={data.sequence_length} "
                 f"(data.packing={data.packing}, data.tails={data.tails}): the longest document has "
-                f"{longest} tokens; shorten the sequences, or set data.tails=keep or "
-                "data.packing=pack"
+                f"{longest} tokens; {_advice(data)}"
             )
 
     def __len__(self) -> int:

@@ -115,6 +115,9 @@ class Trainer:
         training = self.config.training
         done = self.first_step
         self._announce(done)
+        if done > training.steps:
+            self.print_rank_0(f"already past training.steps {training.steps}: at step {done}")
+            return 0
         with Progress(self.config.name, training.steps, "steps", initial=done) as progress:
             for step in range(done, training.steps):
                 started = time.perf_counter()

@@ -1,12 +1,14 @@
 import os
 import pickle
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lctw_megatron.data import indexed_array
 from lctw_megatron.data.indexed_array import (
     DTYPE_CODES,
     HEADER,
@@ -146,6 +148,19 @@ def test_several_sequences_a_document_are_refused(tmp_path):
         InputError, match="2 sequences in 1 documents; .* one sequence per document"
     ):
         IndexedArrayReader(tmp_path / "a")
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_as_many_documents_as_sequences_by_chance_are_refused(prefix, monkeypatch, many):
+    count = len(IndexedArrayReader(prefix))
+    path = Path(f"{prefix}.idx")
+    content = bytearray(path.read_bytes())
+    content[-8 * count : -8 * (count - 1)] = struct.pack("<q", 2)  # of two, then none
+    path.write_bytes(content)
+    if many:
+        monkeypatch.setattr(indexed_array, "_CHECKED_AT_OPENING", 0)
+    with pytest.raises(InputError, match="document 1 begins with sequence 2; .* one sequence per"):
+        IndexedArrayReader(prefix).check_index()
 
 
 def test_a_wrong_pointer_is_found_when_used_and_by_check_index(prefix):

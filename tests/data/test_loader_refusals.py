@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from lctw_megatron.config.schema import Corpus, DataConfig
+from lctw_megatron.data.sequence_source import _advice
 from lctw_megatron.data.token_dataset import TokenDataset
 from lctw_megatron.errors import InputError
 from tests.data.small_data import VOCAB_SIZE, count_up, write_sidecar, write_tokens
@@ -37,6 +38,13 @@ def test_no_corpus(folder) -> None:
 def test_no_sequence(folder) -> None:
     with refused("a: no sequence of data.sequence_length=64 .*tails=drop.* longest .* 30 tokens"):
         loader(config(folder, sequence_length=64, tails="drop"))
+
+
+def test_the_advice_is_not_what_is_set_already() -> None:
+    drops = DataConfig(train="x", tails="drop")
+    assert "set data.tails=keep" in _advice(drops)
+    for other in (DataConfig(train="x"), DataConfig(train="x", packing="pack", tails="drop")):
+        assert _advice(other) == "preprocess documents of two tokens or more"
 
 
 def test_steps_before_the_first(folder) -> None:
