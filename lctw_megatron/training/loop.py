@@ -251,7 +251,7 @@ class Trainer:
                 "model.attention te: float32 takes our layers, as TransformerEngine multiplies it "
                 "in TF32"
             )
-        for line in self.loader.packing_cost_lines():
+        for line in self.loader.packing_cost_lines() + self.loader.scores_lines():
             self.print_rank_0(line)
         self.print_rank_0(
             f"{run.name}: steps {done}..{run.training.steps}, {self.world.size} ranks, "

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -86,6 +87,25 @@ def test_scores_that_do_not_fit(tmp_path, fields, options, named) -> None:
     loader(config(tmp_path, "c"), scores=True, window=3, stride=2)
     with refused(named):
         loader(config(tmp_path, "c", **fields), scores=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("scored", "said"),
+    [
+        (0, "0 % of the targets have a short loss, as no document is longer than the window"),
+        (3, r"7.69 % of the .* \(mean weight about 13 each\); set weighting.unscored=one"),
+        (30, "76.9 % of the targets have a short loss$"),
+    ],
+)
+def test_how_many_targets_have_scores_is_said(tmp_path, scored, said) -> None:
+    dataset = write_tokens(tmp_path / "c", count_up([40]))
+    values = np.full(40, np.nan, np.float32)
+    values[40 - scored :] = 1.0
+    write_sidecar(dataset, [values], sequence_length=None)
+    opened = loader(config(tmp_path, "c"), scores=True, window=3, stride=2)
+    (line,) = opened.scores_lines()
+    assert re.search(said, line)
+    assert loader(config(tmp_path, "c")).scores_lines() == []
 
 
 def test_a_window_as_long_as_a_sequence(folder) -> None:
