@@ -1,5 +1,8 @@
 """What no machine can take is refused by the schema, in one line."""
 
+import random
+from contextlib import suppress
+
 import pytest
 
 from lctw_megatron.config.load import load_recipe, parse_override, resolve_run
@@ -130,3 +133,21 @@ def test_yaml_that_no_recipe_is_gives_one_line(text):
     with pytest.raises(InputError, match=r"^here: ?") as error:
         parse_yaml(text, "here")
     assert len(str(error.value)) < 500
+
+
+def test_a_damaged_recipe_is_an_input_error_or_harmless(recipe):
+    for seed in range(300):
+        draw = random.Random(seed)
+        content = bytearray(RECIPE.encode())
+        at = draw.randrange(len(content))
+        if draw.random() < 0.2:
+            del content[at:]
+        for _ in range(draw.randrange(4)):
+            at = draw.randrange(max(len(content), 1))
+            content[at : at + 1] = draw.choice(
+                [b"", b"\x00", b"{", b"!!", b"&a", b"9" * 30, b"\xff"]
+            )
+        print(f"seed {seed}: {bytes(content)!r}")  # pytest shows it of what fails
+        recipe.write_bytes(content)
+        with suppress(InputError):
+            resolve_run(load_recipe(recipe))

@@ -1,6 +1,8 @@
 import os
 import pickle
+import random
 import struct
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -188,3 +190,22 @@ def test_values_that_do_not_fit_the_dtype_are_refused(tmp_path):
         with pytest.raises(ValueError, match="values that uint16 cannot hold"):
             writer.add(np.array([-1]))
         writer.add(np.array([65535]))
+
+
+def test_a_damaged_index_is_an_input_error_or_harmless(prefix):
+    path = Path(f"{prefix}.idx")
+    whole = path.read_bytes()
+    for seed in range(400):
+        draw = random.Random(seed)
+        content = bytearray(whole)
+        if draw.random() < 0.3:
+            del content[draw.randrange(len(content)) :]
+        for _ in range(draw.randrange(3)):
+            if content:
+                content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        print(f"seed {seed}: {bytes(content)!r}")  # pytest shows it of what fails
+        path.write_bytes(content)
+        with suppress(InputError):
+            reader = IndexedArrayReader(prefix)
+            reader.check_index()
+            assert [len(reader[i]) for i in range(len(reader))] == reader.lengths.tolist()
