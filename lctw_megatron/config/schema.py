@@ -152,7 +152,7 @@ class ModelConfig(Section):
     """Bias on the query, key and value projections (Qwen2)."""
     qk_norm: bool = False
     """RMSNorm on queries and keys, per head (Qwen3)."""
-    init_method_std: Annotated[float, Field(ge=0, le=1e3)] = 0.02
+    init_method_std: Annotated[float, Field(ge=0, le=1e38)] = 0.02
     hidden_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     attention_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     attention: Literal["auto", "te", "sdpa"] = "auto"
