@@ -4,6 +4,7 @@ import argparse
 
 from lctw_megatron.cli import positive, run_command
 from lctw_megatron.config.schema import PrepareConfig
+from lctw_megatron.data.preprocessing.documents import MOST_BYTES
 from lctw_megatron.data.preprocessing.preprocess import preprocess
 
 EPILOG = """\
@@ -61,6 +62,14 @@ def parser() -> argparse.ArgumentParser:
         help="stop before the document that would bring the text above N bytes (UTF-8)",
     )
     parser.add_argument(
+        "--max-document-bytes",
+        type=positive,
+        default=MOST_BYTES,
+        metavar="N",
+        help="a longer document (of jsonl: a longer line) is broken (default: 256 MiB); a process "
+        "needs memory of 25 times the largest, with a Hugging Face tokenizer 150 times",
+    )
+    parser.add_argument(
         "--validation-documents",
         type=int,
         default=0,
@@ -86,6 +95,7 @@ def main(arguments: list[str]) -> int | None:
             train_sentencepiece=options.train_sentencepiece,
             validation_documents=options.validation_documents,
             max_bytes=options.max_bytes,
+            max_document_bytes=options.max_document_bytes,
             text_field=options.text_field,
             skip_bad=options.skip_bad,
             workers=options.workers,

@@ -112,7 +112,10 @@ def main(arguments: list[str]) -> int:
         found = f"mean {manifest.mean:.4f}, {manifest.min:.4f} to {manifest.max:.4f} nats"
         print(f"{job.prefix}: {manifest.scored} of {manifest.values} tokens scored, {found}")
     else:
-        print(f"{job.prefix}: nothing scored, as no document is longer than the window")
+        print(
+            f"{job.prefix}: nothing scored, as no document is longer than the window: every "
+            "scheme would train as uniform; score with a smaller --window"
+        )
     return 0
 
 

@@ -88,6 +88,11 @@ def check_model(model: ModelConfig, layout: LayoutConfig) -> None:
     _must_divide(heads, "model.num_attention_heads", groups or heads, "model.num_query_groups")
     if model.kv_channels is None:
         _must_divide(model.hidden_size, "model.hidden_size", heads, "model.num_attention_heads")
+        if model.hidden_size // heads % 2:
+            raise InputError(
+                f"model.hidden_size / model.num_attention_heads is {model.hidden_size // heads}; "
+                "rotary positions turn pairs of numbers and need an even width of a head"
+            )
     tensor = layout.tensor
     _must_divide(heads, "model.num_attention_heads", tensor, "layout.tensor")
     if groups:

@@ -33,6 +33,7 @@ from lctw_megatron.config.schema import (
     RunConfig,
     RunSections,
     WeightingConfig,
+    check_text,
 )
 from lctw_megatron.config.schemes import needs_short_loss
 from lctw_megatron.config.shipped import CONFIGS, find_recipe
@@ -61,6 +62,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """
     path = find_recipe(path)
     where = str(path)
+    _check_one_line(where, "the recipe's file name")
     values = parse_yaml_mapping(path)
     runs = values.pop("runs", None) or {"main": {}}
     if not isinstance(runs, dict):
@@ -139,6 +141,7 @@ def parse_override(text: str) -> tuple[list[str], Any]:
     """``a.b=c`` as (["a", "b"], value of c in YAML). Raises InputError."""
     path, equals, value = text.partition("=")
     parts = path.strip().split(".")
+    _check_one_line(text, "--set")
     if not equals or not all(parts):
         raise InputError(f"--set {text}: expected section.field=value")
     return parts, parse_yaml(value, f"--set {text}")
@@ -209,6 +212,14 @@ def _override(shared: dict[str, Any], runs: dict[str, dict[str, Any]], text: str
         for section in whole:
             target.pop(section, None)
         target.update(_merge(target, nested))
+
+
+def _check_one_line(text: str, what: str) -> None:
+    """It becomes a line of a batch script."""
+    try:
+        check_text(text)
+    except ValueError as error:
+        raise InputError(f"{what} is {text!r}, expected {error}") from None
 
 
 def _check_run_name(name: str, where: str) -> None:

@@ -9,11 +9,26 @@ Longer than 350 lines: a reader of recipes finds every field in one file.
 """
 
 from typing import Annotated, Any, Literal
+from unicodedata import category
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, le=2**31 - 1)]
+Bytes = Annotated[int, Field(gt=0, le=2**62)]
+Width = Annotated[int, Field(gt=0, le=2**24)]
+"""Sizes of matrices, and tokens: products of two stay far below what torch and numpy count with."""
 Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+_OF_SEVERAL_LINES = {"note", "setup"}
+
+
+def check_text(text: str, allowed: str = "") -> None:
+    """ValueError if ``text`` holds a control character that is not ``allowed``, a line separator or
+    half of a surrogate pair (which has no UTF-8)."""
+    for character in text:
+        if category(character) in ("Cc", "Cs", "Zl", "Zp") and character not in allowed:
+            raise ValueError(f"text without control characters (found {character!a})")
 
 
 class Section(BaseModel):
@@ -22,6 +37,19 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+    @field_validator("*")
+    @classmethod
+    def _is_text_of_one_line(cls, value: Any, info: ValidationInfo) -> Any:
+        """Names and paths become lines of batch scripts, where a line break would begin a command
+        of its own, and C strings, which a NUL would end."""
+        texts = [value] if isinstance(value, str) else value
+        if isinstance(value, dict):
+            texts = [*value, *value.values()]
+        for text in texts if isinstance(texts, list) else []:
+            if isinstance(text, str):
+                check_text(text, "\n\t" if info.field_name in _OF_SEVERAL_LINES else "")
+        return value
 
 
 class PrepareConfig(Section):
@@ -36,10 +64,12 @@ class PrepareConfig(Section):
     """A SentencePiece .model file or a Hugging Face tokenizer folder."""
     train_sentencepiece: Positive | None = None
     """Train a SentencePiece model with this vocabulary on the corpus instead."""
-    validation_documents: Annotated[int, Field(ge=0)] = 0
+    validation_documents: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     """Hold out this many documents, evenly spaced, as PREFIX-validation (also as jsonl text)."""
-    max_bytes: Positive | None = None
+    max_bytes: Bytes | None = None
     """Use no more than this many bytes of the corpus (whole documents)."""
+    max_document_bytes: Annotated[int, Field(gt=0, le=2**31 - 2)] = 1 << 28
+    """A longer document (of jsonl: a longer line) counts as broken."""
     text_field: str = "text"
     """The field of a jsonl line or the column of a parquet file that holds the text."""
     skip_bad: bool = False
@@ -52,7 +82,7 @@ class Corpus(Section):
     """One token dataset of a blend."""
 
     prefix: str
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    weight: Annotated[float, Field(gt=0, le=1e12)] = 1.0
 
 
 class DataConfig(Section):
@@ -62,7 +92,7 @@ class DataConfig(Section):
     """Token datasets, blended by weight."""
     validation: list[Corpus] = []
     """Token datasets whose plain loss is measured every `training.eval_interval` steps."""
-    sequence_length: Positive = 1024
+    sequence_length: Width = 1024
     """S: input tokens of one sequence."""
     packing: Literal["chunk", "pack"] = "chunk"
     """chunk: S-token chunks of one document. pack: pieces of several documents, best fit, with a
@@ -91,9 +121,9 @@ class DataConfig(Section):
 class RopeScaling(Section):
     """The `rope_type: llama3` frequency scaling of Hugging Face configs."""
 
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
+    factor: Annotated[float, Field(gt=0, le=1e6)]
+    low_freq_factor: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    high_freq_factor: Annotated[float, Field(gt=0, le=1e6)] = 4.0
     original_max_position_embeddings: Positive = 8192
 
 
@@ -102,27 +132,27 @@ class ModelConfig(Section):
 
     architecture: Literal["llama", "mistral", "qwen2", "qwen3"] = "llama"
     """Which Hugging Face architecture this exports to."""
-    num_layers: Positive
-    hidden_size: Positive
-    ffn_hidden_size: Positive
-    num_attention_heads: Positive
-    num_query_groups: Positive | None = None
+    num_layers: Annotated[int, Field(gt=0, le=2**16)]
+    hidden_size: Width
+    ffn_hidden_size: Width
+    num_attention_heads: Width
+    num_query_groups: Width | None = None
     """Key/value heads; default: as many as attention heads."""
-    kv_channels: Positive | None = None
+    kv_channels: Annotated[int, Field(gt=0, le=2**16, multiple_of=2)] | None = None
     """Width of one head; default: hidden_size / num_attention_heads."""
-    vocab_size: Positive | None = None
+    vocab_size: Annotated[int, Field(gt=0, le=2**27)] | None = None
     """True vocabulary (padding to a multiple of 128 is added inside); default: the tokenizer's."""
     max_position_embeddings: Positive | None = None
     """Written to the exported config; default: the sequence length trained with."""
-    rope_theta: Annotated[float, Field(gt=0)] = 10000.0
+    rope_theta: Annotated[float, Field(gt=0, le=1e30)] = 10000.0
     rope_scaling: RopeScaling | None = None
-    layernorm_epsilon: float = 1e-5
+    layernorm_epsilon: Annotated[float, Field(ge=0, le=1)] = 1e-5
     tie_word_embeddings: bool = False
     qkv_bias: bool = False
     """Bias on the query, key and value projections (Qwen2)."""
     qk_norm: bool = False
     """RMSNorm on queries and keys, per head (Qwen3)."""
-    init_method_std: float = 0.02
+    init_method_std: Annotated[float, Field(ge=0, le=1e38)] = 0.02
     hidden_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     attention_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     attention: Literal["auto", "te", "sdpa"] = "auto"
@@ -161,9 +191,9 @@ class WeightingConfig(Section):
     """Lambda: the final weight is lambda + (1 - lambda) * weight."""
     keep_fraction: Fraction | None = None
     """Kappa: the share of the targets of a sequence that sparse, ppmi, npmi and rho keep."""
-    max_weight: Annotated[float, Field(gt=0)] | None = None
+    max_weight: Annotated[float, Field(gt=0, le=1e30)] | None = None
     """Gamma: longce's upper bound."""
-    shift: Annotated[float, Field(gt=0)] | None = None
+    shift: Annotated[float, Field(gt=0, le=1e30)] | None = None
     """s: ppmi and npmi subtract log s."""
     unscored: Literal["zero", "one"] = "zero"
     """Targets without a short loss: zero = score 0, never kept before a scored one (lambda under
@@ -187,15 +217,15 @@ class TrainingConfig(Section):
     micro_batch_size: Positive = 1
     """Sequences of one forward pass of one data-parallel rank."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    lr: Annotated[float, Field(gt=0)] = 2e-5
-    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    lr: Annotated[float, Field(gt=0, le=1e3)] = 2e-5
+    min_lr: Annotated[float, Field(ge=0, le=1e3)] = 0.0
     schedule: Literal["constant", "cosine"] = "constant"
-    warmup_steps: Annotated[int, Field(ge=0)] = 20
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_eps: float = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    clip_grad: Annotated[float, Field(ge=0)] = 1.0
+    warmup_steps: Annotated[int, Field(ge=0, le=2**31 - 1)] = 20
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    adam_eps: Annotated[float, Field(ge=0, le=1e3)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0, le=1e3)] = 0.1
+    clip_grad: Annotated[float, Field(ge=0, le=1e30)] = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
     log_interval: Positive = 1
     eval_interval: Positive | None = None
@@ -213,13 +243,13 @@ class TrainingConfig(Section):
     """The metrics call a target near if its token last occurred at most this many tokens before,
     far if farther back, first_seen if never; default: the weighting's window, else S / 4."""
     tensorboard: bool = True
-    nonfinite_budget: Annotated[int, Field(ge=0)] = 0
+    nonfinite_budget: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     """Steps with a non-finite loss or gradient that are skipped before training stops."""
     deterministic: bool = False
     """On a GPU: only kernels that add up in one order, so that a repeated or resumed run is equal
     bit for bit, at the price of a slower backward of attention. A CPU always does."""
-    distributed_timeout_minutes: Positive = 30
-    """A collective that hangs longer ends the job."""
+    distributed_timeout_minutes: Annotated[int, Field(gt=0, le=24 * 24 * 60)] = 30
+    """A collective that hangs longer ends the job; 24 days are 2^31 milliseconds."""
 
 
 class ScoringConfig(Section):
@@ -284,14 +314,14 @@ class ClusterConfig(Section):
     qos: str | None = None
     constraint: str | None = None
     nodes: Positive = 1
-    gpus_per_node: Annotated[int, Field(ge=0)] = 8
+    gpus_per_node: Annotated[int, Field(ge=0, le=2**16)] = 8
     """0 trains on the CPU with gloo."""
     tasks_per_node: Positive | None = None
     """Ranks of one node; default: its GPUs."""
     cpus_per_task: Positive | None = None
     """CPU cores of each rank."""
     time_limit: str = "24:00:00"
-    signal_seconds: Positive = 300
+    signal_seconds: Annotated[int, Field(gt=0, le=65535)] = 300
     """SIGTERM reaches the ranks this long before the time limit."""
     modules: list[str] = []
     environment: dict[str, str] = {}
@@ -314,7 +344,7 @@ class RunConfig(Section):
     """Checkpoints, metrics and the resolved config go here."""
     start: str | None = None
     """Weights to start from: a checkpoint folder of ours (imported or trained); default: random."""
-    seed: int = 1234
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 1234
     data: DataConfig
     model: ModelConfig
     layout: LayoutConfig = LayoutConfig()
@@ -327,7 +357,7 @@ class RunSections(Section):
 
     start: str | None = None
     """A run of the recipe, whose newest checkpoint is taken, or a checkpoint folder."""
-    seed: int = 1234
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 1234
     data: DataConfig | None = None
     model: ModelConfig | None = None
     """May be missing or partial in a run that starts from a checkpoint, which carries its own."""

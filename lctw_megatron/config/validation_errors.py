@@ -59,11 +59,13 @@ def _one_line(
         return InputError(f"{where}: {field}: no such field; {hint}{more}")
     if first["type"] == "missing":
         return InputError(f"{where}: {field} is missing{more}")
-    message = first["msg"].removeprefix("Input should be ")
+    message = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     if first["type"] == "model_type":
         message = "fields (`field: value` lines)"
     message = message.split(", unable to parse")[0].replace("a valid ", "a ")
-    return InputError(f"{where}: {field} is {first['input']!r}, expected {message}{more}")
+    return InputError(
+        f"{where}: {field} is {few([repr(first['input'])])}, expected {message}{more}"
+    )
 
 
 def _section_at(section: type[BaseModel], path: Sequence[str]) -> type[BaseModel] | None:

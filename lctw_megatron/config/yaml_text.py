@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from lctw_megatron.errors import InputError
+from lctw_megatron.errors import InputError, few
 
 _RESOLVERS = [
     ("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
@@ -55,19 +55,47 @@ for _tag, _pattern, _first in _RESOLVERS:
     _Loader.add_implicit_resolver(_tag, _pattern, _first)
     _Dumper.add_implicit_resolver(_tag, _pattern, _first)
 
-# 007 is seven in YAML 1.2; PyYAML's own constructor reads a leading zero as octal.
-_Loader.add_constructor(
-    "tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node))
-)
+
+def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
+    """007 is seven in YAML 1.2; PyYAML's own constructor reads a leading zero as octal."""
+    return int(loader.construct_scalar(node))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+
+_MOST_BYTES = 1 << 20
+_MOST_VALUES = 100_000
+_MOST_LEVELS = 30
+
+
+def _check_size(values: Any) -> None:
+    """ValueError if ``values`` are nested deeply or many, each counted as often as it is named:
+    aliases make a few lines a value that no memory holds, or one that holds itself."""
+    left, count = [(values, 1)], 0
+    while left:
+        value, level = left.pop()
+        count += 1
+        if level > _MOST_LEVELS:
+            raise ValueError(f"nested more than {_MOST_LEVELS} levels deep")
+        if count > _MOST_VALUES:
+            raise ValueError(f"more than {_MOST_VALUES} values")
+        if isinstance(value, dict | list):
+            inner = value.values() if isinstance(value, dict) else value
+            left += [(each, level + 1) for each in inner]
 
 
 def parse_yaml(text: str, where: str) -> Any:
     """The values in ``text``; ``where`` (a file, an option) begins every error's message.
 
-    Raises InputError for broken YAML (with the line) and for a key given twice (with both lines).
+    Raises InputError for broken YAML (with the line), for a key given twice (with both lines), for
+    a value that its tag does not fit, and for what is larger or deeper than any recipe.
     """
     try:
-        return yaml.load(text, _Loader)  # noqa: S506  a SafeLoader
+        if len(text) > _MOST_BYTES:
+            raise ValueError(f"larger than {_MOST_BYTES} bytes")
+        values = yaml.load(text, _Loader)  # noqa: S506  a SafeLoader
+        _check_size(values)
+        return values
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
     except yaml.YAMLError as error:
@@ -75,6 +103,10 @@ def parse_yaml(text: str, where: str) -> Any:
         line = f" line {mark.line + 1}:" if mark else ""
         problem = getattr(error, "problem", None) or str(error)
         raise InputError(f"{where}:{line} not valid YAML: {problem}") from None
+    except RecursionError:
+        raise InputError(f"{where}: not valid YAML: nested too deeply") from None
+    except (ValueError, KeyError, AttributeError, TypeError) as error:  # !!int abc, !!bool x
+        raise InputError(f"{where}: not valid YAML: {few([error])}") from None
 
 
 def parse_yaml_mapping(path: str | Path) -> dict[str, Any]:

@@ -1,11 +1,11 @@
 """Running a conversion again: finished work is recognised, nothing of the user's is overwritten."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lctw_megatron.atomic import write_json
+from lctw_megatron.data.json_object import read_json
 from lctw_megatron.errors import InputError, few
 
 MARK = "conversion.json"
@@ -36,7 +36,7 @@ def already_done(output: Path, source: dict[str, Any], log: Callable[[str], None
     if not any(output.iterdir()):
         return False
     try:
-        mark = json.loads((output / MARK).read_text())
+        mark = read_json(output / MARK)
         if mark["source"] == source:
             log(f"{output}: is finished, nothing to do")
             return True

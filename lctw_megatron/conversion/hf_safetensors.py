@@ -5,7 +5,6 @@ files into memory, and every page that was read counts as memory of the process 
 closed. So a file is open for one tensor at a time: what it adds is at most that tensor.
 """
 
-import json
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from lctw_megatron.closing import Closing
 from lctw_megatron.conversion.dtypes import BY_SAFETENSORS
-from lctw_megatron.data.json_object import read_json_object
+from lctw_megatron.data.json_object import parse_json, read_json_object
 from lctw_megatron.errors import InputError, few
 
 SINGLE = "model.safetensors"
@@ -91,7 +90,7 @@ def read_header(path: Path) -> dict[str, Entry]:
         length = int.from_bytes(file.read(8), "little")
         text = file.read(min(length, _LARGEST_HEADER))
     try:
-        json.loads(text, object_pairs_hook=_check_object)
+        parse_json(text, _check_object)
         with safe_open(path, "pt") as file:
             found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             return {

@@ -46,6 +46,8 @@ DTYPE_CODES = {
 BLOCK_BYTES = 4 << 20
 """How much is read or written at a time."""
 _BLOCK_LENGTHS = BLOCK_BYTES // 8
+_CHECKED_AT_OPENING = 1 << 20
+"""Documents whose boundaries are read at every opening (a millisecond); more by check_index."""
 
 
 def data_path(prefix: str) -> str:
@@ -74,6 +76,9 @@ class IndexedArrayReader:
         pointers_at = lengths_at + 4 * count
         self.lengths = _map(index, np.dtype("<i4"), count, lengths_at)
         self.pointers = _map(index, np.dtype("<i8"), count, pointers_at)
+        self._documents = _map(index, np.dtype("<i8"), count + 1, pointers_at + 8 * count)
+        if count <= _CHECKED_AT_OPENING:
+            self._check_documents(0, count + 1)
         end = int(self.pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize if count else 0
         size = os.path.getsize(data)
         if end != size:
@@ -131,6 +136,18 @@ class IndexedArrayReader:
                     f"begin where the one before it ends: the index is damaged; make it again"
                 )
             end = int(ends[-1])
+            self._check_documents(begin, begin + len(lengths) + 1)
+
+    def _check_documents(self, begin: int, end: int) -> None:
+        """InputError unless document i is sequence i: as many of both may be there by chance."""
+        wrong = self._documents[begin:end] != np.arange(begin, min(end, len(self) + 1))
+        if wrong.any():
+            at = begin + int(wrong.argmax())
+            raise InputError(
+                f"{index_path(self.prefix)}: document {at} begins with sequence "
+                f"{int(self._documents[at])}; LCTW-Megatron needs one sequence per document "
+                f"(Megatron's preprocess without --split-sentences)"
+            )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.prefix,)

@@ -118,6 +118,10 @@ class TokenLoader:
             for source in self.sources
         ]
 
+    def scores_lines(self) -> list[str]:
+        """For the log: how many targets have a short loss, one line a corpus with scores."""
+        return [line for source in self.sources if (line := source.scores_line())]
+
     def step(self, step: int) -> Iterator[dict[str, Tensor]]:
         """This rank's microbatches of training step ``step``, counted from 0.
 

@@ -1,13 +1,13 @@
 """PREFIX.json: what a token dataset is, and PREFIX.<name>.json: what a sidecar is."""
 
 import contextlib
-import json
 import os
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lctw_megatron.atomic import write_json
+from lctw_megatron.data.json_object import parse_json
 from lctw_megatron.errors import InputError
 
 
@@ -94,7 +94,7 @@ def read_manifest(prefix: str, kind: type[Manifest]) -> Manifest:
     with open(path, "rb") as file:
         text = file.read()
     try:
-        return kind.model_validate(json.loads(text))
+        return kind.model_validate(parse_json(text))
     except ValueError as error:  # broken JSON, broken UTF-8 or ValidationError
         if isinstance(error, ValidationError):
             first = error.errors()[0]

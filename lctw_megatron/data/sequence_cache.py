@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from lctw_megatron.atomic import atomic_directory, locked, write_json
+from lctw_megatron.data.json_object import read_json_object
 from lctw_megatron.data.sequences import (
     FORMAT_VERSION,
     Packing,
@@ -100,7 +101,7 @@ def _write(entry: Path, index: SequenceIndex, cost: PackingCost) -> None:
 def _read(entry: Path) -> tuple[SequenceIndex, PackingCost] | None:
     """A whole cache entry, memory-mapped; None if it is missing or damaged."""
     try:
-        description = json.loads((entry / "index.json").read_text())
+        description = read_json_object(entry / "index.json")
         index = SequenceIndex(
             **{
                 name: np.asarray(np.load(entry / f"{name}.npy", mmap_mode="r"))

@@ -13,6 +13,16 @@ from lctw_megatron.data.sidecar import Sidecar
 from lctw_megatron.data.token_dataset import TokenDataset
 from lctw_megatron.errors import InputError
 
+_FEW_SCORED = 0.2
+"""Share of targets with a short loss below which one of them outweighs five others."""
+
+
+def _advice(data: DataConfig) -> str:
+    """Against data without sequences: only settings that are not set already."""
+    if data.packing == "chunk" and data.tails == "drop":
+        return "shorten the sequences, or set data.tails=keep or data.packing=pack"
+    return "preprocess documents of two tokens or more"
+
 
 class SequenceSource:
     """Sequences of one token dataset, by number.
@@ -55,12 +65,32 @@ class SequenceSource:
             raise InputError(
                 f"{prefix}: no sequence of data.sequence_length={data.sequence_length} "
                 f"(data.packing={data.packing}, data.tails={data.tails}): the longest document has "
-                f"{longest} tokens; shorten the sequences, or set data.tails=keep or "
-                "data.packing=pack"
+                f"{longest} tokens; {_advice(data)}"
             )
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def scores_line(self) -> str:
+        """How many targets have a short loss, and what follows if they are few; empty without a
+        sidecar."""
+        if self.sidecar is None:
+            return ""
+        manifest = self.sidecar.manifest
+        share = manifest.scored / max(self.dataset.num_tokens - len(self.dataset), 1)
+        line = f"{self.prefix}: {100 * share:.3g} % of the targets have a short loss"
+        if not manifest.scored:
+            return (
+                f"{line}, as no document is longer than the window ({manifest.window}): every "
+                "scheme trains as uniform; score with a smaller window, or take longer documents"
+            )
+        if share < _FEW_SCORED:
+            line += (
+                f": normalised weights gather on them (mean weight about {1 / share:.3g} each); "
+                "set weighting.unscored=one or weighting.interpolation, or score with a smaller "
+                "window"
+            )
+        return line
 
     def read(self, sequence: int) -> Sample:
         """One sequence, assembled. Raises InputError for a damaged sidecar or a token id beyond

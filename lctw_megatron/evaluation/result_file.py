@@ -1,9 +1,9 @@
 """evaluation.json: what is in it, and reading it."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+from lctw_megatron.data.json_object import read_json
 from lctw_megatron.errors import InputError
 
 FORMAT = "lctw-megatron evaluation 1"
@@ -26,11 +26,11 @@ weights     see ``weight_sample``; null for a run with uniform weights; or why t
 def read_evaluation(path: str | Path) -> dict[str, Any] | None:
     """The contents of an evaluation.json; None if there is none. InputError if it is no such."""
     try:
-        value = json.loads(Path(path).read_text())
+        value = read_json(path)
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error}); evaluate again") from None
+    except InputError as error:
+        raise InputError(f"{error}; evaluate again") from None
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise InputError(f"{path}: not a file of the format {FORMAT!r}; name another output")
     return value

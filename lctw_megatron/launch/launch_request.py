@@ -3,7 +3,6 @@
 OUTPUT_DIR/launch/order.json holds it, so that `status` and `resume` need the folder only.
 """
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from lctw_megatron.atomic import write_json
 from lctw_megatron.config.load import load_fragment
 from lctw_megatron.config.schema import ClusterConfig
 from lctw_megatron.config.shipped import PROJECT
+from lctw_megatron.data.json_object import read_json_object
 from lctw_megatron.errors import InputError
 from lctw_megatron.launch import local, queue
 from lctw_megatron.launch.stage_graph import StageGraph, build_stage_graph
@@ -77,9 +77,12 @@ def read_request(output_dir: str) -> LaunchRequest:
             f"{path}: no such file, so nothing was launched into {output_dir}; give the output "
             "folder of a recipe, or the recipe itself"
         )
-    values = json.loads(path.read_text())
-    values |= {"overrides": tuple(values["overrides"]), "stages": tuple(values["stages"])}
-    return LaunchRequest(**values)
+    values = read_json_object(path)
+    try:
+        values |= {"overrides": tuple(values["overrides"]), "stages": tuple(values["stages"])}
+        return LaunchRequest(**values)
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path}: damaged ({error}); launch the recipe again") from None
 
 
 def _stage_graph(request: LaunchRequest) -> StageGraph:

@@ -5,7 +5,6 @@ finished is known from the marks (``stage_graph.py``), what waits or runs from s
 not needed.
 """
 
-import json
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from lctw_megatron.atomic import atomic_file, write_json
 from lctw_megatron.config.schema import ClusterConfig
+from lctw_megatron.data.json_object import read_json_object
 from lctw_megatron.errors import InputError
 from lctw_megatron.launch.local import check_needs
 from lctw_megatron.launch.slurm import Job, stage_jobs
@@ -91,7 +91,10 @@ def _missing_parts(graph: StageGraph, job: Job) -> list[int]:
 
 def _read_ids(graph: StageGraph) -> dict[str, str]:
     path = graph.folder / "jobs.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    ids = read_json_object(path) if path.is_file() else {}
+    if not all(isinstance(id, str) for id in ids.values()):
+        raise InputError(f"{path}: a job's id for every script was expected; remove it")
+    return ids
 
 
 def _sbatch(graph: StageGraph, job: Job, needed: Sequence[str]) -> str:

@@ -135,6 +135,8 @@ def _prepare_stage(prepare: PrepareConfig) -> Stage:
         arguments += ["--skip-bad"]
     if prepare.max_bytes:
         arguments += ["--max-bytes", str(prepare.max_bytes)]
+    if prepare.max_document_bytes != PrepareConfig.model_fields["max_document_bytes"].default:
+        arguments += ["--max-document-bytes", str(prepare.max_document_bytes)]
     if prepare.validation_documents:
         arguments += ["--validation-documents", str(prepare.validation_documents)]
     arguments += ["--workers", str(prepare.workers)]

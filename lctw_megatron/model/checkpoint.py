@@ -25,6 +25,7 @@ import torch
 from pydantic import ValidationError
 
 from lctw_megatron.config.schema import ModelConfig, RunConfig, Section
+from lctw_megatron.data.json_object import read_json, read_json_object
 from lctw_megatron.errors import InputError, few
 from lctw_megatron.model.checkpoint_metadata import read_index
 from lctw_megatron.model.initialize import sharding
@@ -92,10 +93,10 @@ def find_checkpoint(path: str | Path) -> Path:
 def read_manifest(checkpoint: str | Path) -> CheckpointManifest:
     path = Path(checkpoint) / MANIFEST
     try:
-        return CheckpointManifest.model_validate_json(path.read_text())
+        return CheckpointManifest.model_validate(read_json(path))
     except FileNotFoundError:
         raise InputError(f"{path}: missing, so {checkpoint} is no complete checkpoint") from None
-    except (ValidationError, UnicodeDecodeError) as error:
+    except ValidationError as error:
         found = str(error).splitlines()[0]
         raise InputError(f"{path}: damaged or of another version ({found})") from None
 
@@ -112,6 +113,8 @@ def check_files(checkpoint: Path) -> Any:
     for name in (".metadata", "metadata.json"):
         if not (checkpoint / name).is_file():
             raise InputError(_missing(checkpoint / name))
+    if not isinstance(read_json_object(checkpoint / "metadata.json").get("sharded_backend"), str):
+        raise InputError(f"{checkpoint / 'metadata.json'}: damaged (it names no sharded_backend)")
     path = checkpoint / ".metadata"
     try:
         metadata: Any = read_index(path.read_bytes())
@@ -278,7 +281,7 @@ def checkpoint_digest(checkpoint: str | Path) -> str:
         with open(path, "rb") as file:
             while block := file.read(1 << 24):
                 digest.update(block)
-    manifest = json.loads((Path(checkpoint) / MANIFEST).read_text())
+    manifest = read_json_object(Path(checkpoint) / MANIFEST)
     digest.update(json.dumps(manifest["model"], sort_keys=True).encode())
     return digest.hexdigest()
 

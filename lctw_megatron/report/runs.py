@@ -1,6 +1,5 @@
 """What a run has left behind to report on: metrics.jsonl, evaluation.json, run.yaml."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 
 from lctw_megatron.config.load import load_run
 from lctw_megatron.config.schema import RunConfig
+from lctw_megatron.data.metrics_file import read_metrics
 from lctw_megatron.errors import InputError
 from lctw_megatron.evaluation.buckets import Difference, Pair, paired_difference
 from lctw_megatron.evaluation.result_file import read_evaluation
@@ -57,11 +57,13 @@ def read_run(folder: str | Path) -> RunRecord:
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such run folder; train the run first")
-    metrics = _read_metrics(folder / "metrics.jsonl")
+    log = folder / "metrics.jsonl"
+    metrics = read_metrics(log) if log.is_file() else []
     evaluation = read_evaluation(folder / "evaluation.json")
     if not metrics and evaluation is None:
         raise InputError(
-            f"{folder}: neither metrics.jsonl nor evaluation.json found; is this a run folder?"
+            f"{folder}: holds neither steps in metrics.jsonl nor evaluation.json; is this a run "
+            f"folder?"
         )
     config = load_run(folder / "run.yaml") if (folder / "run.yaml").is_file() else None
     return RunRecord(folder.resolve().name, folder, config, metrics, evaluation)
@@ -115,22 +117,3 @@ def sums(run: RunRecord, group: str) -> tuple[np.ndarray, np.ndarray]:
     assert run.evaluation
     values = run.evaluation[group]
     return np.array(values["sequence_loss"]), np.array(values["sequence_targets"])
-
-
-def _read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a metrics.jsonl; a last line torn by a kill is left out."""
-    if not path.is_file():
-        return []
-    lines = path.read_text().splitlines()
-    metrics = []
-    for number, line in enumerate(lines, 1):
-        try:
-            value = json.loads(line)
-        except ValueError:
-            if number == len(lines):
-                break
-            raise InputError(f"{path}: line {number} is not JSON; the file is damaged") from None
-        if not isinstance(value, dict) or "step" not in value:
-            raise InputError(f"{path}: line {number} has no step; is it a run's metrics.jsonl?")
-        metrics.append(value)
-    return metrics

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from lctw_megatron.atomic import atomic_file
+from lctw_megatron.data.json_object import parse_json
 from lctw_megatron.errors import InputError
 
 FORMAT = "lctw-megatron shard 1"
@@ -83,7 +84,7 @@ class ShardReader:
                 if magic != MAGIC:
                     raise ValueError("no mark at its end")
                 file.seek(size - _TAIL.size - length)
-                trailer = json.loads(file.read(length))
+                trailer = parse_json(file.read(length))
                 if trailer["format"] != FORMAT:
                     raise ValueError(f"format {trailer['format']!r}, expected {FORMAT!r}")
                 self.settings: Settings = trailer["settings"]

@@ -115,6 +115,9 @@ class Trainer:
         training = self.config.training
         done = self.first_step
         self._announce(done)
+        if done > training.steps:
+            self.print_rank_0(f"already past training.steps {training.steps}: at step {done}")
+            return 0
         with Progress(self.config.name, training.steps, "steps", initial=done) as progress:
             for step in range(done, training.steps):
                 started = time.perf_counter()
@@ -248,7 +251,7 @@ class Trainer:
                 "model.attention te: float32 takes our layers, as TransformerEngine multiplies it "
                 "in TF32"
             )
-        for line in self.loader.packing_cost_lines():
+        for line in self.loader.packing_cost_lines() + self.loader.scores_lines():
             self.print_rank_0(line)
         self.print_rank_0(
             f"{run.name}: steps {done}..{run.training.steps}, {self.world.size} ranks, "

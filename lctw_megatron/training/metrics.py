@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lctw_megatron.atomic import atomic_file
+from lctw_megatron.data.metrics_file import read_metrics
 from lctw_megatron.platform.peak_memory import peak_memory_bytes
 from lctw_megatron.weighting.occurrence import CLASSES
 from lctw_megatron.weighting.statistics import WeightStatistics
@@ -102,15 +103,11 @@ class MetricsLog:
     def _truncate(self, first_step: int) -> None:
         if not self.path.exists():
             return
-        kept = []
-        for line in self.path.read_text().splitlines(keepends=True):
-            try:
-                if line.endswith("\n") and json.loads(line)["step"] < first_step:
-                    kept.append(line)
-            except (json.JSONDecodeError, KeyError):
-                break  # a line torn by a kill; everything after it is redone
-        with atomic_file(self.path, "w") as file:
-            file.write("".join(kept))
+        lines = read_metrics(self.path)
+        with atomic_file(self.path) as file:
+            for line in lines:
+                if line["step"] < first_step:
+                    file.write(json.dumps(line).encode() + b"\n")
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Append the values of ``step``. Floats are written so that they read back bit-equal."""

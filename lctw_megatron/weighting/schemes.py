@@ -22,6 +22,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from inspect import signature
 from typing import Any, ClassVar
 
 import torch
@@ -252,9 +253,14 @@ class Custom(Scheme):
         _import_function(self.function)  # a wrong path is an error now, not in the first step
 
     def scores(self, targets: Targets) -> Tensor:
-        result = _import_function(self.function)(
-            targets.long_loss, targets.short_loss, targets.live
-        )
+        function = _import_function(self.function)
+        try:
+            result = function(targets.long_loss, targets.short_loss, targets.live)
+        except Exception as error:
+            raise InputError(
+                f"weighting.function {self.function} failed: {type(error).__name__}: {error}; "
+                "--debug shows where"
+            ) from error
         shape = tuple(targets.live.shape)
         if not isinstance(result, Tensor) or tuple(result.shape) != shape:
             found = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
@@ -289,7 +295,7 @@ def _equal_weights(
 @cache
 def _import_function(path: str) -> Any:
     module, _, name = path.partition(":")
-    if not module or not name:
+    if not all(part.isidentifier() for part in [*module.split("."), name]):
         raise InputError(f"weighting.function is {path!r}, expected `package.module:function`")
     try:
         function = getattr(import_module(module), name)
@@ -299,6 +305,17 @@ def _import_function(path: str) -> Any:
         ) from error
     except AttributeError as error:
         raise InputError(f"weighting.function {path}: {module} has no {name}") from error
+    except Exception as error:  # whatever a module does while it is imported
+        raise InputError(
+            f"weighting.function {path}: importing {module} failed: {type(error).__name__}: {error}"
+        ) from error
     if not callable(function):
         raise InputError(f"weighting.function {path}: {name} is not a function")
+    try:
+        signature(function).bind(None, None, None)
+    except (TypeError, ValueError) as error:  # ValueError: some builtins tell no signature
+        raise InputError(
+            f"weighting.function {path}: cannot be called as {name}(long_loss, short_loss, mask): "
+            f"{error}"
+        ) from error
     return function

@@ -1,12 +1,16 @@
 import os
 import pickle
+import random
 import struct
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lctw_megatron.data import indexed_array
 from lctw_megatron.data.indexed_array import (
     DTYPE_CODES,
     HEADER,
@@ -148,6 +152,19 @@ def test_several_sequences_a_document_are_refused(tmp_path):
         IndexedArrayReader(tmp_path / "a")
 
 
+@pytest.mark.parametrize("many", [False, True])
+def test_as_many_documents_as_sequences_by_chance_are_refused(prefix, monkeypatch, many):
+    count = len(IndexedArrayReader(prefix))
+    path = Path(f"{prefix}.idx")
+    content = bytearray(path.read_bytes())
+    content[-8 * count : -8 * (count - 1)] = struct.pack("<q", 2)  # of two, then none
+    path.write_bytes(content)
+    if many:
+        monkeypatch.setattr(indexed_array, "_CHECKED_AT_OPENING", 0)
+    with pytest.raises(InputError, match="document 1 begins with sequence 2; .* one sequence per"):
+        IndexedArrayReader(prefix).check_index()
+
+
 def test_a_wrong_pointer_is_found_when_used_and_by_check_index(prefix):
     with open(prefix + ".idx", "rb+") as file:
         file.seek(HEADER.size + 4 * 4 + 8)  # the pointer of document 1
@@ -173,3 +190,22 @@ def test_values_that_do_not_fit_the_dtype_are_refused(tmp_path):
         with pytest.raises(ValueError, match="values that uint16 cannot hold"):
             writer.add(np.array([-1]))
         writer.add(np.array([65535]))
+
+
+def test_a_damaged_index_is_an_input_error_or_harmless(prefix):
+    path = Path(f"{prefix}.idx")
+    whole = path.read_bytes()
+    for seed in range(400):
+        draw = random.Random(seed)
+        content = bytearray(whole)
+        if draw.random() < 0.3:
+            del content[draw.randrange(len(content)) :]
+        for _ in range(draw.randrange(3)):
+            if content:
+                content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        print(f"seed {seed}: {bytes(content)!r}")  # pytest shows it of what fails
+        path.write_bytes(content)
+        with suppress(InputError):
+            reader = IndexedArrayReader(prefix)
+            reader.check_index()
+            assert [len(reader[i]) for i in range(len(reader))] == reader.lengths.tolist()

@@ -2,11 +2,13 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
 
 from lctw_megatron.config.schema import Corpus, DataConfig
+from lctw_megatron.data.sequence_source import _advice
 from lctw_megatron.data.token_dataset import TokenDataset
 from lctw_megatron.errors import InputError
 from tests.data.small_data import VOCAB_SIZE, count_up, write_sidecar, write_tokens
@@ -37,6 +39,13 @@ def test_no_corpus(folder) -> None:
 def test_no_sequence(folder) -> None:
     with refused("a: no sequence of data.sequence_length=64 .*tails=drop.* longest .* 30 tokens"):
         loader(config(folder, sequence_length=64, tails="drop"))
+
+
+def test_the_advice_is_not_what_is_set_already() -> None:
+    drops = DataConfig(train="x", tails="drop")
+    assert "set data.tails=keep" in _advice(drops)
+    for other in (DataConfig(train="x"), DataConfig(train="x", packing="pack", tails="drop")):
+        assert _advice(other) == "preprocess documents of two tokens or more"
 
 
 def test_steps_before_the_first(folder) -> None:
@@ -78,6 +87,25 @@ def test_scores_that_do_not_fit(tmp_path, fields, options, named) -> None:
     loader(config(tmp_path, "c"), scores=True, window=3, stride=2)
     with refused(named):
         loader(config(tmp_path, "c", **fields), scores=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("scored", "said"),
+    [
+        (0, "0 % of the targets have a short loss, as no document is longer than the window"),
+        (3, r"7.69 % of the .* \(mean weight about 13 each\); set weighting.unscored=one"),
+        (30, "76.9 % of the targets have a short loss$"),
+    ],
+)
+def test_how_many_targets_have_scores_is_said(tmp_path, scored, said) -> None:
+    dataset = write_tokens(tmp_path / "c", count_up([40]))
+    values = np.full(40, np.nan, np.float32)
+    values[40 - scored :] = 1.0
+    write_sidecar(dataset, [values], sequence_length=None)
+    opened = loader(config(tmp_path, "c"), scores=True, window=3, stride=2)
+    (line,) = opened.scores_lines()
+    assert re.search(said, line)
+    assert loader(config(tmp_path, "c")).scores_lines() == []
 
 
 def test_a_window_as_long_as_a_sequence(folder) -> None:

@@ -171,8 +171,7 @@ def test_the_further_table_leaves_out_what_no_run_has(report):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("metrics.jsonl", '{"step": 0}\n{"st\n{"step": 2}\n', "line 2 is not JSON"),
-        ("metrics.jsonl", "[1]\n", "line 1 has no step"),
+        ("metrics.jsonl", "[1]\n", "neither steps in metrics.jsonl nor"),
         ("evaluation.json", "{", "not valid JSON"),
         ("evaluation.json", '{"format": "another"}', "not a file of the format"),
     ],

@@ -71,7 +71,11 @@ def copy(stopped: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_stopped_run_goes_on_bit_for_bit(
-    data: str, tmp_path: Path, uninterrupted: list[Any], asynchronous: bool
+    data: str,
+    tmp_path: Path,
+    uninterrupted: list[Any],
+    asynchronous: bool,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     # Between two checkpoints of the interval: it must save at once.
     run = dense_run(data, tmp_path, training={"async_save": asynchronous})
@@ -85,6 +89,11 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     # Nothing is left to do.
     assert train(run) == 0
     assert logged(tmp_path) == uninterrupted
+    capsys.readouterr()
+    assert train(dense_run(data, tmp_path, training={"steps": 2})) == 0
+    assert "already past training.steps 2: at step 6" in capsys.readouterr().out
+    assert logged(tmp_path) == uninterrupted
+    assert checkpoints(tmp_path) == [4, 6]
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

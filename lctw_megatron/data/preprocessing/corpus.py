@@ -6,18 +6,22 @@ shards in the same order, however many processes then work on them.
 
 import glob
 import os
+import stat
 import sysconfig
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
-from lctw_megatron.errors import InputError
+from lctw_megatron.errors import InputError, few
 
 KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".txt": "txt", ".parquet": "parquet"}
 COMPRESSIONS = {".gz": "gz", ".zst": "zst"}
 STDLIB = "stdlib"
 """The input that stands for the installed Python standard library."""
+_METADATA = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
+"""What the `datasets` library writes beside the text; no text itself."""
 _NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
 _SMALLEST_SHARD = 256 << 10
 _LARGEST_SHARD = 64 << 20
@@ -55,26 +59,54 @@ class Slice:
 Shard = tuple[Slice, ...]
 
 
-def find_files(inputs: Sequence[str], output_prefix: str) -> list[CorpusFile]:
+@dataclass
+class PassedOver:
+    """What lies in the searched folders (or fits a glob) and is not read."""
+
+    paths: dict[str, str] = field(default_factory=dict)
+    """Path to the reason, in the words of the summary."""
+
+    def __str__(self) -> str:
+        """`3 .csv (a.csv, b.csv, c.csv), 1 hidden (.git)`; empty if nothing was passed over."""
+        reasons: dict[str, list[str]] = {}
+        for path, reason in self.paths.items():
+            name = os.path.basename(path)
+            reasons.setdefault(reason, []).append(name if name.isprintable() else repr(name))
+        most = sorted(reasons.items(), key=lambda item: -len(item[1]))
+        return few([f"{len(names)} {why} ({few(names, most=3)})" for why, names in most], most=12)
+
+
+def find_files(
+    inputs: Sequence[str], output_prefix: str, passed_over: PassedOver | None = None
+) -> list[CorpusFile]:
     """All corpus files that files, folders and globs name, each once, inputs in the given order and
     the contents of folders and globs sorted by path.
 
-    Folders are searched with all their subfolders; hidden files, files of other suffixes and what
-    an earlier run wrote for ``output_prefix`` are passed over. Raises InputError for an input that
-    does not exist, is empty or holds nothing of a known kind.
+    Folders are searched with all their subfolders, linked ones too, each once. What is not read is
+    listed in ``passed_over``: hidden, empty and other files, the metadata of a `datasets` folder,
+    a further name of a file that is read already, and what an earlier run wrote for
+    ``output_prefix``. Raises InputError for an input that does not exist, is empty or holds nothing
+    of a known kind.
     """
+    left_out = PassedOver() if passed_over is None else passed_over
     files: dict[str, CorpusFile] = {}
     for name in inputs:
-        found = list(_stdlib_packages() if name == STDLIB else _find(name, output_prefix))
+        packages = name == STDLIB
+        found = list(_stdlib_packages() if packages else _find(name, output_prefix, left_out))
         if not any(file.size for file in found):
             what = f"{len(found)} files, all empty" if len(found) != 1 else "an empty file"
             raise InputError(f"input {name}: {what}; there is no text to tokenise")
-        files.update({file.path: file for file in found if file.size})
+        for file in found:
+            first = files.setdefault(os.path.realpath(file.path), file) if file.size else None
+            if first is None:
+                left_out.paths[file.path] = "empty"
+            elif first.path != file.path:
+                left_out.paths[file.path] = "linked to what is read already"
     return list(files.values())
 
 
-def _find(name: str, output_prefix: str) -> Iterator[CorpusFile]:
-    if os.path.isfile(name):
+def _find(name: str, output_prefix: str, passed_over: PassedOver) -> Iterator[CorpusFile]:
+    if os.path.exists(name) and not os.path.isdir(name):
         if _is_own(name, output_prefix):
             raise InputError(
                 f"input {name}: would be overwritten, or was written, by --output-prefix "
@@ -85,24 +117,82 @@ def _find(name: str, output_prefix: str) -> Iterator[CorpusFile]:
     if os.path.isdir(name):
         paths = [name]
     else:
-        paths = sorted(glob.glob(name, recursive=True))
+        paths = sorted(_matches(name))
         if not paths:
             raise InputError(f"input {name}: no such file or folder, and no glob that matches any")
+    here = PassedOver()
     some = False
     for path in paths:
-        for each in _walk(path) if os.path.isdir(path) else [path]:
-            if _kind(each) and not _is_own(each, output_prefix):
+        for each in _files(path, here) if os.path.isdir(path) else [path]:
+            if reason := _no_corpus(each, output_prefix):
+                here.paths[os.path.abspath(each)] = reason
+            else:
                 some = True
                 yield _describe(each)
     if not some:
-        raise InputError(f"input {name}: holds no files ending in {_endings()}")
+        found = f"; found {here}" if here.paths else ""
+        raise InputError(f"input {name}: holds no files ending in {_endings()}{found}")
+    passed_over.paths |= here.paths
 
 
-def _walk(folder: str) -> Iterator[str]:
-    """Files below a folder, in the order of their paths; hidden ones are left out."""
-    for root, folders, names in os.walk(folder):
-        folders[:] = sorted(each for each in folders if not each.startswith("."))
-        yield from (os.path.join(root, each) for each in sorted(names) if each[0] != ".")
+def _matches(pattern: str) -> Iterator[str]:
+    """Paths that a glob matches. `**` enters every folder once, which the library's own does not:
+    of two links to a folder above it would make millions of paths."""
+    before, stars, after = pattern.partition("**/")
+    if not stars or before[-1:] not in ("", "/"):
+        yield from glob.glob(pattern.removesuffix("**") if pattern.endswith("/**") else pattern)
+        return
+    for start in sorted(glob.glob(before or "./")):
+        for folder, _ in _walk(start, PassedOver()):
+            yield from _matches(os.path.join(glob.escape(folder), after))
+
+
+def _files(folder: str, passed_over: PassedOver) -> Iterator[str]:
+    """Files below a folder, in the order of their paths."""
+    for root, names in _walk(folder, passed_over):
+        yield from (os.path.join(root, each) for each in names)
+
+
+def _walk(folder: str, passed_over: PassedOver) -> Iterator[tuple[str, list[str]]]:
+    """A folder and the folders below it, without hidden ones, each with the names of its files. One
+    that several links lead to is entered once, so that a link to a folder above does no harm."""
+
+    def refuse(error: OSError) -> NoReturn:  # os.walk would go on without the folder
+        raise error
+
+    entered = {_identity(folder)}
+    for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        inside = []
+        for each in sorted(folders):
+            path = os.path.join(root, each)
+            if each.startswith("."):
+                passed_over.paths[os.path.abspath(path)] = "hidden"
+            elif _identity(path) not in entered:
+                entered.add(_identity(path))
+                inside.append(each)
+        folders[:] = inside
+        yield root, sorted(names)
+
+
+def _identity(folder: str) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def _no_corpus(path: str, output_prefix: str) -> str:
+    """Why a file that was found is not read; empty if it is."""
+    name = os.path.basename(path)
+    if name.startswith("."):
+        return "hidden"
+    if _kind(path) is None:
+        stem, ending = os.path.splitext(name)
+        inner = os.path.splitext(stem)[1]
+        return (inner if inner.lower() in KINDS else "") + ending or "without an ending"
+    if name.lower() in _METADATA:
+        return "metadata of a dataset"
+    if _is_own(path, output_prefix):
+        return "written for this prefix"
+    return ""
 
 
 def _kind(path: str) -> tuple[str, str] | None:
@@ -118,7 +208,12 @@ def _describe(path: str) -> CorpusFile:
     known = _kind(path)
     if known is None:
         raise InputError(f"input {path}: unknown ending; expected {_endings()}")
-    status = os.stat(path)
+    try:
+        status = os.stat(path)
+    except OSError as error:  # a link that leads nowhere, or to itself
+        raise InputError(f"input {path}: cannot be read ({error.strerror})") from None
+    if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for, and can be read only once
+        raise InputError(f"input {path}: not a regular file; write what it holds into one")
     return CorpusFile(os.path.abspath(path), *known, status.st_size, status.st_mtime_ns)
 
 
@@ -184,17 +279,23 @@ def _cut(file: CorpusFile, target: int) -> Iterator[Slice]:
 
 
 def _row_groups(path: str) -> int:
-    import pyarrow  # here, because only parquet needs it and it takes a while
-    from pyarrow import parquet
+    from pyarrow import parquet  # here, because only parquet needs it and it takes a while
 
-    try:
+    with parquet_errors(path):
         return parquet.read_metadata(path).num_row_groups
-    except (pyarrow.ArrowException, OSError) as error:
-        refuse_damage(path, error)
 
 
-def refuse_damage(path: str, error: Exception) -> NoReturn:
-    """InputError for what pyarrow says of a damaged file: also OSErrors, which have no errno."""
-    if getattr(error, "errno", None) is not None:
-        raise error
-    raise InputError(f"{path}: not a parquet file, or damaged ({error})") from None
+@contextmanager
+def parquet_errors(path: str) -> Iterator[None]:
+    """InputError for whatever pyarrow raises of a damaged file: its own exceptions, OSErrors
+    without a number, and those of Python that its bindings let through (UnicodeDecodeError of a
+    name, OverflowError of a size, MemoryError of a page that claims terabytes)."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if getattr(error, "errno", None) is not None:
+            raise  # the operating system's
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise InputError(f"{path}: not a parquet file, or damaged ({reason})") from None

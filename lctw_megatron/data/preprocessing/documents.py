@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
-from lctw_megatron.data.preprocessing.corpus import Slice, refuse_damage
-from lctw_megatron.errors import InputError
+from lctw_megatron.data.preprocessing.corpus import Slice, parquet_errors
+from lctw_megatron.errors import InputError, few
 
 _BUFFER_BYTES = 1 << 20
 _ROWS = 64
 """Rows of a parquet file decoded at a time."""
+MOST_BYTES = 1 << 28
+"""Of one document, unless another limit is given: a broken file may be one line of terabytes."""
 _HINT = "mend it, or pass --skip-bad to leave such documents out"
 
 
@@ -34,22 +36,28 @@ class _Broken(Exception):
     """Why one document cannot be read."""
 
 
+def _too_long(most_bytes: int) -> _Broken:
+    return _Broken(f"longer than {most_bytes} bytes, the limit that --max-document-bytes sets")
+
+
 def read_documents(
-    part: Slice, text_field: str, skip_bad: bool, scratch: str
+    part: Slice, text_field: str, skip_bad: bool, scratch: str, most_bytes: int = MOST_BYTES
 ) -> Iterator[Document]:
     """Documents of a slice, in order, one in memory at a time (of parquet, 64 rows).
 
-    A document that cannot be read raises an InputError that names file and line (or row), or comes
-    as ``text`` None if ``skip_bad``. Lines of white space are passed over. A file whose compression
+    A document that cannot be read, or is longer than ``most_bytes`` (a jsonl line with all its
+    fields), raises an InputError that names file and line (or row), or comes as ``text`` None if
+    ``skip_bad``. Lines of white space are passed over. A file whose compression
     or format is damaged raises InputError either way. ``scratch`` is a folder for temporary files.
     """
     file = part.file
-    readers = {"jsonl": _lines, "txt": _whole, "package": _package}
     try:
         if file.kind == "parquet":
-            pieces = _rows(part, text_field, scratch)
+            pieces = _rows(part, text_field, scratch, most_bytes)
+        elif file.kind == "jsonl":
+            pieces = _lines(part, text_field, most_bytes)
         else:
-            pieces = readers[file.kind](part, text_field)
+            pieces = _whole(part, most_bytes) if file.kind == "txt" else _package(part)
         for place, text, position in pieces:
             try:
                 if isinstance(text, _Broken):
@@ -71,7 +79,7 @@ def read_documents(
 _Piece = tuple[str | int, str | _Broken, int]
 
 
-def _lines(part: Slice, text_field: str) -> Iterator[_Piece]:
+def _lines(part: Slice, text_field: str, most_bytes: int) -> Iterator[_Piece]:
     """jsonl. A place is the number of the line, counted from the slice's begin."""
     with open(part.file.path, "rb") as raw, _decompressed(raw, part.file.compression) as stream:
         begin = position = 0
@@ -79,21 +87,38 @@ def _lines(part: Slice, text_field: str) -> Iterator[_Piece]:
             # The line that is under way at `begin` belongs to the slice before.
             stream.seek(part.begin - 1)
             begin = part.begin
-            position = begin - 1 + len(stream.readline())
+            position = begin - 1 + _rest_of_line(stream)
         number = 0
         while part.file.compression or position < part.end:
-            line = stream.readline()
+            line = stream.readline(most_bytes + 1)
             if not line:
                 break
             position += len(line)
             number += 1
-            if line.isspace():
+            too_long = len(line) > most_bytes
+            if too_long and not line.endswith(b"\n"):
+                position += _rest_of_line(stream)
+            if not too_long and line.isspace():
                 continue
             done = raw.tell() if part.file.compression else position - begin
             try:
-                yield number, _text_of(line, text_field), done
+                yield (
+                    number,
+                    _too_long(most_bytes) if too_long else _text_of(line, text_field),
+                    done,
+                )
             except _Broken as error:
                 yield number, error, done
+
+
+def _rest_of_line(stream: io.BufferedIOBase) -> int:
+    """Read to the end of the line, however far it is; how many bytes that were."""
+    size = 0
+    while block := stream.readline(_BUFFER_BYTES):
+        size += len(block)
+        if block.endswith(b"\n"):
+            break
+    return size
 
 
 def _text_of(line: bytes, text_field: str) -> str:
@@ -106,7 +131,7 @@ def _text_of(line: bytes, text_field: str) -> str:
     if not isinstance(value, dict):
         raise _Broken(f"a JSON object was expected, found {type(value).__name__}")
     if text_field not in value:
-        found = ", ".join(list(value)[:8]) or "none"
+        found = few(list(value)) or "none"
         raise _Broken(f"no field {text_field!r} (fields: {found}); name it with --text-field")
     text = value[text_field]
     if not isinstance(text, str):
@@ -114,17 +139,20 @@ def _text_of(line: bytes, text_field: str) -> str:
     return text
 
 
-def _whole(part: Slice, text_field: str) -> Iterator[_Piece]:
+def _whole(part: Slice, most_bytes: int) -> Iterator[_Piece]:
     """txt: the file is the document."""
     with open(part.file.path, "rb") as raw, _decompressed(raw, part.file.compression) as stream:
-        content = stream.read()
+        content = stream.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        yield "", _too_long(most_bytes), part.weight
+        return
     try:
         yield "", content.decode("utf-8-sig"), part.weight
     except UnicodeDecodeError as error:
         yield "", _Broken(f"not valid UTF-8 (byte {error.start})"), part.weight
 
 
-def _package(part: Slice, text_field: str) -> Iterator[_Piece]:
+def _package(part: Slice) -> Iterator[_Piece]:
     """A folder of Python modules: their sources joined, in the order of their names. The few that
     are not UTF-8 (tests of the interpreter's decoding) are left out."""
     sources = []
@@ -139,11 +167,8 @@ def _package(part: Slice, text_field: str) -> Iterator[_Piece]:
     yield "", "\n".join(source for source in sources if source.strip()), part.weight
 
 
-def _rows(part: Slice, text_field: str, scratch: str) -> Iterator[_Piece]:
+def _rows(part: Slice, text_field: str, scratch: str, most_bytes: int) -> Iterator[_Piece]:
     """parquet. A place is the number of the row in the file, from 1."""
-    import pyarrow  # here, because only parquet and .zst need it and it takes a while
-    from pyarrow import parquet
-
     path = part.file.path
     with open(path, "rb") as raw, tempfile.TemporaryFile(dir=scratch) as plain:
         source: IO[bytes] = raw
@@ -151,39 +176,60 @@ def _rows(part: Slice, text_field: str, scratch: str) -> Iterator[_Piece]:
             with _decompressed(raw, part.file.compression) as stream:
                 shutil.copyfileobj(stream, plain, _BUFFER_BYTES)
             source = plain
-        try:
-            table = parquet.ParquetFile(source)
-            _check_column(table, path, text_field)
-            groups = range(table.num_row_groups)
-            if not part.file.compression:
-                groups = range(part.begin, part.end)
-            rows = [table.metadata.row_group(group).num_rows for group in range(groups.stop)]
-            first = row = sum(rows[: groups.start])
-            total = sum(rows) - first
-            batches = table.iter_batches(
-                _ROWS, row_groups=list(groups), columns=[text_field], use_threads=False
-            )
-            for batch in batches:
-                for text in batch.column(0).to_pylist():
-                    row += 1
-                    done = part.weight * (row - first) // total
-                    missing = _Broken(f"no text in column {text_field!r} (it is null)")
-                    yield f" row {row}", missing if text is None else text, done
-        except (pyarrow.ArrowException, OSError) as error:
-            refuse_damage(path, error)
+        with parquet_errors(path):
+            yield from _cells(part, source, text_field, most_bytes)
+
+
+def _cells(part: Slice, source: IO[bytes], text_field: str, most_bytes: int) -> Iterator[_Piece]:
+    import pyarrow  # here, because only parquet and .zst need it and it takes a while
+    from pyarrow import parquet
+
+    table = parquet.ParquetFile(source)
+    _check_column(table, part.file.path, text_field)
+    groups = range(table.num_row_groups)
+    if not part.file.compression:
+        groups = range(part.begin, part.end)
+    rows = [table.metadata.row_group(group).num_rows for group in range(groups.stop)]
+    first = row = sum(rows[: groups.start])
+    total = sum(rows) - first
+    batches = table.iter_batches(
+        _ROWS, row_groups=list(groups), columns=[text_field], use_threads=False
+    )
+    for batch in batches:
+        # As bytes: pyarrow gives up a whole batch for one cell that is not UTF-8.
+        for cell in batch.column(text_field).cast(pyarrow.large_binary()):
+            row += 1
+            done = part.weight * (row - first) // total
+            try:
+                yield f" row {row}", _text_of_cell(cell.as_buffer(), text_field, most_bytes), done
+            except _Broken as error:
+                yield f" row {row}", error, done
+
+
+def _text_of_cell(cell: Any, text_field: str, most_bytes: int) -> str:
+    """``cell``: a pyarrow.Buffer or None."""
+    if cell is None:
+        raise _Broken(f"no text in column {text_field!r} (it is null)")
+    if cell.size > most_bytes:
+        raise _too_long(most_bytes)
+    try:
+        return cell.to_pybytes().decode()
+    except UnicodeDecodeError as error:
+        raise _Broken(f"not valid UTF-8 (byte {error.start} of the cell)") from None
 
 
 def _check_column(table: Any, path: str, text_field: str) -> None:
     from pyarrow import types
 
     names = table.schema_arrow.names
-    if text_field not in names:
+    if names.count(text_field) != 1:
+        found = "no column" if text_field not in names else f"{names.count(text_field)} columns"
         raise InputError(
-            f"{path}: no column {text_field!r} (columns: {', '.join(names[:8])}); name it with "
-            f"--text-field"
+            f"{path}: {found} {text_field!r} (columns: {few(names)}); name one with --text-field"
         )
     kind = table.schema_arrow.field(text_field).type
-    if not (types.is_string(kind) or types.is_large_string(kind)):
+    value = kind.value_type if types.is_dictionary(kind) else kind  # categories, as pandas has them
+    if not (types.is_string(value) or types.is_large_string(value)):
         raise InputError(f"{path}: column {text_field!r} holds {kind}, strings were expected")
 
 
@@ -217,6 +263,11 @@ class _ZstdStream(io.RawIOBase):
         except OSError as error:
             if error.errno is not None:
                 raise
+            if "too much memory" in str(error):
+                raise InputError(
+                    f"{self._name}: compressed with a window larger than 128 MiB (zstd --long), "
+                    f"which is not read; decompress it with zstd -d --long=31"
+                ) from None
             raise InputError(f"{self._name}: damaged or truncated zstd file ({error})") from None
         buffer[: len(block)] = block
         return len(block)

@@ -24,7 +24,13 @@ from typing import Any
 from lctw_megatron.atomic import atomic_file, locked
 from lctw_megatron.config.schema import PrepareConfig
 from lctw_megatron.data.manifest import TokenizerIdentity, TokenManifest
-from lctw_megatron.data.preprocessing.corpus import CorpusFile, Shard, find_files, plan_shards
+from lctw_megatron.data.preprocessing.corpus import (
+    CorpusFile,
+    PassedOver,
+    Shard,
+    find_files,
+    plan_shards,
+)
 from lctw_megatron.data.preprocessing.merge_shards import VALIDATION, merge_shards, publish
 from lctw_megatron.data.preprocessing.shard_pool import tokenise_shards
 from lctw_megatron.data.preprocessing.token_shard import ShardSettings, shard_key
@@ -48,7 +54,10 @@ def preprocess(config: PrepareConfig) -> TokenManifest:
     prefix = config.output_prefix
     _check(config)
     given = load_tokenizer(config.tokenizer).identity if config.tokenizer else None
-    files = find_files(config.inputs, prefix)
+    passed_over = PassedOver()
+    files = find_files(config.inputs, prefix, passed_over)
+    if passed_over.paths:
+        print(f"{prefix}: read {len(files)} files, passed over {passed_over}", flush=True)
     shards = plan_shards(files)
     wanted = _request(config, files, given)
     found = _finished(config, wanted)
@@ -56,9 +65,11 @@ def preprocess(config: PrepareConfig) -> TokenManifest:
         print(f"{prefix}: already there, from the same corpus with the same settings")
         return found
     _refuse_foreign(prefix)
-    settings = ShardSettings(config.text_field, config.skip_bad, config.max_bytes)
+    settings = ShardSettings(
+        config.text_field, config.skip_bad, config.max_bytes, config.max_document_bytes
+    )
     with _work_folder(prefix) as work:
-        model = config.tokenizer or _trained_model(config, shards, wanted, work)
+        model = config.tokenizer or _trained_model(config, settings, shards, wanted, work)
         tokenizer = given or load_tokenizer(model).identity
         folders = [work / shard_key(shard, settings, tokenizer) for shard in shards]
         _remove_others(work, {folder.name for folder in folders} | {os.path.basename(model)})
@@ -103,6 +114,7 @@ def _request(
         config.text_field,
         config.skip_bad,
         config.max_bytes,
+        config.max_document_bytes,
         config.validation_documents,
     ]
     return hashlib.blake2b(json.dumps(decides).encode(), digest_size=16).hexdigest()
@@ -197,15 +209,19 @@ def _model_path(prefix: str) -> str:
     return os.path.abspath(prefix) + ".tokenizer.model"
 
 
-def _trained_model(config: PrepareConfig, shards: Sequence[Shard], wanted: str, work: Path) -> str:
+def _trained_model(
+    config: PrepareConfig,
+    settings: ShardSettings,
+    shards: Sequence[Shard],
+    wanted: str,
+    work: Path,
+) -> str:
     """Path of the SentencePiece model trained for this request, by an earlier run or now."""
     path = work / f"{wanted}.model"
     if not path.exists():
         assert config.train_sentencepiece is not None
         sampled = _first(shards, config.max_bytes)
-        model = train_sentencepiece(
-            sampled, config.train_sentencepiece, config.text_field, config.skip_bad, str(work)
-        )
+        model = train_sentencepiece(sampled, config.train_sentencepiece, settings, str(work))
         with atomic_file(path) as file:
             file.write(model)
     return str(path)

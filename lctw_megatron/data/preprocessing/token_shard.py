@@ -20,9 +20,10 @@ import numpy as np
 
 from lctw_megatron.atomic import atomic_directory, write_json
 from lctw_megatron.data.indexed_array import IndexedArrayReader, IndexedArrayWriter
+from lctw_megatron.data.json_object import read_json_object
 from lctw_megatron.data.manifest import TokenizerIdentity
 from lctw_megatron.data.preprocessing.corpus import Shard
-from lctw_megatron.data.preprocessing.documents import read_documents
+from lctw_megatron.data.preprocessing.documents import MOST_BYTES, read_documents
 from lctw_megatron.data.token_dataset import token_dtype
 from lctw_megatron.data.tokenizers import Tokenizer
 from lctw_megatron.errors import InputError
@@ -44,6 +45,8 @@ class ShardSettings:
     skip_bad: bool
     max_bytes: int | None
     """A shard ends before the document that would bring its text above this."""
+    max_document_bytes: int = MOST_BYTES
+    """A longer document is broken."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ def shard_key(shard: Shard, settings: ShardSettings, tokenizer: TokenizerIdentit
         [dataclasses.astuple(part) for part in shard],
         settings.text_field,
         settings.max_bytes,
+        settings.max_document_bytes,
         tokenizer.model_dump(exclude={"path"}),
     ]
     return hashlib.blake2b(json.dumps(decides).encode(), digest_size=16).hexdigest()
@@ -76,7 +80,7 @@ def shard_key(shard: Shard, settings: ShardSettings, tokenizer: TokenizerIdentit
 def finished_shard(folder: Path, skip_bad: bool) -> ShardResult | None:
     """The result of a shard that an earlier run has finished; None if it must be made."""
     try:
-        result = ShardResult(**json.loads((folder / "shard.json").read_bytes()))
+        result = ShardResult(**read_json_object(folder / "shard.json"))
         tokens = open_tokens(folder)
         sizes = (folder / "sizes.bin").stat().st_size
     except (OSError, ValueError, TypeError, InputError):
@@ -145,7 +149,9 @@ def kept_documents(
     stored, in order. What is left out is counted in ``tally``."""
     before = 0
     for part in shard:
-        for document in read_documents(part, settings.text_field, settings.skip_bad, scratch):
+        for document in read_documents(
+            part, settings.text_field, settings.skip_bad, scratch, settings.max_document_bytes
+        ):
             if document.text is None:
                 tally.skipped += 1
             elif not document.text:

@@ -7,6 +7,7 @@ from sentencepiece import SentencePieceTrainer
 
 from lctw_megatron.data.preprocessing.corpus import Shard
 from lctw_megatron.data.preprocessing.documents import read_documents
+from lctw_megatron.data.preprocessing.token_shard import ShardSettings
 from lctw_megatron.errors import InputError
 
 _BYTES_PER_PIECE = 2000
@@ -18,7 +19,7 @@ _SAMPLED_SHARDS = 64
 
 
 def train_sentencepiece(
-    shards: Sequence[Shard], vocab_size: int, text_field: str, skip_bad: bool, scratch: str
+    shards: Sequence[Shard], vocab_size: int, settings: ShardSettings, scratch: str
 ) -> bytes:
     """The bytes of a .model file: BPE, byte fallback, nothing normalised, so that decoding gives
     back every text. Ids 0, 1, 2 are <unk>, <s>, </s>, as in Llama's models. The same corpus gives
@@ -30,7 +31,7 @@ def train_sentencepiece(
     model = io.BytesIO()
     try:
         SentencePieceTrainer.train(
-            sentence_iterator=_sample(shards, vocab_size, text_field, skip_bad, scratch),
+            sentence_iterator=_sample(shards, vocab_size, settings, scratch),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -59,7 +60,7 @@ def train_sentencepiece(
 
 
 def _sample(
-    shards: Sequence[Shard], vocab_size: int, text_field: str, skip_bad: bool, scratch: str
+    shards: Sequence[Shard], vocab_size: int, settings: ShardSettings, scratch: str
 ) -> Iterator[str]:
     """Lines from the beginnings of up to 64 shards, evenly spaced over the corpus."""
     wanted = min(max(vocab_size * _BYTES_PER_PIECE, _SMALLEST_SAMPLE), _LARGEST_SAMPLE)
@@ -67,7 +68,7 @@ def _sample(
     chosen = [shards[number * len(shards) // count] for number in range(count)]
     for number, shard in enumerate(chosen):
         left = share = wanted // (count - number)
-        for text in _texts(shard, text_field, skip_bad, scratch):
+        for text in _texts(shard, settings, scratch):
             for line in text[:left].split("\n"):
                 for begin in range(0, len(line), _LINE_CHARACTERS):
                     yield line[begin : begin + _LINE_CHARACTERS]
@@ -77,8 +78,10 @@ def _sample(
         wanted -= share - max(left, 0)
 
 
-def _texts(shard: Shard, text_field: str, skip_bad: bool, scratch: str) -> Iterator[str]:
+def _texts(shard: Shard, settings: ShardSettings, scratch: str) -> Iterator[str]:
     for part in shard:
-        for document in read_documents(part, text_field, skip_bad, scratch):
+        for document in read_documents(
+            part, settings.text_field, settings.skip_bad, scratch, settings.max_document_bytes
+        ):
             if document.text:
                 yield document.text

@@ -5,7 +5,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lctw_megatron.data.preprocessing.corpus import CorpusFile, find_files, plan_shards
+from lctw_megatron.data.preprocessing.corpus import (
+    CorpusFile,
+    PassedOver,
+    find_files,
+    plan_shards,
+)
 from lctw_megatron.errors import InputError
 from tests.data.corpus_files import texts, write_corpus
 
@@ -96,6 +101,9 @@ def test_what_cannot_be_read_is_named(tmp_path, content, name, message):
 def test_folders_without_corpus_files_are_refused(tmp_path):
     with pytest.raises(InputError, match="holds no files ending in"):
         names([tmp_path])
+    (tmp_path / "data.arrow").touch()
+    with pytest.raises(InputError, match=r"found 1 \.arrow \(data\.arrow\)"):
+        names([tmp_path])
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).touch()
     with pytest.raises(InputError, match="2 files, all empty"):
@@ -106,6 +114,85 @@ def test_an_empty_file_among_others_is_passed_over(tmp_path):
     (tmp_path / "a.txt").touch()
     (tmp_path / "b.txt").write_text("x")
     assert names([tmp_path]) == ["b.txt"]
+
+
+def read_and_passed_over(folder):
+    passed_over = PassedOver()
+    files = find_files([str(folder)], "/nowhere/out", passed_over)
+    return [os.path.relpath(file.path, folder) for file in files], str(passed_over)
+
+
+def test_what_is_passed_over_is_counted_and_named(folder):
+    for name in ("x.csv", "y.csv", "sub/z.csv", "s.jsonl.xz", "LICENSE", "t.csv.gz"):
+        (folder / name).write_text("x")
+    (folder / "empty.txt").touch()
+    passed_over = PassedOver()
+    find_files([str(folder)], "/nowhere/out", passed_over)
+    assert str(passed_over) == (
+        "3 .csv (x.csv, y.csv, z.csv), 2 hidden (.cache, .hidden.jsonl), 1 without an ending "
+        "(LICENSE), 1 .md (README.md), 1 .bin (model.bin), 1 .jsonl.xz (s.jsonl.xz), 1 .gz "
+        "(t.csv.gz), 1 empty (empty.txt)"
+    )
+
+
+def test_a_glob_says_what_it_leaves_out_too(folder):
+    passed_over = PassedOver()
+    find_files([str(folder / "*")], "/nowhere/out", passed_over)
+    assert str(passed_over) == "1 .md (README.md), 1 .bin (model.bin)"
+
+
+def test_metadata_of_a_dataset_snapshot_is_no_text(tmp_path):
+    write_corpus(tmp_path / "data" / "train.parquet", texts(2))
+    write_corpus(tmp_path / "more.json.gz", ["x"])
+    for name in ("dataset_infos.json", "data/dataset_info.json", "data/state.json"):
+        (tmp_path / name).write_text('{"text": "x"}')
+    found, passed_over = read_and_passed_over(tmp_path)
+    assert found == ["more.json.gz", "data/train.parquet"]
+    assert passed_over.startswith("3 metadata of a dataset (dataset_infos.json, dataset_info.json")
+    assert names([tmp_path / "data" / "state.json"]) == ["state.json"]  # named: the user's will
+
+
+def test_linked_folders_and_files_are_read_once(tmp_path):
+    write_corpus(tmp_path / "elsewhere" / "a.txt", ["a"])
+    write_corpus(tmp_path / "in" / "real" / "b.txt", ["b"])
+    inside = tmp_path / "in"
+    (inside / "linked").symlink_to(tmp_path / "elsewhere")
+    (inside / "again").symlink_to(tmp_path / "elsewhere")
+    (inside / "real" / "up").symlink_to(inside)
+    (inside / "real" / "self").symlink_to(inside / "real")
+    (inside / "c.txt").symlink_to(inside / "real" / "b.txt")
+    found, passed_over = read_and_passed_over(inside)
+    assert found == ["c.txt", "again/a.txt"]
+    assert passed_over == "1 linked to what is read already (b.txt)"
+    assert len(find_files([str(inside / "**" / "*.txt")], "/o")) == 2
+
+
+@pytest.mark.parametrize("target", ["gone", "a.jsonl"])
+def test_a_link_that_leads_nowhere_is_named(tmp_path, target):
+    (tmp_path / "b.txt").write_text("x")
+    (tmp_path / "a.jsonl").symlink_to(tmp_path / target)
+    with pytest.raises(InputError, match=r"a\.jsonl: cannot be read"):
+        names([tmp_path])
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.jsonl")
+    for given_input in (tmp_path, tmp_path / "a.jsonl"):
+        with pytest.raises(InputError, match=r"a\.jsonl: not a regular file"):
+            names([given_input])
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(folder, monkeypatch):
+    scandir = os.scandir
+
+    def closed(path):
+        if str(path).endswith("deep"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(PermissionError):
+        names([folder])
 
 
 @given(

@@ -1,12 +1,16 @@
+import contextlib
 import dataclasses
 import json
+import random
 
+import pyarrow
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
-from lctw_megatron.data.preprocessing.corpus import Slice, find_files
-from lctw_megatron.data.preprocessing.documents import read_documents
+from lctw_megatron.data.preprocessing.corpus import Slice, find_files, plan_shards
+from lctw_megatron.data.preprocessing.documents import MOST_BYTES, read_documents
 from lctw_megatron.errors import InputError
 from tests.data.corpus_files import compress, texts, write_corpus
 
@@ -20,11 +24,11 @@ def slices(path, cuts=()):
     return [Slice(file, a, b, b - a) for a, b in zip(bounds, bounds[1:], strict=False) if a < b]
 
 
-def read(parts, scratch, skip_bad=False, field="text"):
+def read(parts, scratch, skip_bad=False, field="text", most_bytes=MOST_BYTES):
     return [
         document.text
         for part in parts
-        for document in read_documents(part, field, skip_bad, str(scratch))
+        for document in read_documents(part, field, skip_bad, str(scratch), most_bytes)
     ]
 
 
@@ -166,6 +170,92 @@ def test_parquet_columns_are_checked(tmp_path):
     part = dataclasses.replace(slices(path)[0], end=1)
     with pytest.raises(InputError, match="column 'text' holds int64, strings were expected"):
         read([part], tmp_path)
+
+
+def parquet_part(path):
+    return [part for shard in plan_shards(find_files([str(path)], "/o")) for part in shard]
+
+
+def strings(*cells):
+    """A column of strings whose bytes are as given, valid or not."""
+    return pyarrow.array(cells, pyarrow.binary()).view(pyarrow.string())
+
+
+@pytest.mark.parametrize("ending", ["parquet", "parquet.zst"])
+def test_a_cell_that_is_not_utf8_costs_its_row_only(tmp_path, ending):
+    path = tmp_path / f"a.{ending}"
+    buffer = pyarrow.BufferOutputStream()
+    table = pyarrow.table({"id": range(4), "text": strings(b"a", b"b\xff", None, b"d")})
+    parquet.write_table(table, buffer)
+    path.write_bytes(compress(buffer.getvalue().to_pybytes(), ending))
+    with pytest.raises(InputError, match=rf"a\.{ending} row 2: not valid UTF-8 \(byte 1 of"):
+        read(parquet_part(path), tmp_path)
+    assert read(parquet_part(path), tmp_path, skip_bad=True) == ["a", None, None, "d"]
+
+
+def test_columns_of_one_name_are_refused_unless_they_are_others(tmp_path):
+    path = tmp_path / "a.parquet"
+    columns = [strings(b"a"), strings(b"b"), strings(b"c")]
+    parquet.write_table(pyarrow.Table.from_arrays(columns, ["text", "id", "text"]), path)
+    with pytest.raises(InputError, match=r"a\.parquet: 2 columns 'text' \(columns: text, id, text"):
+        read(parquet_part(path), tmp_path)
+    parquet.write_table(pyarrow.Table.from_arrays(columns, ["id", "text", "id"]), path)
+    assert read(parquet_part(path), tmp_path) == ["b"]
+    parquet.write_table(pyarrow.Table.from_arrays(columns, ["text.a", "text", "text.b"]), path)
+    assert read(parquet_part(path), tmp_path) == ["b"]
+
+
+def test_large_strings_and_categories_are_strings_too(tmp_path):
+    for kind in (pyarrow.large_string(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string())):
+        column = pyarrow.array(["a", "b", "a"]).cast(kind)
+        parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+        assert read(parquet_part(tmp_path / "a.parquet"), tmp_path) == ["a", "b", "a"]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "jsonl.zst", "txt", "txt.gz", "parquet"])
+def test_a_document_above_the_limit_is_named_or_counted(tmp_path, ending):
+    path = tmp_path / f"a.{ending}"
+    long = ["good", "x" * 100, "good"] if "txt" not in ending else ["x" * 100]
+    write_corpus(path, long)
+    parts = parquet_part(path) if ending == "parquet" else slices(path)
+    with pytest.raises(InputError, match="longer than 90 bytes, .* --max-document-bytes"):
+        read(parts, tmp_path, most_bytes=90)
+    expected = ["good", None, "good"] if "txt" not in ending else [None]
+    assert read(parts, tmp_path, skip_bad=True, most_bytes=90) == expected
+    assert None not in read(parts, tmp_path, most_bytes=200)
+
+
+@pytest.mark.parametrize("cut", [50, 140, 160, 230])
+def test_slices_that_begin_in_a_line_above_the_limit_hold_every_line_once(tmp_path, cut):
+    path = write_corpus(tmp_path / "a.jsonl", ["one", "x" * 200, "three"])
+    found = read(slices(path, [cut]), tmp_path, skip_bad=True, most_bytes=60)
+    assert found == ["one", None, "three"]
+
+
+def test_a_window_too_large_is_not_called_damage(tmp_path, monkeypatch):
+    class Stream:
+        def read(self, size):
+            raise OSError("ZSTD decompress failed: Frame requires too much memory for decoding")
+
+    monkeypatch.setattr(pyarrow, "CompressedInputStream", lambda raw, codec: Stream())
+    (tmp_path / "a.jsonl.zst").write_bytes(b"x")
+    with pytest.raises(
+        InputError, match=r"a\.jsonl\.zst: compressed with a window larger .*--long=31"
+    ):
+        read(slices(tmp_path / "a.jsonl.zst"), tmp_path)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_changed_byte_of_parquet_is_an_input_error_or_text(tmp_path, seed):
+    path = write_corpus(tmp_path / "a.parquet", ["some text " * 5] * 7)
+    content = bytearray(path.read_bytes())
+    draw = random.Random(seed)
+    for _ in range(draw.choice([1, 4])):
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    path.write_bytes(content)
+    with contextlib.suppress(InputError):
+        shards = plan_shards(find_files([str(path)], "/o"))
+        read([part for shard in shards for part in shard], tmp_path, skip_bad=True)
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):

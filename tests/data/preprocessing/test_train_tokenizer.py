@@ -2,11 +2,14 @@ import pytest
 
 from lctw_megatron.data.preprocessing import train_tokenizer
 from lctw_megatron.data.preprocessing.corpus import find_files, plan_shards
+from lctw_megatron.data.preprocessing.token_shard import ShardSettings
 from lctw_megatron.data.preprocessing.train_tokenizer import train_sentencepiece
 from lctw_megatron.data.tokenizers import load_tokenizer
 from lctw_megatron.errors import InputError
 from tests.data.corpus_files import write_corpus
 from tests.tokenizer_files import real_text
+
+SETTINGS = ShardSettings("text", skip_bad=False, max_bytes=None)
 
 
 @pytest.fixture
@@ -18,8 +21,8 @@ def shards(tmp_path):
 
 
 def test_the_model_decodes_every_text_and_is_the_same_every_time(shards, tmp_path):
-    first = train_sentencepiece(shards, 600, "text", False, str(tmp_path))
-    assert train_sentencepiece(shards, 600, "text", False, str(tmp_path)) == first
+    first = train_sentencepiece(shards, 600, SETTINGS, str(tmp_path))
+    assert train_sentencepiece(shards, 600, SETTINGS, str(tmp_path)) == first
     path = tmp_path / "trained.model"
     path.write_bytes(first)
     tokenizer = load_tokenizer(path)
@@ -43,7 +46,7 @@ def test_the_sample_is_bounded_and_spread_over_the_corpus(tmp_path, monkeypatch)
         write_corpus(tmp_path / "in" / f"{number:02}.txt", [f"{number:02} " * 300])
     shards = plan_shards(find_files([str(tmp_path / "in")], "/o"))
     assert len(shards) > 50
-    lines = list(train_tokenizer._sample(shards, 1, "text", False, str(tmp_path)))
+    lines = list(train_tokenizer._sample(shards, 1, SETTINGS, str(tmp_path)))
     assert 4000 < sum(map(len, lines)) <= 5000
     assert len({line[:2] for line in lines}) >= 50
     assert lines[0].startswith("00") and lines[-1] >= "95"
@@ -53,10 +56,10 @@ def test_a_broken_document_is_named_as_everywhere(shards, tmp_path):
     (tmp_path / "in" / "a.jsonl").write_text('{"text": "good"}\n{"broken\n')
     shards = plan_shards(find_files([str(tmp_path / "in")], "/o"))
     with pytest.raises(InputError, match=r"a\.jsonl line 2: not valid JSON"):
-        train_sentencepiece(shards, 300, "text", False, str(tmp_path))
+        train_sentencepiece(shards, 300, SETTINGS, str(tmp_path))
 
 
 @pytest.mark.parametrize("vocab_size", [100, 100_000])
 def test_an_impossible_vocabulary_says_why(shards, tmp_path, vocab_size):
     with pytest.raises(InputError, match=f"--train-sentencepiece {vocab_size}: .*ocabulary size"):
-        train_sentencepiece(shards, vocab_size, "text", False, str(tmp_path))
+        train_sentencepiece(shards, vocab_size, SETTINGS, str(tmp_path))

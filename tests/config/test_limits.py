@@ -1,0 +1,153 @@
+"""What no machine can take is refused by the schema, in one line."""
+
+import random
+from contextlib import suppress
+
+import pytest
+
+from lctw_megatron.config.load import load_recipe, parse_override, resolve_run
+from lctw_megatron.config.yaml_text import parse_yaml
+from lctw_megatron.errors import InputError
+
+RECIPE = """\
+name: tiny
+output_dir: out
+data: {train: data/x}
+model: {num_layers: 1, hidden_size: 8, ffn_hidden_size: 8, num_attention_heads: 2}
+training: {steps: 1}
+cluster: {}
+prepare: {inputs: [x], output_prefix: p}
+"""
+
+LAUGHS = "b0: &b0 [x, x]\n" + "".join(f"b{i + 1}: &b{i + 1} [*b{i}, *b{i}]\n" for i in range(25))
+"""Two to the 26th values, as aliases."""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("training.adam_beta1", "1"),
+        ("training.adam_beta2", "-0.1"),
+        ("training.adam_eps", "-1e-8"),
+        ("training.lr", "1e300"),
+        ("training.weight_decay", "1e39"),
+        ("training.steps", str(2**62)),
+        ("training.distributed_timeout_minutes", str(2**31)),
+        ("training.warmup_steps", str(2**40)),
+        ("model.init_method_std", "-1"),
+        ("model.layernorm_epsilon", "-1"),
+        ("model.kv_channels", "3"),
+        ("model.hidden_size", str(2**62)),
+        ("model.vocab_size", str(2**62)),
+        ("model.rope_scaling", "{factor: 0}"),
+        ("data.sequence_length", str(2**62)),
+        ("layout.tensor", str(2**40)),
+        ("cluster.signal_seconds", str(2**31)),
+        ("cluster.nodes", str(2**40)),
+        ("seed", "-1"),
+        ("seed", str(2**64)),
+    ],
+)
+def test_a_number_beyond_its_limits_is_refused_by_name(recipe, field, value):
+    with pytest.raises(InputError, match=rf"{field.rpartition('.')[2]}\b.* expected") as error:
+        resolve_run(load_recipe(recipe, [f"{field}={value}"]))
+    assert len(str(error.value)) < 500
+
+
+def test_a_head_of_odd_width_is_refused(recipe):
+    with pytest.raises(InputError, match="even width of a head"):
+        resolve_run(load_recipe(recipe, ["model.hidden_size=6"]))
+
+
+@pytest.mark.parametrize("bad", ["\\n", "\\0", "\\e", "\\r", "\\x85", "\\u2028"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        'name: "a{}b"',
+        'output_dir: "a{}b"',
+        'start: "./a{}b"',
+        'data: {{train: "a{}b"}}',
+        'data: {{train: data/x, index_cache: "a{}b"}}',
+        'cluster: {{environment: {{"A{}B": x}}}}',
+        'cluster: {{environment: {{A: "x{}y"}}}}',
+        'cluster: {{account: "x{}y"}}',
+        'cluster: {{sbatch: ["x{}y"]}}',
+        'prepare: {{inputs: ["a{}b"], output_prefix: p}}',
+    ],
+)
+def test_a_control_character_never_reaches_a_batch_script(recipe, line, bad):
+    key = line.partition(":")[0]
+    kept = [each for each in RECIPE.splitlines() if not each.startswith(f"{key}:")]
+    recipe.write_text("\n".join([*kept, line.format(bad)]))
+    with pytest.raises(InputError, match="expected text without control characters"):
+        resolve_run(load_recipe(recipe))
+
+
+def test_a_control_character_in_a_file_name_or_an_override_is_refused(tmp_path):
+    path = tmp_path / "a\nrm b.yaml"
+    path.write_text(RECIPE)
+    with pytest.raises(InputError, match="file name is .* expected text without control"):
+        load_recipe(path)
+    for text in ("name=a\nb", "name=\udc80"):
+        with pytest.raises(InputError, match="--set is .* expected text without control"):
+            parse_override(text)
+
+
+def test_setup_and_note_may_have_several_lines(recipe):
+    recipe.write_text(
+        RECIPE.replace("cluster: {}", 'cluster: {setup: ["if x\\n\\tthen y\\nfi"]}')
+        + 'evaluation: {data: x, note: "one\\ntwo"}\n'
+    )
+    assert load_recipe(recipe).cluster.setup == ["if x\n\tthen y\nfi"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: " + "[" * 100_000,
+        "a: " + "{a: " * 100_000,
+        "a: " + "[" * 40 + "]" * 40,
+        "a: !!int abc",
+        "a: !!float abc",
+        "a: !!bool abc",
+        "a: !!timestamp abc",
+        "a: !!binary 7",
+        "a: !!python/object/apply:os.system [x]",
+        "a: " + "7" * 5000,
+        "a: &a [*a]",
+        LAUGHS,
+        "a: \ud800",
+        "a: " + "x" * (1 << 21),
+        "? {a: b}\n: c",
+    ],
+    ids=lambda text: text[:20],
+)  # fmt: skip
+def test_yaml_that_no_recipe_is_gives_one_line(text):
+    with pytest.raises(InputError, match=r"^here: ?") as error:
+        parse_yaml(text, "here")
+    assert len(str(error.value)) < 500
+
+
+def test_a_damaged_recipe_is_an_input_error_or_harmless(recipe):
+    for seed in range(300):
+        draw = random.Random(seed)
+        content = bytearray(RECIPE.encode())
+        at = draw.randrange(len(content))
+        if draw.random() < 0.2:
+            del content[at:]
+        for _ in range(draw.randrange(4)):
+            at = draw.randrange(max(len(content), 1))
+            content[at : at + 1] = draw.choice(
+                [b"", b"\x00", b"{", b"!!", b"&a", b"9" * 30, b"\xff"]
+            )
+        print(f"seed {seed}: {bytes(content)!r}")  # pytest shows it of what fails
+        recipe.write_bytes(content)
+        with suppress(InputError):
+            resolve_run(load_recipe(recipe))
