@@ -7,6 +7,7 @@ Ranks are started by srun, one task each, not by torchrun: a signal then reaches
 """
 
 import math
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -108,7 +109,7 @@ def _script(
     python = " ".join([f"{container}python", *options])
     # With a -- as in local.py.
     torchrun = [f"{container}torchrun --standalone --nproc-per-node={here}", *options, "--"]
-    environment = [f"export {key}={shlex.quote(v)}" for key, v in cluster.environment.items()]
+    environment = [f"export {key}={_expanded(value)}" for key, value in cluster.environment.items()]
     return _TEMPLATE.render(
         sbatch=_sbatch_lines(graph, stage, name, cluster, size, parts, in_steps, merges),
         title=title,
@@ -163,6 +164,15 @@ def _sbatch_lines(
         f"--{key}={shlex.quote(str(value))}" for key, value in settings.items() if value is not None
     ]
     return [*lines, "--requeue", *cluster.sbatch]
+
+
+def _expanded(value: str) -> str:
+    """``value`` for the shell: $NAME and ${NAME} are expanded there, all else is literal."""
+    if not (names := re.findall(r"\$(?:[A-Za-z_]\w*|\{[A-Za-z_]\w*\})", value)):
+        return shlex.quote(value)
+    between = re.split(r"\$(?:[A-Za-z_]\w*|\{[A-Za-z_]\w*\})", value)
+    literal = [re.sub(r'([\\"`$])', r"\\\1", text) for text in between]
+    return '"' + "".join(a + b for a, b in zip(literal, [*names, ""], strict=True)) + '"'
 
 
 def _srun_options(cluster: ClusterConfig) -> list[str]:
