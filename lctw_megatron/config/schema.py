@@ -280,6 +280,8 @@ class ClusterConfig(Section):
     model_config = ConfigDict(coerce_numbers_to_str=True)  # environment: {OMP_NUM_THREADS: 1}
 
     partition: str | None = None
+    cpu_partition: str | None = None
+    """Where stages that need no GPU go, without `constraint`; default: `partition`."""
     account: str | None = None
     qos: str | None = None
     constraint: str | None = None

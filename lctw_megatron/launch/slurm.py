@@ -143,6 +143,7 @@ def _sbatch_lines(
 ) -> list[str]:
     needs_gpus = stage.kind in GPU_KINDS and not merges
     gpus = min(size.tasks, cluster.gpus_per_node) if needs_gpus else 0
+    elsewhere = cluster.cpu_partition if not gpus else None
     settings = {
         "job-name": f"{graph.recipe.name}-{name}",
         "output": graph.folder / f"{name}{'-%a' if parts else ''}.log",
@@ -155,10 +156,10 @@ def _sbatch_lines(
         "time": cluster.time_limit,
         # A part has nothing to save: what it scores is one file at its end.
         "signal": f"TERM@{cluster.signal_seconds}" if in_steps and not parts else None,
-        "partition": cluster.partition,
+        "partition": elsewhere or cluster.partition,
         "account": cluster.account,
         "qos": cluster.qos,
-        "constraint": cluster.constraint,
+        "constraint": None if elsewhere else cluster.constraint,
     }
     lines = [
         f"--{key}={shlex.quote(str(value))}" for key, value in settings.items() if value is not None

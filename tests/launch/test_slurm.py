@@ -71,6 +71,15 @@ def test_every_script_is_good_bash_and_names_its_needs(plan):
     assert needs["train-dense"] == ("prepare", "score", "train-base")
 
 
+def test_stages_without_a_gpu_go_to_the_partition_for_them(plan):
+    cluster = GPU_CLUSTER.model_copy(update={"cpu_partition": "cpus"})
+    for job in jobs(plan(), cluster):
+        with_gpu = "--gpus-per-node" in job.script
+        assert ("--partition=long" in job.script) == with_gpu, job.name
+        assert ("--partition=cpus" in job.script) != with_gpu, job.name
+        assert ("--constraint=h100" in job.script) == with_gpu, job.name
+
+
 def test_ranks_that_do_not_fit_the_cluster_are_refused(plan):
     with pytest.raises(InputError, match="train-uniform on 1 ranks"):
         jobs(plan(), ClusterConfig(nodes=1, gpus_per_node=1), "train-dense")
