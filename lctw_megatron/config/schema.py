@@ -310,6 +310,8 @@ class ClusterConfig(Section):
     model_config = ConfigDict(coerce_numbers_to_str=True)  # environment: {OMP_NUM_THREADS: 1}
 
     partition: str | None = None
+    cpu_partition: str | None = None
+    """Where stages that need no GPU go, without `constraint`; default: `partition`."""
     account: str | None = None
     qos: str | None = None
     constraint: str | None = None
@@ -325,9 +327,10 @@ class ClusterConfig(Section):
     """SIGTERM reaches the ranks this long before the time limit."""
     modules: list[str] = []
     environment: dict[str, str] = {}
-    """Exported in every job (NCCL variables, caches)."""
+    """Exported in every job (NCCL variables, caches). $NAME and ${NAME} are expanded in the job."""
     setup: list[str] = []
-    """Shell lines run before the command, e.g. activating an environment."""
+    """Shell lines run before the command, e.g. activating an environment; one that fails ends the
+    job."""
     container: str | None = None
     """Put before the command, e.g. `apptainer exec --nv image.sif`."""
     srun: list[str] = []

@@ -5,6 +5,7 @@ finished is known from the marks (``stage_graph.py``), what waits or runs from s
 not needed.
 """
 
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -105,7 +106,12 @@ def _sbatch(graph: StageGraph, job: Job, needed: Sequence[str]) -> str:
     if job.parts:
         command.append(f"--array={','.join(map(str, _missing_parts(graph, job)))}")
     answer = _ask([*command, str(script_path(graph, job))])
-    return answer.strip().split(";")[0]
+    # The site's sbatch may say more: the id is a line of its own, ID or ID;CLUSTER.
+    found = re.findall(r"^(\d+)(?:;\S*)?\s*$", answer, re.MULTILINE)
+    if not found:
+        said = " ".join(answer.split())[:200]
+        raise InputError(f"{' '.join(command)}: no line with a job's id in what it said: {said!r}")
+    return found[-1]
 
 
 def _queue(ids: Sequence[str]) -> dict[str, list[str]]:
@@ -114,7 +120,9 @@ def _queue(ids: Sequence[str]) -> dict[str, list[str]]:
         return {}
     found: dict[str, list[str]] = {}
     for line in _ask(["squeue", "--noheader", "--array", "--format=%F %T"]).splitlines():
-        id, state = line.split()
+        id, _, state = line.strip().partition(" ")
+        if not re.fullmatch(r"[A-Z_]+", state):  # a site's wrapper may say more
+            continue
         if id in ids and state.lower() not in found.setdefault(id, []):
             found[id].append(state.lower())
     return found

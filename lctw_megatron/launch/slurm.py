@@ -7,6 +7,7 @@ Ranks are started by srun, one task each, not by torchrun: a signal then reaches
 """
 
 import math
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -108,7 +109,7 @@ def _script(
     python = " ".join([f"{container}python", *options])
     # With a -- as in local.py.
     torchrun = [f"{container}torchrun --standalone --nproc-per-node={here}", *options, "--"]
-    environment = [f"export {key}={shlex.quote(v)}" for key, v in cluster.environment.items()]
+    environment = [f"export {key}={_expanded(value)}" for key, value in cluster.environment.items()]
     return _TEMPLATE.render(
         sbatch=_sbatch_lines(graph, stage, name, cluster, size, parts, in_steps, merges),
         title=title,
@@ -142,6 +143,7 @@ def _sbatch_lines(
 ) -> list[str]:
     needs_gpus = stage.kind in GPU_KINDS and not merges
     gpus = min(size.tasks, cluster.gpus_per_node) if needs_gpus else 0
+    elsewhere = cluster.cpu_partition if not gpus else None
     settings = {
         "job-name": f"{graph.recipe.name}-{name}",
         "output": graph.folder / f"{name}{'-%a' if parts else ''}.log",
@@ -154,15 +156,24 @@ def _sbatch_lines(
         "time": cluster.time_limit,
         # A part has nothing to save: what it scores is one file at its end.
         "signal": f"TERM@{cluster.signal_seconds}" if in_steps and not parts else None,
-        "partition": cluster.partition,
+        "partition": elsewhere or cluster.partition,
         "account": cluster.account,
         "qos": cluster.qos,
-        "constraint": cluster.constraint,
+        "constraint": None if elsewhere else cluster.constraint,
     }
     lines = [
         f"--{key}={shlex.quote(str(value))}" for key, value in settings.items() if value is not None
     ]
     return [*lines, "--requeue", *cluster.sbatch]
+
+
+def _expanded(value: str) -> str:
+    """``value`` for the shell: $NAME and ${NAME} are expanded there, all else is literal."""
+    if not (names := re.findall(r"\$(?:[A-Za-z_]\w*|\{[A-Za-z_]\w*\})", value)):
+        return shlex.quote(value)
+    between = re.split(r"\$(?:[A-Za-z_]\w*|\{[A-Za-z_]\w*\})", value)
+    literal = [re.sub(r'([\\"`$])', r"\\\1", text) for text in between]
+    return '"' + "".join(a + b for a, b in zip(literal, [*names, ""], strict=True)) + '"'
 
 
 def _srun_options(cluster: ClusterConfig) -> list[str]:

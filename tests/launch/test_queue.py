@@ -131,6 +131,20 @@ def test_an_order_is_kept_for_status_and_resume(plan, slurm, capsys):
         run_request(request)
 
 
+def test_a_banner_is_no_job_id_and_odd_lines_are_no_jobs(plan, slurm):
+    made = plan()
+    stub = Path("stubs/sbatch")
+    stub.write_text("#!/bin/bash\necho Welcome to the cluster, since 1999\necho '7;main'\n")
+    queue.submit(made, made.select(["prepare"]), CPU)
+    assert json.loads((made.folder / "jobs.json").read_text()) == {"prepare": "7"}
+    slurm.waiting("\nCLUSTER: main\nodd\n7 RUNNING\n")
+    jobs = queue.plan_jobs(made, made.select(["prepare"]), CPU)
+    assert "running, job 7" in queue.status_lines(made, jobs)[0]
+    stub.write_text("#!/bin/bash\necho Welcome to the cluster\n")
+    with pytest.raises(InputError, match="no line with a job's id"):
+        queue.submit(made, made.select(["train-base"]), CPU)
+
+
 def test_what_slurm_refuses_is_passed_on(plan, slurm, monkeypatch):
     made = plan()
     monkeypatch.setenv("REFUSE", "1")

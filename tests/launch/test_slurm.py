@@ -71,6 +71,15 @@ def test_every_script_is_good_bash_and_names_its_needs(plan):
     assert needs["train-dense"] == ("prepare", "score", "train-base")
 
 
+def test_stages_without_a_gpu_go_to_the_partition_for_them(plan):
+    cluster = GPU_CLUSTER.model_copy(update={"cpu_partition": "cpus"})
+    for job in jobs(plan(), cluster):
+        with_gpu = "--gpus-per-node" in job.script
+        assert ("--partition=long" in job.script) == with_gpu, job.name
+        assert ("--partition=cpus" in job.script) != with_gpu, job.name
+        assert ("--constraint=h100" in job.script) == with_gpu, job.name
+
+
 def test_ranks_that_do_not_fit_the_cluster_are_refused(plan):
     with pytest.raises(InputError, match="train-uniform on 1 ranks"):
         jobs(plan(), ClusterConfig(nodes=1, gpus_per_node=1), "train-dense")
@@ -187,11 +196,28 @@ def test_a_training_that_fails_is_requeued_five_times(plan, run_script):
     assert run_script(job.script, STATUS="137", **IN_JOB)[1][-1] == "requeue 41"
 
 
-def test_a_mistake_of_the_user_is_not_tried_again(plan, run_script):
+@pytest.mark.parametrize("mistake", [2, 126, 127])
+def test_what_no_retry_can_mend_is_not_tried_again(plan, run_script, mistake):
     made = plan()
     (job,) = jobs(made, made.recipe.cluster, "train-dense")
-    status, said = run_script(job.script, STATUS="2", **IN_JOB)
-    assert status == 2 and "requeue 41" not in said
+    status, said = run_script(job.script, STATUS=str(mistake), **IN_JOB)
+    assert status == mistake and "requeue 41" not in said
+
+
+def test_the_sites_lines_may_read_unset_variables_and_the_environment_names_others(
+    plan, run_script
+):
+    made = plan()
+    cluster = ClusterConfig(
+        nodes=2,
+        gpus_per_node=0,
+        environment={"HF_HOME": '${SCRATCH}/my "hf" `x` $(x)', "PLAIN": "a $ b"},
+        setup=["export MY_BACKUP=$NOT_SET_ANYWHERE", 'echo "$HF_HOME|$PLAIN" > seen'],
+    )
+    (job,) = jobs(made, cluster, "train-base")
+    assert run_script(job.script, SCRATCH="/fast disk", **IN_JOB)[0] == 0
+    assert Path("seen").read_text() == '/fast disk/my "hf" `x` $(x)|a $ b\n'
+    assert "srun --kill-on-bad-exit=1 --export=ALL " in job.script
 
 
 def test_parts_are_array_tasks_or_one_after_the_other(plan, run_script):
