@@ -15,6 +15,8 @@ from filelock import lock_descriptor
 from lctw_megatron.errors import InputError
 
 _WINDOWS = os.name == "nt"
+LOCKLESS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""Errors of a file system without locks."""
 
 
 def sync_directory(directory: Path) -> None:
@@ -36,12 +38,12 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
     ``wait``, if another process holds it; InputError if it is a link. Where the file system has no
     locks, all are let in.
     """
-    descriptor = _open_lock(path)
+    descriptor = open_lock(path)
     try:
         try:
             entered = lock_descriptor(descriptor, blocking=wait)
         except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            if error.errno not in LOCKLESS:
                 raise
             entered = True
         if not entered:
@@ -51,7 +53,7 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
         os.close(descriptor)  # which lets go
 
 
-def _open_lock(path: Path) -> int:
+def open_lock(path: Path) -> int:
     """The lock file, opened as it is: filelock itself empties it in some versions, and follows
     links. Links are refused, for what they lead to is somebody else's."""
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from lctw_megatron.data.sidecar import Sidecar, sidecar_prefix
 from lctw_megatron.data.token_dataset import TokenDataset
 from lctw_megatron.errors import InputError, few
 from lctw_megatron.model import checkpoint as checkpoints
+from lctw_megatron.ownership import remove_work_folder
 from lctw_megatron.scoring.sidecar_shard import Settings, ShardReader, shard_files, shard_path
 from lctw_megatron.scoring.window_plan import WindowPlan
 from lctw_megatron.scoring.windows import Windowing
@@ -201,7 +201,7 @@ class Job:
             with suppress(InputError, FileNotFoundError):  # a damaged one is of no use to anyone
                 if ShardReader(path).settings != self.settings:
                     return
-        shutil.rmtree(self.folder, ignore_errors=True)
+        remove_work_folder(self.folder)
 
     def _compare(self, path: str, found: Settings) -> None:
         for key, expected in self.settings.items():

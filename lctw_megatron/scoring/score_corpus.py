@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from lctw_megatron.data.manifest import SidecarManifest
 from lctw_megatron.errors import InputError
+from lctw_megatron.ownership import check_work_folder
 from lctw_megatron.platform.capabilities import capabilities
 from lctw_megatron.platform.world import World, initialize, shut_down, started_together
 from lctw_megatron.progress import Progress, human
@@ -71,6 +72,7 @@ def _survey(job: Job, request: Request, log: Callable[[str], None]) -> _Work | N
         log(f"{job.prefix}: finished before, with the same settings")
         job.remove_shards()
         return None
+    check_work_folder(job.folder)
     if request.shard is None:
         job.dataset.verify()
     ranks = int(os.environ.get("WORLD_SIZE", "1")) // (job.layout.tensor * job.layout.pipeline)

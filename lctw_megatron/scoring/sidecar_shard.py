@@ -24,6 +24,7 @@ import numpy as np
 from lctw_megatron.atomic import atomic_file
 from lctw_megatron.data.json_object import parse_json
 from lctw_megatron.errors import InputError
+from lctw_megatron.ownership import make_work_folder
 
 FORMAT = "lctw-megatron shard 1"
 MAGIC = b"LCTWSHRD"
@@ -50,6 +51,7 @@ def write_shard(
     folder: Path, shard: int, shards: int, settings: Settings, losses: Iterable[np.ndarray]
 ) -> Path:
     """Write the shard; it appears when ``losses`` (float32 [n] arrays) has ended."""
+    make_work_folder(folder)
     path = shard_path(folder, shard, shards)
     digest, values = hashlib.blake2b(digest_size=16), 0
     with atomic_file(path) as file:

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable
@@ -31,10 +32,12 @@ from lctw_megatron.model.checkpoint import (
     step_name,
 )
 from lctw_megatron.model.initialize import sharding
+from lctw_megatron.ownership import remove
 from lctw_megatron.training.exit_status import end_with_parent
 from lctw_megatron.training.optimizer_state import keep_own_settings
 
 Result = TypeVar("Result")
+_LEFTOVER = re.compile(r"\.step_\d+\.[0-9a-f]{8}\.tmp")
 
 # Newer versions (0.19) write in the background with nvidia-resiliency-ext unless told otherwise.
 _SAVE_OPTIONS: dict[str, Any] = {}
@@ -111,8 +114,7 @@ class CheckpointWriter:
         must not find the folder that the next run writes.
         """
         self.before()
-        for leftover in self.folder.glob(".step_*.tmp"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        self._remove_leftovers()
         temporary = self.folder / f".{name}.{secrets.token_hex(4)}.tmp"
         temporary.mkdir(parents=True)
         # megatron-core's first file, a small one, is written by this rank alone while the others
@@ -139,7 +141,7 @@ class CheckpointWriter:
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
         write_json(temporary / MANIFEST, manifest.model_dump(mode="json"))
-        shutil.rmtree(final, ignore_errors=True)
+        self._make_room(final)
         os.replace(temporary, final)
         sync_directory(self.folder)
         self._remove_old(manifest.step)
@@ -154,9 +156,38 @@ class CheckpointWriter:
         ]
         for step, path in kept[: -self.keep_last]:
             if not (self.keep_every and step % self.keep_every == 0):
-                # First what makes it a complete one: a kill in between leaves no half of it.
-                (path / MANIFEST).unlink(missing_ok=True)
-                shutil.rmtree(path, ignore_errors=True)
+                self._discard(path)
+
+    def _discard(self, path: Path) -> None:
+        """Remove a checkpoint. It gets a leftover's name first, so that after a kill in between no
+        half of it counts as one, and the next save removes the rest. Of a link to an archive only
+        the link goes."""
+        if path.is_symlink():
+            path.unlink()
+            return
+        leftover = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        os.replace(path, leftover)
+        remove(leftover)
+
+    def _make_room(self, final: Path) -> None:
+        """What has the name of the new checkpoint: an older one goes, anything else moves aside."""
+        if final.is_symlink() or (final / MANIFEST).is_file():
+            self._discard(final)
+        elif final.exists():
+            aside = final.with_name(f"{final.name}.{secrets.token_hex(4)}.no_checkpoint")
+            os.replace(final, aside)
+            print(f"{final}: was no checkpoint, is now {aside}", flush=True)
+
+    def _remove_leftovers(self) -> None:
+        for leftover in self.folder.glob(".step_*.tmp"):
+            if not leftover.is_symlink() and _LEFTOVER.fullmatch(leftover.name):
+                remove(leftover)
+
+    def apply_retention(self, step: int) -> None:
+        """At the start of a run that goes on after ``step``: what a kill has kept from being
+        removed. First rank only."""
+        self._remove_leftovers()
+        self._remove_old(step)
 
     def _on_first_rank(
         self, name: str, temporary: Path | None, action: Callable[[], Result]

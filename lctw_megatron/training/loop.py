@@ -4,8 +4,11 @@ Read `train` first; everything else in this folder is one of its lines.
 """
 
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+import torch.distributed as dist
 
 from lctw_megatron.atomic import atomic_file, write_json
 from lctw_megatron.config.layout_rules import check_layout
@@ -22,6 +25,7 @@ from lctw_megatron.model.checkpoint import (
     load_weights,
 )
 from lctw_megatron.model.gpt import build_model
+from lctw_megatron.ownership import owned
 from lctw_megatron.platform.capabilities import capabilities
 from lctw_megatron.platform.gpu import use_deterministic_kernels
 from lctw_megatron.platform.world import World, initialize
@@ -49,11 +53,32 @@ def train(run: RunConfig, allow_changes: bool = False) -> int:
     All ranks call it. allow_changes: resume although data, scheme or batch size are others than the
     checkpoint's. Returns the exit status: 0, or REQUEUE_STATUS after a signal.
     """
-    trainer = Trainer(run, allow_changes)
-    try:
-        return trainer.run_to_end()
-    finally:
-        trainer.close()
+    world = initialize(run.layout, run.seed, run.training.distributed_timeout_minutes)
+    with _one_run_in(Path(run.run_dir), world):
+        trainer = Trainer(run, allow_changes)
+        try:
+            return trainer.run_to_end()
+        finally:
+            trainer.close()
+
+
+@contextmanager
+def _one_run_in(run_dir: Path, world: World) -> Iterator[None]:
+    """Own the run folder while this run lasts; InputError on the first rank if another run does,
+    SystemExit on the others, before anything in it is touched."""
+    with ExitStack() as held:
+        error: InputError | OSError | None = None
+        if world.is_first:
+            try:
+                run_dir.mkdir(parents=True, exist_ok=True)
+                held.enter_context(owned(run_dir / ".lock", str(run_dir)))
+            except (InputError, OSError) as refusal:
+                error = refusal
+        refused = [error is not None]
+        dist.broadcast_object_list(refused, 0)
+        if refused[0]:
+            raise error or SystemExit(2)
+        yield
 
 
 class Trainer:
@@ -106,6 +131,8 @@ class Trainer:
             self._tokenizer_files(),
             before=lambda: self.log.sync() if self.log is not None else None,
         )
+        if self.world.is_first and own is not None:
+            self.writer.apply_retention(self.first_step)
         self.stop = StopRequest(self.world.device)
         self.spikes = SpikeWatch()
         self.skipped = 0

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lctw_megatron.errors import InputError
+from lctw_megatron.ownership import MARK
 from lctw_megatron.scoring.sidecar_shard import ShardReader, shard_files, write_shard
 
 SETTINGS = {"window": 64, "scorer_digest": "1" * 32}
@@ -38,7 +39,7 @@ def test_a_shard_that_fails_midway_leaves_no_file(tmp_path: Path) -> None:
 
     with pytest.raises(InputError):
         write_shard(tmp_path, 0, 1, SETTINGS, losses())
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [MARK]
 
 
 def test_a_file_cut_anywhere_is_refused(path: Path) -> None:

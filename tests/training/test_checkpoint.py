@@ -19,6 +19,7 @@ from lctw_megatron.data.manifest import TokenizerIdentity
 from lctw_megatron.data.token_dataset import TokenDataset, TokenWriter
 from lctw_megatron.errors import InputError
 from lctw_megatron.model.checkpoint import check_files, find_checkpoint, read_manifest, step_name
+from lctw_megatron.ownership import owned
 from tests.distributed import run_distributed
 from tests.training.layouts import SCHEMES, STRIDE, WINDOW, make_data, make_run
 from tests.training.runs import checkpoints, logged, sigterm_after
@@ -228,6 +229,57 @@ def test_a_damaged_newer_checkpoint_does_not_push_out_the_one_just_saved(
     assert train(run) == 0
     assert logged(copy) == uninterrupted
     assert checkpoints(copy) == [6]
+
+
+def test_retention_that_a_kill_cut_short_is_applied_at_the_next_start(
+    data: str, copy: Path
+) -> None:
+    folder = copy / "checkpoints"
+    (folder / f".{step_name(1)}.0123abcd.tmp").mkdir()  # half removed
+    run = dense_run(data, copy, training={"steps": STOP, "keep_last": 1})
+    assert train(run) == 0  # no step is left to do, so none is saved
+    assert [path.name for path in folder.iterdir()] == [step_name(STOP)]
+
+
+def test_of_a_link_to_an_archived_checkpoint_only_the_link_is_removed(
+    data: str, copy: Path, tmp_path: Path
+) -> None:
+    archive, old = tmp_path / "archive", copy / "checkpoints" / step_name(2)
+    old.rename(archive)
+    old.symlink_to(archive)
+    before = sorted(archive.rglob("*"))
+    assert train(dense_run(data, copy, training={"keep_last": 1})) == 0
+    assert not old.is_symlink() and checkpoints(copy) == [STEPS]
+    assert sorted(archive.rglob("*")) == before
+    check_files(archive)
+
+
+def test_a_folder_of_the_users_with_the_name_of_a_checkpoint_moves_aside(
+    data: str, copy: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    theirs = copy / "checkpoints" / step_name(STEPS)
+    theirs.mkdir()
+    (theirs / "thesis.tex").write_text("x")
+    assert train(dense_run(data, copy)) == 0
+    (aside,) = (copy / "checkpoints").glob("*.no_checkpoint")
+    assert (aside / "thesis.tex").read_text() == "x"
+    assert str(aside) in capfd.readouterr().out
+
+
+def test_a_second_run_in_the_folder_is_refused_before_it_touches_anything(
+    data: str, copy: Path
+) -> None:
+    def state() -> dict[str, int]:
+        return {str(path): path.stat().st_mtime_ns for path in copy.rglob("*")}
+
+    with owned(copy / ".lock", "the first"):
+        before = state()
+        assert f"{copy}: is being written by process {os.getpid()}" in refusal(
+            dense_run(data, copy)
+        )
+        assert state() == before
+    assert train(dense_run(data, copy)) == 0
+    assert not (copy / ".lock").exists()
 
 
 def test_a_folder_that_cannot_be_made_is_one_line_on_all_ranks(tmp_path: Path) -> None:

@@ -15,13 +15,12 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lctw_megatron.atomic import atomic_file, locked
+from lctw_megatron.atomic import atomic_file
 from lctw_megatron.config.schema import PrepareConfig
 from lctw_megatron.data.manifest import TokenizerIdentity, TokenManifest
 from lctw_megatron.data.preprocessing.corpus import (
@@ -38,6 +37,7 @@ from lctw_megatron.data.preprocessing.train_tokenizer import train_sentencepiece
 from lctw_megatron.data.token_dataset import TokenDataset
 from lctw_megatron.data.tokenizers import load_tokenizer
 from lctw_megatron.errors import InputError
+from lctw_megatron.ownership import MARK, make_work_folder, owned, remove, remove_work_folder
 from lctw_megatron.progress import clock, human
 
 _WORTH_KEEPING_SECONDS = 60.0
@@ -161,15 +161,8 @@ def _work_folder(prefix: str) -> Iterator[Path]:
     finished shards of a run that lasted a while."""
     start = time.monotonic()
     work = Path(os.path.abspath(prefix) + ".shards")
-    work.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(locked(work / "lock", wait=False))
-        except BlockingIOError:
-            raise InputError(
-                f"{work}: another process is preprocessing to this prefix; wait for it to end, or "
-                f"choose another --output-prefix"
-            ) from None
+    make_work_folder(work)
+    with owned(work / "lock", prefix):
         try:
             yield work
         except BaseException as error:
@@ -181,8 +174,7 @@ def _work_folder(prefix: str) -> Iterator[Path]:
                     f"{error}; the next run takes what is finished in {work}"
                 ) from None
             raise
-        # Windows removes no open file: there the empty lock file stays, in its folder.
-        shutil.rmtree(work, ignore_errors=os.name == "nt")
+        remove_work_folder(work)
 
 
 def _clear(work: Path, seconds: float) -> None:
@@ -191,18 +183,15 @@ def _clear(work: Path, seconds: float) -> None:
     if finished and seconds >= _WORTH_KEEPING_SECONDS:
         _remove_others(work, finished)
     else:
-        shutil.rmtree(work, ignore_errors=True)
+        remove_work_folder(work)
 
 
 def _remove_others(work: Path, names: set[str]) -> None:
     """Remove all but ``names``: shards of other settings, half-written files of killed runs."""
     for path in work.iterdir():
-        if path.name in names or path.name == "lock":
+        if path.name in names or path.name in ("lock", MARK):
             continue
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        remove(path)
 
 
 def _model_path(prefix: str) -> str:

@@ -20,6 +20,7 @@ from lctw_megatron.data.preprocessing import preprocess as module
 from lctw_megatron.data.preprocessing.preprocess import preprocess
 from lctw_megatron.data.tokenizers import load_tokenizer
 from lctw_megatron.errors import InputError
+from lctw_megatron.ownership import MARK, make_work_folder
 from tests.data.corpus_files import texts, write_corpus
 
 TEXTS = texts(60)
@@ -278,7 +279,7 @@ def test_finished_shards_of_a_failed_run_are_taken_by_the_next(config, in_proces
         pytest.raises(InputError, match="a broken line; the next run takes what is finished in"),
     ):
         preprocess(config)
-    assert sum(name != "lock" for name in os.listdir(work)) == 3
+    assert sum(name not in ("lock", MARK) for name in os.listdir(work)) == 3
     total = len(corpus.plan_shards(corpus.find_files(config.inputs, "/o")))
     with broken_after(monkeypatch, 99, None) as made:
         preprocess(config)
@@ -324,12 +325,21 @@ def test_a_full_disk_is_an_error_of_the_work_folder_and_leaves_nothing(
 
 def test_two_runs_to_one_prefix_do_not_meet(config, in_process):
     work = config.output_prefix + ".shards"
-    os.makedirs(work)
+    make_work_folder(Path(work))
     with open(os.path.join(work, "lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(InputError, match="another process is preprocessing to this prefix"):
+        with pytest.raises(InputError, match="is being written by"):
             preprocess(config)
-        assert os.listdir(work) == ["lock"]
+        assert sorted(os.listdir(work)) == sorted([MARK, "lock"])
+
+
+def test_a_folder_of_the_users_with_the_name_of_ours_stays(config, in_process):
+    theirs = Path(config.output_prefix + ".shards")
+    theirs.mkdir(parents=True)
+    (theirs / "thesis.tex").write_text("x")
+    with pytest.raises(InputError, match="was not made by this command"):
+        preprocess(config)
+    assert [path.name for path in theirs.iterdir()] == ["thesis.tex"]
 
 
 def test_a_worker_that_dies_is_reported(config, monkeypatch, tmp_path):

@@ -1,0 +1,227 @@
+"""Who may write, and delete, a folder: one process at a time, and only what carries our mark."""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import stat
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+from filelock import lock_descriptor
+
+from lctw_megatron.atomic import LOCKLESS, open_lock
+from lctw_megatron.errors import InputError
+
+FORMAT = "lctw-megatron owner 1"
+_PATIENCE_SECONDS = 120.0
+"""For the lock of an owner that has ended: a server of NFS keeps it for a while, the kernel until
+all memory of the process is free."""
+MARK = ".lctw-megatron"
+"""In every folder of work in progress: it was made here, and may be removed."""
+
+
+@contextlib.contextmanager
+def owned(lock: Path, what: str) -> Iterator[None]:
+    """Let one process at a time write ``what``; the file ``lock`` says which, and goes at the end.
+
+    InputError if another one does, naming its host, process and SLURM job. Who has died is
+    succeeded. The kernel's lock decides where there is one, which a crash lets go, on all nodes of
+    NFS, GPFS and Lustre with `-o flock`. Where locks end at the node (Lustre's `localflock`, BeeGFS
+    by default) or are missing, what the file names is asked: a process of this host, or its job.
+    Limits: there, an owner on another host without a job cannot be asked (with locks of the node it
+    counts as dead, without any as alive), and two starting at the same moment may both enter.
+    """
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while True:
+        with _open_locked(lock) as (file, locked):
+            owner = _read(file, lock)
+        if locked is not False or not _has_ended(owner, False) or time.monotonic() > deadline:
+            break
+        time.sleep(0.2)
+    with _open_locked(lock) as (file, locked):
+        owner = _read(file, lock)
+        if locked is False or (owner and not _has_ended(owner, locked is True)):
+            raise InputError(
+                f"{what}: is being written by {_named(owner)}; wait for it to end or choose another"
+                + (
+                    f" (if nothing of it runs any more, remove {lock})"
+                    if locked is not False
+                    else ""
+                )
+            )
+        _write(file)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # Windows removes no open file
+                if _is_at(file.fileno(), lock):
+                    os.unlink(lock)
+
+
+@contextlib.contextmanager
+def _open_locked(lock: Path) -> Iterator[tuple[IO[str], bool | None]]:
+    """The file, and whether the kernel let us in; None where there are no locks."""
+    while True:
+        descriptor = open_lock(lock)
+        with os.fdopen(descriptor, "r+") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise InputError(f"{lock}: not a file, where a lock file was expected; move it")
+            try:
+                locked: bool | None = lock_descriptor(descriptor, blocking=False)
+            except OSError as error:
+                if error.errno not in LOCKLESS:
+                    raise
+                locked = None
+            if not _is_at(descriptor, lock):
+                continue  # an owner that ended has removed it between our two steps
+            _HELD.add(descriptor)
+            try:
+                yield file, locked
+            finally:
+                _HELD.discard(descriptor)
+            return
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
+    except FileNotFoundError:
+        return False
+
+
+_HELD: set[int] = set()
+"""Descriptors of the locks of this process."""
+
+
+def _let_go() -> None:
+    """In a forked child, such as a writer in the background: it shares the locks of its parent, and
+    may outlive it."""
+    for descriptor in _HELD:
+        os.close(descriptor)
+    _HELD.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
+
+
+def _read(file: IO[str], lock: Path) -> dict[str, Any]:
+    """Who holds it, or held it when it was killed; empty if nobody. InputError if the file is not
+    ours, which is left as it is."""
+    try:
+        text = file.read(4096)
+        if not text:
+            return {}
+        owner = json.loads(text)
+        if owner["format"] == FORMAT:
+            return owner
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise InputError(f"{lock}: not a lock file of ours, and in the place of one; move it away")
+
+
+def _write(file: IO[str]) -> None:
+    owner = {
+        "format": FORMAT,
+        "host": socket.gethostname(),
+        "process": os.getpid(),
+        "started": psutil.Process().create_time(),
+        "job": os.environ.get("SLURM_JOB_ID"),
+    }
+    file.seek(0)
+    file.write(json.dumps(owner) + "\n")
+    file.truncate()
+    file.flush()
+
+
+def _named(owner: dict[str, Any]) -> str:
+    if not owner:
+        return "another process"
+    job = f", SLURM job {owner.get('job')}" if owner.get("job") else ""
+    return f"process {owner.get('process')} on host {owner.get('host')}{job}"
+
+
+def _has_ended(owner: dict[str, Any], locked: bool) -> bool:
+    """Whether the owner that the file names is gone; ``locked``: the kernel let us in."""
+    if owner.get("host") == socket.gethostname():
+        if locked:
+            return True
+        try:
+            process = psutil.Process(int(owner["process"]))
+            again = abs(process.create_time() - float(owner["started"])) > 1
+            return again or process.status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+        except (psutil.Error, KeyError, TypeError, ValueError):
+            return False
+    job = owner.get("job")
+    if job and job == os.environ.get("SLURM_JOB_ID"):
+        return True  # requeued: SLURM ends a job before it starts it again
+    running = _runs(str(job)) if job else None
+    return locked if running is None else not running
+
+
+def _runs(job: str) -> bool | None:
+    """What squeue says of a job; None if it can't be asked."""
+    try:
+        found = subprocess.run(
+            ["squeue", "--noheader", "--jobs", job, "--states", "RUNNING,SUSPENDED,STOPPED",
+             "--format", "%A"],
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if found.returncode:
+        # It knows no ended jobs; any other failure is no answer.
+        return False if "Invalid job id" in found.stderr else None
+    return bool(found.stdout.strip())
+
+
+def make_work_folder(folder: Path) -> None:
+    """Make ``folder`` and mark it as ours. InputError as ``check_work_folder``."""
+    check_work_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARK).touch()
+
+
+def check_work_folder(folder: Path) -> None:
+    """InputError if ``folder`` is there and not ours, or a link.
+
+    An empty one is taken: a kill may leave it before its mark is made, or after it is removed.
+    """
+    if folder.is_symlink() or (folder.exists() and not _is_ours(folder)):
+        raise InputError(
+            f"{folder}: exists and was not made by this command, which needs the name for its work "
+            "in progress; move it away or choose another name for the output"
+        )
+
+
+def _is_ours(folder: Path) -> bool:
+    return folder.is_dir() and ((folder / MARK).is_file() or not any(folder.iterdir()))
+
+
+def remove_work_folder(folder: Path) -> None:
+    """Remove a folder that ``make_work_folder`` made, its mark last; anything else stays."""
+    if folder.is_symlink() or not _is_ours(folder):
+        return
+    for path in folder.iterdir():
+        if path.name != MARK:
+            remove(path)
+    with contextlib.suppress(OSError):  # Windows removes no open file, and keeps the folder
+        (folder / MARK).unlink(missing_ok=True)
+        folder.rmdir()
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder of ours. Of a link, never what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
