@@ -53,6 +53,7 @@ def train(run: RunConfig, allow_changes: bool = False) -> int:
     All ranks call it. allow_changes: resume although data, scheme or batch size are others than the
     checkpoint's. Returns the exit status: 0, or REQUEUE_STATUS after a signal.
     """
+    use_deterministic_kernels(run.training.deterministic)
     world = initialize(run.layout, run.seed, run.training.distributed_timeout_minutes)
     with _one_run_in(Path(run.run_dir), world):
         trainer = Trainer(run, allow_changes)
@@ -85,7 +86,6 @@ class Trainer:
     """One run on this rank."""
 
     def __init__(self, run: RunConfig, allow_changes: bool = False) -> None:
-        use_deterministic_kernels(run.training.deterministic)
         self.world: World = initialize(
             run.layout, run.seed, run.training.distributed_timeout_minutes
         )

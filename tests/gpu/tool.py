@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,13 +59,12 @@ class Tool:
 
     def ranks(self) -> list[psutil.Process]:
         """The processes of the ranks, in their order."""
-        found = [
-            child
-            for child in psutil.Process(self.process.pid).children(recursive=True)
-            if "RANK" in child.environ() and "tools/" in " ".join(child.cmdline())
-        ]
-        first = [child for child in found if child.ppid() == self.process.pid]
-        return sorted(first, key=lambda child: int(child.environ()["RANK"]))
+        found = {}
+        for child in psutil.Process(self.process.pid).children():
+            with suppress(psutil.Error):  # it has just ended
+                if "tools/" in " ".join(child.cmdline()):
+                    found[int(child.environ()["RANK"])] = child
+        return [child for _, child in sorted(found.items())]
 
 
 def run(name: str, *arguments: object, ranks: int = 1, engine: bool = True) -> str:
