@@ -67,7 +67,6 @@ class Llama:
     options: ClassVar[dict[str, Option]] = {
         "attention_bias": Option(False, (False,)),
         "mlp_bias": Option(False, (False,)),
-        "pretraining_tp": Option(1, (1, None)),
     }
     written: ClassVar[dict[str, Any]] = {
         "attention_bias": False,

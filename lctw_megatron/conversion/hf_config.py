@@ -19,8 +19,6 @@ from lctw_megatron.data.json_object import read_json_object
 from lctw_megatron.errors import InputError
 
 CONFIG = "config.json"
-GENERATION_CONFIG = "generation_config.json"
-_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 # Fields that say nothing about the arithmetic of the forward pass, or are read below.
 _KNOWN = {
@@ -29,6 +27,7 @@ _KNOWN = {
     "intermediate_size", "layer_types", "max_position_embeddings", "max_window_layers",
     "model_type", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
     "original_max_position_embeddings", "pad_token_id", "partial_rotary_factor",
+    "pretraining_tp",  # how the matrices were cut in training; the product is the same
     "quantization_config", "rms_norm_eps", "rope_parameters", "rope_scaling", "rope_theta",
     "sliding_window", "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache",
     "vocab_size",
@@ -40,8 +39,6 @@ class HFConfig:
     """What a config.json says."""
 
     model: ModelConfig
-    token_ids: dict[str, Any]
-    """bos_token_id, eos_token_id and pad_token_id where they are set."""
     ignored: list[str]
     """Fields that the architecture does not have, so that transformers ignores them as well."""
 
@@ -95,7 +92,6 @@ def read_config(folder: Path) -> HFConfig:
         ) from None
     return HFConfig(
         model=model,
-        token_ids={key: values[key] for key in _TOKEN_IDS if values.get(key) is not None},
         ignored=sorted(set(values) - _KNOWN - set(table.options)),
     )
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lctw_megatron.conversion.side_files import has_tokenizer
+from lctw_megatron.data.tokenizer_files import has_tokenizer
 from lctw_megatron.data.tokenizers import load_tokenizer
 from lctw_megatron.errors import InputError
 

@@ -1,17 +1,16 @@
 """Text to token ids and back: SentencePiece models and Hugging Face tokenizer folders.
 
-Neither torch nor transformers is imported: `tokenizers` and `sentencepiece` do the work. A folder
-that holds both forms of one vocabulary (tokenizer.model beside tokenizer.json, as Llama 2 has) is
-taken as SentencePiece, so that a corpus tokenised with either has one identity.
+What transformers' AutoTokenizer makes of a folder is what is meant by it. Neither torch nor
+transformers is imported where `tokenizers` and `sentencepiece` can do the work: SentencePiece, the
+faster, encodes for a folder whose other files say the same as its model file (Llama 2's), so that a
+corpus tokenised with either has one identity.
 """
 
 import hashlib
 import json
 import os
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +26,12 @@ from lctw_megatron.data.sentencepiece_model import (
     read_settings,
     to_fast_tokenizer,
 )
+from lctw_megatron.data.special_tokens import read_special_tokens
+from lctw_megatron.data.tokenizer_files import CONFIG, copy_token_config, copy_tokenizer_files
 from lctw_megatron.errors import InputError
 
 _PART_CHARACTERS = 8192
 """SentencePiece slows down on long texts (1.4 MB/s on one of 6 MB, 5.6 MB/s on parts of 8 kB)."""
-_FOLDER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-)
 REPLACEMENT = "\ufffd"
 """Stands for bytes that are no text on their own."""
 
@@ -90,28 +81,34 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
             f"tokenizer {place}: {found}; give a SentencePiece .model file or a Hugging Face "
             f"folder with tokenizer.json (Hub names are not looked up)"
         )
-    fast, model = place / "tokenizer.json", place / "tokenizer.model"
-    if fast.exists():
+    model = place / "tokenizer.model"
+    if (place / "tokenizer.json").exists():
         tokenizer = HuggingFaceTokenizer(place)
-        if model.exists() and _same_vocabulary(fast, model):
-            return SentencePieceTokenizer(model, tokenizer.identity.add_bos)
-        return tokenizer
+        return (model.exists() and _as_sentencepiece(model, tokenizer)) or tokenizer
     if model.exists():
-        return SentencePieceTokenizer(model, _read_specials(place).add_bos)
+        specials = read_special_tokens(place)
+        if specials.tokenizer_class or (place / CONFIG).exists():
+            tokenizer = HuggingFaceTokenizer(place)
+            return _as_sentencepiece(model, tokenizer) or tokenizer
+        # AutoTokenizer could not tell what it is.
+        return SentencePieceTokenizer(model, specials.add_bos)
     raise InputError(
         f"tokenizer {place}: the folder has neither tokenizer.json nor tokenizer.model"
     )
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model. BOS is added if the model has one, unless ``add_bos`` is False."""
+    """A SentencePiece model. BOS is added if the model has one, unless ``add_bos`` is False.
+    ``folder``: the Hugging Face folder that it stands for."""
 
-    def __init__(self, path: Path, add_bos: bool | None = None) -> None:
+    def __init__(self, path: Path, add_bos: bool | None = None, folder: Path | None = None) -> None:
+        self._folder = folder
         model = path.read_bytes()
         self._processor = _load_sentencepiece(path, model)
         self._settings = read_settings(model)
         self._model = model
         self._in_parts = breaks_at_newlines(self._processor, self._settings)
+        self.unk_id = self._processor.unk_id()
         bos, eos = self._processor.bos_id(), self._processor.eos_id()
         self.identity = TokenizerIdentity(
             kind="sentencepiece",
@@ -123,6 +120,11 @@ class SentencePieceTokenizer(Tokenizer):
             add_bos=bos >= 0 and add_bos is not False,
             add_eos=eos >= 0,
         )
+
+    def pieces(self) -> dict[str, int]:
+        """Its vocabulary."""
+        name = self._processor.id_to_piece
+        return {name(id): id for id in range(self._processor.get_piece_size())}
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         if not self._in_parts:
@@ -145,6 +147,9 @@ class SentencePieceTokenizer(Tokenizer):
         return _byte_text(piece) if self._processor.is_byte(int(id)) else piece.replace(SPACE, " ")
 
     def save_hf(self, directory: str | os.PathLike[str]) -> None:
+        if self._folder is not None:
+            _copy(self._folder, directory)
+            return
         try:
             fast = to_fast_tokenizer(self._processor, self._settings)
         except ValueError as error:
@@ -173,30 +178,47 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A folder with tokenizer.json, and tokenizer_config.json for BOS and EOS.
+    """A folder with tokenizer.json, and tokenizer_config.json for BOS and EOS; or with a
+    tokenizer.model, for which transformers makes the tokenizer.json.
 
     Like AutoTokenizer, it reads the name of a special token inside a text as that token. Its
     digest covers what decides the ids: tokenizer.json without its formatting, truncation and
-    padding (which are turned off: a document is never cut), and BOS and EOS.
+    padding (which are turned off: a document is never cut), or the model file and the added tokens;
+    and BOS and EOS.
     """
 
     def __init__(self, folder: Path) -> None:
         path = folder / "tokenizer.json"
         self._folder = folder
-        description = read_json_object(path)
-        try:
-            self._fast = FastTokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
-            raise InputError(f"{path}: not a tokenizer.json that can be read ({error})") from None
+        specials = read_special_tokens(folder)
+        names = specials.bos, specials.eos
+        source: Any
+        if path.exists():
+            source = description = read_json_object(path)
+            try:
+                self._fast = FastTokenizer.from_file(str(path))
+            except Exception as error:  # the library raises plain Exception
+                raise InputError(
+                    f"{path}: not a tokenizer.json that can be read ({error})"
+                ) from None
+        else:
+            self._fast, names = _by_transformers(folder)
+            description = json.loads(self._fast.to_str())
+            model = (folder / "tokenizer.model").read_bytes()
+            added = {id: t.content for id, t in self._fast.get_added_tokens_decoder().items()}
+            source = [hashlib.blake2b(model, digest_size=16).hexdigest(), added]
         self._byte_level = "ByteLevel" in json.dumps(description.get("decoder"))
         self._fast.no_truncation()
         self._fast.no_padding()
-        specials = _read_specials(folder)
-        bos, eos = (self._id(name, folder) for name in (specials.bos, specials.eos))
-        add_bos = bos is not None and self._begins_with(bos)
-        description.pop("truncation", None)
-        description.pop("padding", None)
-        content = json.dumps([description, bos, eos, add_bos], sort_keys=True)
+        bos, eos = (self._id(name, folder) for name in names)
+        first = self._adds_first()
+        # A template may add a token that no file names as BOS; AutoTokenizer adds it.
+        bos = first if bos is None else bos
+        add_bos = bos is not None and first == bos
+        if isinstance(source, dict):
+            source.pop("truncation", None)
+            source.pop("padding", None)
+        content = json.dumps([source, bos, eos, add_bos], sort_keys=True)
         self.identity = TokenizerIdentity(
             kind="huggingface",
             path=str(folder),
@@ -224,11 +246,13 @@ class HuggingFaceTokenizer(Tokenizer):
         return _byte_text(token) or token.replace(SPACE, " ")
 
     def save_hf(self, directory: str | os.PathLike[str]) -> None:
-        target = Path(directory)
-        target.mkdir(parents=True, exist_ok=True)
-        for name in _FOLDER_FILES:
-            if (self._folder / name).exists():
-                shutil.copyfile(self._folder / name, target / name)
+        _copy(self._folder, directory)
+
+    def vocabulary(self) -> tuple[dict[str, int], set[int]]:
+        """Its tokens, and the ids of those that are added to the model's."""
+        return self._fast.get_vocab(with_added_tokens=True), set(
+            self._fast.get_added_tokens_decoder()
+        )
 
     def _id(self, name: str | None, folder: Path) -> int | None:
         if name is None:
@@ -241,31 +265,56 @@ class HuggingFaceTokenizer(Tokenizer):
             )
         return id
 
-    def _begins_with(self, bos: int) -> bool:
-        return self._fast.encode("a", add_special_tokens=True).ids[:1] == [bos]
+    def _adds_first(self) -> int | None:
+        """The token that is put before a text, if one is."""
+        plain, whole = (self._fast.encode("a", add_special_tokens=add).ids for add in (False, True))
+        return whole[0] if len(whole) > len(plain) and whole[1 : 1 + len(plain)] == plain else None
 
 
-@dataclass(frozen=True)
-class _Specials:
-    bos: str | None
-    eos: str | None
-    add_bos: bool | None
-    """Counts only where there is no tokenizer.json, which itself adds BOS or not."""
+def _by_transformers(folder: Path) -> tuple[FastTokenizer, tuple[str | None, str | None]]:
+    """What AutoTokenizer makes of a folder with tokenizer.model alone; its BOS and EOS."""
+    from transformers import AutoTokenizer
+
+    try:
+        found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return found.backend_tokenizer, (found.bos_token, found.eos_token)
+    except Exception as error:  # whatever its converters raise
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"tokenizer {folder}: transformers cannot read its tokenizer.model together with the "
+            f"tokens that its other files add ({reason}); add tokenizer.json, as AutoTokenizer's "
+            "save_pretrained writes it"
+        ) from None
 
 
-def _read_specials(folder: Path) -> _Specials:
-    """BOS, EOS and whether BOS is added (None: not said), from the folder's small files."""
-    settings: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / name).exists():
-            found = read_json_object(folder / name)
-            settings.update({key: value for key, value in found.items() if value is not None})
+def _copy(folder: Path, directory: str | os.PathLike[str]) -> None:
+    copy_tokenizer_files(folder, Path(directory))
+    copy_token_config(folder, Path(directory))
 
-    def token(key: str) -> str | None:
-        value = settings.get(key)
-        return value["content"] if isinstance(value, dict) else value
 
-    return _Specials(token("bos_token"), token("eos_token"), settings.get("add_bos_token"))
+_PROBE = """ Two  spaces,\ttabs\n\n  and (lines);\n\n\n    if x[0] != -3.14e+05: # indented
+Größe, naïve, Ωμέγα, Привет, \u4f60\u597d, \u3053\u3093, \u0e2a\u0e27
+\u202e\U0001f600 e\u0301\u00a0"""
+
+
+def _as_sentencepiece(model: Path, folder: HuggingFaceTokenizer) -> SentencePieceTokenizer | None:
+    """The model file as a faster encoder for its folder; None unless vocabulary, BOS, EOS, added
+    tokens and the ids of a text agree, or if it is no SentencePiece model (Llama 3's has the ranks
+    of tiktoken)."""
+    try:
+        tokenizer = SentencePieceTokenizer(model, folder.identity.add_bos, model.parent)
+    except InputError:
+        return None
+    ours, theirs = tokenizer.identity, folder.identity
+    pieces, (vocabulary, added) = tokenizer.pieces(), folder.vocabulary()
+    basic = {ours.bos_id, ours.eos_id, tokenizer.unk_id}
+    agree = (
+        (ours.bos_id, ours.eos_id, ours.add_bos) == (theirs.bos_id, theirs.eos_id, theirs.add_bos)
+        and pieces == vocabulary
+        and added <= basic
+        and all(map(np.array_equal, *(t.encode_batch([_PROBE]) for t in (tokenizer, folder))))
+    )
+    return tokenizer if agree else None
 
 
 def _load_sentencepiece(path: Path, model: bytes) -> SentencePieceProcessor:
@@ -273,18 +322,6 @@ def _load_sentencepiece(path: Path, model: bytes) -> SentencePieceProcessor:
         return SentencePieceProcessor(model_proto=model)
     except Exception as error:  # RuntimeError or ValueError, as the version has it
         raise InputError(f"{path}: not a SentencePiece model ({error})") from None
-
-
-def _same_vocabulary(fast: Path, model: Path) -> bool:
-    processor = _load_sentencepiece(model, model.read_bytes())
-    size = processor.get_piece_size()
-    pieces = {processor.id_to_piece(id): id for id in range(size)}
-    description = read_json_object(fast)
-    vocabulary = description.get("model", {}).get("vocab", {})
-    if isinstance(vocabulary, list):  # unigram: [piece, score] in the order of ids
-        vocabulary = {piece: id for id, (piece, _) in enumerate(vocabulary)}
-    added = {token["content"]: token["id"] for token in description.get("added_tokens", [])}
-    return vocabulary | added == pieces
 
 
 def _parts(text: str) -> list[str]:

@@ -20,16 +20,20 @@ def complete_run(run: RunConfig, tokenizer: TokenizerIdentity, prefix: str) -> R
 
     Raises InputError if `start` has another model or was trained with another tokenizer.
     """
-    model = run.model.model_copy(
-        update={
-            "vocab_size": run.model.vocab_size or tokenizer.vocab_size,
-            "max_position_embeddings": run.model.max_position_embeddings
-            or run.data.sequence_length,
-        }
-    )
+    manifest = None
+    positions = run.data.sequence_length
     if run.start:
         start = find_checkpoint(run.start)
         manifest = read_manifest(start)
+        # Training on shorter sequences takes no position from a model.
+        positions = max(positions, manifest.model.max_position_embeddings or 0)
+    model = run.model.model_copy(
+        update={
+            "vocab_size": run.model.vocab_size or tokenizer.vocab_size,
+            "max_position_embeddings": run.model.max_position_embeddings or positions,
+        }
+    )
+    if manifest is not None:
         for name in type(model).model_fields:
             ours, theirs = getattr(model, name), getattr(manifest.model, name)
             derived = ours is None and name in ("num_query_groups", "kv_channels")

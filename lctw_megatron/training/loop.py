@@ -45,6 +45,7 @@ from lctw_megatron.training.nonfinite import NonFinite, describe_samples, write_
 from lctw_megatron.training.optimizer import build_optimizer, wrap_data_parallel
 from lctw_megatron.training.signals import StopRequest
 from lctw_megatron.training.step import Stepper
+from lctw_megatron.training.tokenizer_folder import write_tokenizer_files
 
 
 def train(run: RunConfig, allow_changes: bool = False) -> int:
@@ -238,20 +239,12 @@ class Trainer:
         )
 
     def _tokenizer_files(self) -> Path | None:
-        """Tokenizer files for the checkpoints: made once from the data's tokenizer, or the
-        start's.
-        """
+        """The tokenizer folder of the checkpoints; None but on the first rank."""
+        if not self.world.is_first:
+            return None
+        start = find_checkpoint(self.config.start) / TOKENIZER if self.config.start else None
         folder = Path(self.config.run_dir) / TOKENIZER
-        if self.world.is_first:
-            source = Path(self.loader.sources[0].tokenizer.path)
-            if source.exists():
-                from lctw_megatron.data.tokenizers import load_tokenizer
-
-                load_tokenizer(source).save_hf(folder)
-            elif self.config.start and (find_checkpoint(self.config.start) / TOKENIZER).is_dir():
-                return find_checkpoint(self.config.start) / TOKENIZER
-            else:
-                print(f"{source}: not found, so the checkpoints carry no tokenizer files")
+        write_tokenizer_files(self.loader.sources[0].tokenizer, start, folder)
         return folder if folder.is_dir() else None
 
     def _open_log(self) -> MetricsLog | None:

@@ -54,6 +54,8 @@ def preprocess(config: PrepareConfig) -> TokenManifest:
     prefix = config.output_prefix
     _check(config)
     given = load_tokenizer(config.tokenizer).identity if config.tokenizer else None
+    if given and not given.add_eos:
+        print(f"{config.tokenizer}: names no EOS, so documents end without one", flush=True)
     passed_over = PassedOver()
     files = find_files(config.inputs, prefix, passed_over)
     if passed_over.paths:

@@ -1,0 +1,53 @@
+"""The files of a Hugging Face folder that make its tokenizer and that go with its model: one list.
+
+They leave as they came, byte for byte. Of config.json only what concerns tokens is kept: the type
+of the model, from which AutoTokenizer knows the tokenizer's class, and the ids of special tokens.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lctw_megatron.atomic import write_json
+from lctw_megatron.data.json_object import read_json_object
+
+GENERATION_CONFIG = "generation_config.json"
+CONFIG = "config.json"
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+    GENERATION_CONFIG,
+)  # fmt: skip
+_TEMPLATES = "additional_chat_templates"
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return (folder / "tokenizer.json").is_file() or (folder / "tokenizer.model").is_file()
+
+
+def copy_tokenizer_files(folder: Path, target: Path) -> None:
+    """Copy them from ``folder`` into ``target``, which need not exist."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, target / name)
+    for template in sorted((folder / _TEMPLATES).glob("*.jinja")):
+        (target / _TEMPLATES).mkdir(exist_ok=True)
+        shutil.copyfile(template, target / _TEMPLATES / template.name)
+
+
+def token_ids(settings: dict[str, Any]) -> dict[str, Any]:
+    """What a config.json or generation_config.json says about the ids of special tokens."""
+    return {
+        name: value
+        for name, value in settings.items()
+        if name.endswith("_token_id") and value is not None
+    }
+
+
+def copy_token_config(folder: Path, target: Path) -> None:
+    """Keep of ``folder``'s config.json, if it has one, what concerns tokens."""
+    if (folder / CONFIG).is_file():
+        settings = read_json_object(folder / CONFIG)
+        kept = {"model_type": settings["model_type"]} if "model_type" in settings else {}
+        write_json(target / CONFIG, kept | token_ids(settings))
