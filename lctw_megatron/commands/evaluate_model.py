@@ -58,8 +58,8 @@ def _parser() -> argparse.ArgumentParser:
         "--window",
         metavar="K",
         type=positive,
-        help="tokens of the short context; without it no LongPPL and no gain; LongPPL's own: "
-        "--window 5120 --stride 1024",
+        help="tokens of the short context of LongPPL and of the gain; default: with "
+        "--key-checkpoint LongPPL's own, 5120 with --stride 1024, else neither is measured",
     )
     add(
         "--stride",

@@ -286,8 +286,8 @@ class EvaluationConfig(Section):
     """Default: the run's."""
     max_sequences: Positive = 32
     window: Positive | None = None
-    """Tokens of the short context of LongPPL and of the gain from long context; without it neither
-    is measured."""
+    """Tokens of the short context of LongPPL and of the gain from long context. Default: with
+    `key_checkpoint` LongPPL's own, 5,120 with stride 1,024; else neither is measured."""
     stride: Positive | None = None
     """Distance between short windows; default: a quarter of the window."""
     near: Positive | None = None

@@ -17,7 +17,7 @@ from lctw_megatron.data.batch import Sample
 from lctw_megatron.data.sequence_source import SequenceSource
 from lctw_megatron.data.token_dataset import TokenDataset
 from lctw_megatron.errors import InputError
-from lctw_megatron.evaluation.longppl import ALPHA, BETA, key_tokens, perplexity
+from lctw_megatron.evaluation.longppl import ALPHA, BETA, STRIDE, WINDOW, key_tokens, perplexity
 from lctw_megatron.evaluation.probes import Probes, context_of, distance_of
 from lctw_megatron.evaluation.result_file import FORMAT, read_evaluation
 from lctw_megatron.platform.capabilities import capabilities
@@ -36,7 +36,8 @@ class EvaluationSettings:
     """S; None: what the checkpoint was trained with."""
     max_sequences: int = 32
     window: int | None = None
-    """K, the short context of LongPPL and of the gain; None: neither."""
+    """K, the short context of LongPPL and of the gain; None: LongPPL's own (5,120 tokens, 1,024
+    apart) if key_checkpoint is given, else neither."""
     stride: int | None = None
     """None: a quarter of the window."""
     near: int | None = None
@@ -152,18 +153,20 @@ def complete(settings: EvaluationSettings, checkpoint: str | Path) -> Evaluation
         length = run.data.sequence_length if run else manifest.model.max_position_embeddings
     if length is None:
         raise InputError(f"{checkpoint}: does not say its sequence length; give --sequence-length")
-    stride = settings.stride
-    if settings.window:
-        stride = stride or max(1, settings.window // 4)
-        check_windows(settings.window, stride, length)
-    elif stride or settings.key_checkpoint:
-        given = "--stride" if stride else "--key-checkpoint"
-        raise InputError(f"{given} has no meaning without --window; give the short context's size")
+    window, stride = settings.window, settings.stride
+    if settings.key_checkpoint and not window:
+        window, stride = WINDOW, stride or STRIDE
+    if window:
+        stride = stride or max(1, window // 4)
+        check_windows(window, stride, length)
+    elif stride:
+        raise InputError("--stride has no meaning without --window; give the short context's size")
     return replace(
         settings,
         sequence_length=length,
+        window=window,
         stride=stride,
-        near=settings.near or settings.window or max(1, length // 4),
+        near=settings.near or window or max(1, length // 4),
     )
 
 

@@ -10,7 +10,7 @@ whole context and with a short one, and picks the key tokens, where
 LongPPL of the model under test is exp(mean long loss) over the key tokens. Models are comparable
 only on the same key tokens: give all of them one evaluator. The paper's settings are α = 2, β = -2.
 Its published code gives a target from 4,096 to 5,119 tokens of short context; windows of 5,120
-tokens, 1,024 apart, do the same here (`--window 5120 --stride 1024`).
+tokens, 1,024 apart, do the same here (WINDOW, STRIDE).
 
 Pure numpy: losses are arrays of one shape, in nats; NaN = not scored.
 """
@@ -21,6 +21,8 @@ import numpy as np
 
 ALPHA = 2.0
 BETA = -2.0
+WINDOW = 5120
+STRIDE = 1024
 
 
 def key_tokens(

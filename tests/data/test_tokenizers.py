@@ -226,3 +226,19 @@ def test_what_is_no_tokenizer_is_named(tmp_path, hf_folder):
     shutil.copy(hf_folder / "tokenizer.json", tmp_path / "empty")
     (tmp_path / "empty" / "tokenizer_config.json").write_text('{"eos_token": "<gone>"}')
     refuse(tmp_path / "empty", r"tokenizer_config\.json: its special token '<gone>' is not in")
+
+
+def test_ranks_of_tiktoken_beside_tokenizer_json_are_left_alone(hf_folder, tmp_path):
+    shutil.copytree(hf_folder, tmp_path / "both")
+    (tmp_path / "both" / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
+    assert load_tokenizer(tmp_path / "both").identity.digest == (
+        load_tokenizer(hf_folder).identity.digest
+    )
+
+
+@pytest.mark.parametrize("value", [2, ["</s>"], {"id": 2}])
+def test_a_special_token_in_another_form_is_one_line(hf_folder, tmp_path, value):
+    shutil.copytree(hf_folder, tmp_path / "folder")
+    (tmp_path / "folder" / "tokenizer_config.json").write_text(json.dumps({"eos_token": value}))
+    with pytest.raises(InputError, match="folder: eos_token is .*, expected the token's text"):
+        load_tokenizer(tmp_path / "folder")

@@ -232,7 +232,7 @@ def test_inspect_data_looks_at_a_step_and_through_a_model(trained, capsys):
         ({"window": None, "stride": 4}, "--stride has no meaning without --window"),
         (
             {"window": None, "stride": None, "key_checkpoint": "x"},
-            "--key-checkpoint has no meaning",
+            "window 5120 >= sequence length 64",
         ),
         ({"stride": 17}, "stride 17 > window 16"),
         ({"key_checkpoint": "missing"}, "missing: no complete checkpoint found"),
@@ -245,6 +245,22 @@ def test_bad_settings_are_named_in_one_line(trained, changes, message):
     with pytest.raises(InputError, match=message) as error:
         evaluate(folder / "run", validation, replace(SETTINGS, **changes))
     assert "\n" not in str(error.value)
+
+
+def test_with_an_evaluator_the_windows_are_longppl_s_own_unless_given(trained):
+    from dataclasses import replace
+
+    from lctw_megatron.evaluation.evaluate import complete
+
+    bare = replace(SETTINGS, sequence_length=8192, window=None, stride=None)
+    for given, windows in (
+        ({}, (None, None)),
+        ({"key_checkpoint": "x"}, (5120, 1024)),
+        ({"key_checkpoint": "x", "stride": 512}, (5120, 512)),
+        ({"key_checkpoint": "x", "window": 2048}, (2048, 512)),
+    ):
+        settings = complete(replace(bare, **given), trained[0] / "run")
+        assert (settings.window, settings.stride) == windows
 
 
 def test_a_loss_that_is_not_finite_is_no_missing_target(trained):

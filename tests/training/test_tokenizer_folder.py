@@ -1,0 +1,66 @@
+"""Which tokenizer files a run's checkpoints carry."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lctw_megatron.data.tokenizers import load_tokenizer
+from lctw_megatron.errors import InputError
+from lctw_megatron.training.tokenizer_folder import write_tokenizer_files
+from tests.tokenizer_files import hf_folder, sentencepiece_model
+
+__all__ = ["hf_folder", "sentencepiece_model"]
+
+
+def start_of(folder: Path, tokenizer: Path) -> Path:
+    load_tokenizer(tokenizer).save_hf(folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    return folder
+
+
+def test_a_tokenizer_that_has_changed_since_preprocessing_is_refused(
+    hf_folder: Path, tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(hf_folder, tmp_path / "source"))
+    identity = load_tokenizer(source).identity
+    description = json.loads((source / "tokenizer.json").read_text())
+    description["model"]["merges"].reverse()
+    (source / "tokenizer.json").write_text(json.dumps(description))
+    with pytest.raises(InputError, match=f"source: its digest is .* {identity.digest}; restore"):
+        write_tokenizer_files(identity, None, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_file_alone_means_the_start_s_folder(
+    sentencepiece_model: Path, tmp_path: Path
+) -> None:
+    start = start_of(tmp_path / "start", sentencepiece_model)
+    identity = load_tokenizer(sentencepiece_model).identity
+    write_tokenizer_files(identity, start, tmp_path / "run")
+    names = {path.name for path in start.iterdir()}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == names
+    assert load_tokenizer(tmp_path / "run").identity.digest == identity.digest
+
+
+def test_the_data_s_folder_is_taken_whole_and_lacking_settings_from_the_start(
+    hf_folder: Path, tmp_path: Path
+) -> None:
+    start = start_of(tmp_path / "start", hf_folder)
+    write_tokenizer_files(load_tokenizer(hf_folder).identity, start, tmp_path / "run")
+    assert not (tmp_path / "run" / "chat_template.jinja").exists()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (hf_folder / name).read_bytes()
+    assert (tmp_path / "run" / "generation_config.json").read_bytes() == (
+        start / "generation_config.json"
+    ).read_bytes()
+
+
+def test_without_any_tokenizer_the_checkpoints_carry_none_and_say_so(
+    hf_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    identity = load_tokenizer(hf_folder).identity.model_copy(update={"path": str(tmp_path / "x")})
+    write_tokenizer_files(identity, None, tmp_path / "run")
+    assert "x: not found" in capsys.readouterr().out and not (tmp_path / "run").exists()
