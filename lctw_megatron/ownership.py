@@ -16,6 +16,7 @@ import psutil
 from filelock import lock_descriptor
 
 from lctw_megatron.atomic import LOCKLESS, open_lock
+from lctw_megatron.data.json_object import parse_json
 from lctw_megatron.errors import InputError
 
 FORMAT = "lctw-megatron owner 1"
@@ -118,10 +119,10 @@ def _read(file: IO[str], lock: Path) -> dict[str, Any]:
         text = file.read(4096)
         if not text:
             return {}
-        owner = json.loads(text)
+        owner = parse_json(text)
         if owner["format"] == FORMAT:
             return owner
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         pass
     raise InputError(f"{lock}: not a lock file of ours, and in the place of one; move it away")
 

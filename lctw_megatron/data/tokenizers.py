@@ -18,7 +18,7 @@ import numpy as np
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer as FastTokenizer
 
-from lctw_megatron.data.json_object import read_json_object
+from lctw_megatron.data.json_object import parse_json, read_json_object
 from lctw_megatron.data.manifest import TokenizerIdentity
 from lctw_megatron.data.sentencepiece_model import (
     SPACE,
@@ -203,7 +203,7 @@ class HuggingFaceTokenizer(Tokenizer):
                 ) from None
         else:
             self._fast, names = _by_transformers(folder)
-            description = json.loads(self._fast.to_str())
+            description = parse_json(self._fast.to_str())
             model = (folder / "tokenizer.model").read_bytes()
             added = {id: t.content for id, t in self._fast.get_added_tokens_decoder().items()}
             source = [hashlib.blake2b(model, digest_size=16).hexdigest(), added]
