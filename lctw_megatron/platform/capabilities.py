@@ -16,7 +16,6 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 import lctw_megatron
-from lctw_megatron.platform.cudnn import load_torch_s_cudnn
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,6 @@ def _transformer_engine(gpu: bool) -> tuple[str | None, str | None]:
     if not gpu:
         sys.modules["transformer_engine"] = None  # type: ignore[assignment]  # import fails from now
         return None, None
-    load_torch_s_cudnn()
     try:
         engine = importlib.import_module("transformer_engine.pytorch")
         importlib.import_module("transformer_engine.pytorch.optimizers")
