@@ -23,6 +23,8 @@ FORMAT = "lctw-megatron owner 1"
 _PATIENCE_SECONDS = 120.0
 """For the lock of an owner that has ended: a server of NFS keeps it for a while, the kernel until
 all memory of the process is free."""
+_PAUSE_SECONDS = 1.0
+"""Between two looks at it, which may ask squeue."""
 MARK = ".lctw-megatron"
 """In every folder of work in progress: it was made here, and may be removed."""
 
@@ -42,27 +44,23 @@ def owned(lock: Path, what: str) -> Iterator[None]:
     while True:
         with _open_locked(lock) as (file, locked):
             owner = _read(file, lock)
-        if locked is not False or not _has_ended(owner, False) or time.monotonic() > deadline:
-            break
-        time.sleep(0.2)
-    with _open_locked(lock) as (file, locked):
-        owner = _read(file, lock)
-        if locked is False or (owner and not _has_ended(owner, locked is True)):
-            raise InputError(
-                f"{what}: is being written by {_named(owner)}; wait for it to end or choose another"
-                + (
-                    f" (if nothing of it runs any more, remove {lock})"
-                    if locked is not False
-                    else ""
+            if locked is False and time.monotonic() < deadline and _has_ended(owner, False):
+                time.sleep(_PAUSE_SECONDS)
+                continue
+            if locked is False or (owner and not _has_ended(owner, locked is True)):
+                hint = f" (if nothing of it runs any more, remove {lock})"
+                raise InputError(
+                    f"{what}: is being written by {_named(owner)}; wait for it to end or choose "
+                    f"another{'' if locked is False else hint}"
                 )
-            )
-        _write(file)
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):  # Windows removes no open file
-                if _is_at(file.fileno(), lock):
-                    os.unlink(lock)
+            _write(file)
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):  # Windows removes no open file
+                    if _is_at(file.fileno(), lock):
+                        os.unlink(lock)
+            return
 
 
 @contextlib.contextmanager

@@ -3,8 +3,7 @@
 import argparse
 
 from lctw_megatron.cli import positive, run_command
-from lctw_megatron.config.schema import PrepareConfig
-from lctw_megatron.data.preprocessing.documents import MOST_BYTES
+from lctw_megatron.config.schema import MOST_DOCUMENT_BYTES, PrepareConfig
 from lctw_megatron.data.preprocessing.preprocess import preprocess
 
 EPILOG = """\
@@ -64,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-document-bytes",
         type=positive,
-        default=MOST_BYTES,
+        default=MOST_DOCUMENT_BYTES,
         metavar="N",
         help="a longer document (of jsonl: a longer line) is broken (default: 256 MiB); a process "
         "needs memory of 25 times the largest, with a Hugging Face tokenizer 150 times",

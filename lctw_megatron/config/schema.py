@@ -18,6 +18,8 @@ Bytes = Annotated[int, Field(gt=0, le=2**62)]
 Width = Annotated[int, Field(gt=0, le=2**24)]
 """Sizes of matrices, and tokens: products of two stay far below what torch and numpy count with."""
 Fraction = Annotated[float, Field(gt=0, le=1)]
+MOST_DOCUMENT_BYTES = 1 << 28
+"""Of one document, unless another limit is given: a broken file may be one line of terabytes."""
 
 
 _OF_SEVERAL_LINES = {"note", "setup"}
@@ -68,7 +70,7 @@ class PrepareConfig(Section):
     """Hold out this many documents, evenly spaced, as PREFIX-validation (also as jsonl text)."""
     max_bytes: Bytes | None = None
     """Use no more than this many bytes of the corpus (whole documents)."""
-    max_document_bytes: Annotated[int, Field(gt=0, le=2**31 - 2)] = 1 << 28
+    max_document_bytes: Annotated[int, Field(gt=0, le=2**31 - 2)] = MOST_DOCUMENT_BYTES
     """A longer document (of jsonl: a longer line) counts as broken."""
     text_field: str = "text"
     """The field of a jsonl line or the column of a parquet file that holds the text."""

@@ -16,9 +16,8 @@ from lctw_megatron.conversion import dtypes
 from lctw_megatron.conversion.architectures import ARCHITECTURES, Llama, architecture
 from lctw_megatron.conversion.placement import head_width, query_groups
 from lctw_megatron.data.json_object import read_json_object
+from lctw_megatron.data.tokenizer_files import CONFIG
 from lctw_megatron.errors import InputError
-
-CONFIG = "config.json"
 
 # Fields that say nothing about the arithmetic of the forward pass, or are read below.
 _KNOWN = {

@@ -17,10 +17,11 @@ from lctw_megatron.atomic import atomic_directory, write_json
 from lctw_megatron.conversion import dtypes, side_files
 from lctw_megatron.conversion.checkpoint_reader import CheckpointReader
 from lctw_megatron.conversion.done_marks import already_done, write_mark
-from lctw_megatron.conversion.hf_config import CONFIG, config_values
+from lctw_megatron.conversion.hf_config import config_values
 from lctw_megatron.conversion.hf_import import Conversion
 from lctw_megatron.conversion.placement import StoredTensor, stored_tensors
 from lctw_megatron.conversion.safetensors_writer import SafetensorsWriter, plan_files
+from lctw_megatron.data.tokenizer_files import CONFIG
 from lctw_megatron.model.checkpoint import MANIFEST, find_checkpoint, read_manifest
 from lctw_megatron.progress import Progress
 

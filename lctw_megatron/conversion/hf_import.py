@@ -20,10 +20,10 @@ from lctw_megatron.config.schema import ModelConfig
 from lctw_megatron.conversion import dtypes, side_files
 from lctw_megatron.conversion.checkpoint_writer import CheckpointFiles
 from lctw_megatron.conversion.done_marks import already_done, write_mark
-from lctw_megatron.conversion.hf_config import CONFIG, read_config
+from lctw_megatron.conversion.hf_config import read_config
 from lctw_megatron.conversion.hf_safetensors import SafetensorsFolder, tensor_of
 from lctw_megatron.conversion.placement import StoredTensor, head_width, stored_tensors
-from lctw_megatron.data.tokenizer_files import TOKENIZER_FILES
+from lctw_megatron.data.tokenizer_files import CONFIG, tokenizer_files
 from lctw_megatron.errors import InputError, few
 from lctw_megatron.model.checkpoint import MANIFEST, CheckpointManifest
 from lctw_megatron.progress import Progress
@@ -167,7 +167,7 @@ def _target_dtype(source: SafetensorsFolder, tensors: list[StoredTensor], wanted
 def _source(hf: Path, source: SafetensorsFolder, dtype: str) -> dict[str, Any]:
     """What the checkpoint is made from: every file's size and time."""
     paths = {entry.file for entry in source.entries.values()}
-    paths |= {hf / name for name in (CONFIG, *TOKENIZER_FILES)}
+    paths |= {hf / CONFIG, *tokenizer_files(hf)}
     files = {
         path.name: [path.stat().st_size, path.stat().st_mtime_ns]
         for path in sorted(paths)

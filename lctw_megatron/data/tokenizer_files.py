@@ -13,27 +13,30 @@ from lctw_megatron.data.json_object import read_json_object
 
 GENERATION_CONFIG = "generation_config.json"
 CONFIG = "config.json"
-TOKENIZER_FILES = (
+_NAMES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
     GENERATION_CONFIG,
 )  # fmt: skip
-_TEMPLATES = "additional_chat_templates"
 
 
 def has_tokenizer(folder: Path) -> bool:
     return (folder / "tokenizer.json").is_file() or (folder / "tokenizer.model").is_file()
 
 
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Those that ``folder`` has."""
+    found = [folder / name for name in _NAMES if (folder / name).is_file()]
+    return found + sorted((folder / "additional_chat_templates").glob("*.jinja"))
+
+
 def copy_tokenizer_files(folder: Path, target: Path) -> None:
     """Copy them from ``folder`` into ``target``, which need not exist."""
     target.mkdir(parents=True, exist_ok=True)
-    for name in TOKENIZER_FILES:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, target / name)
-    for template in sorted((folder / _TEMPLATES).glob("*.jinja")):
-        (target / _TEMPLATES).mkdir(exist_ok=True)
-        shutil.copyfile(template, target / _TEMPLATES / template.name)
+    for path in tokenizer_files(folder):
+        copy = target / path.relative_to(folder)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
 
 
 def token_ids(settings: dict[str, Any]) -> dict[str, Any]:

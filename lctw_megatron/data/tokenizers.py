@@ -27,7 +27,12 @@ from lctw_megatron.data.sentencepiece_model import (
     to_fast_tokenizer,
 )
 from lctw_megatron.data.special_tokens import read_special_tokens
-from lctw_megatron.data.tokenizer_files import CONFIG, copy_token_config, copy_tokenizer_files
+from lctw_megatron.data.tokenizer_files import (
+    CONFIG,
+    copy_token_config,
+    copy_tokenizer_files,
+    has_tokenizer,
+)
 from lctw_megatron.errors import InputError
 
 _PART_CHARACTERS = 8192
@@ -82,19 +87,17 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
             f"folder with tokenizer.json (Hub names are not looked up)"
         )
     model = place / "tokenizer.model"
-    if (place / "tokenizer.json").exists():
-        tokenizer = HuggingFaceTokenizer(place)
-        return (model.exists() and _as_sentencepiece(model, tokenizer)) or tokenizer
-    if model.exists():
-        specials = read_special_tokens(place)
-        if specials.tokenizer_class or (place / CONFIG).exists():
-            tokenizer = HuggingFaceTokenizer(place)
-            return _as_sentencepiece(model, tokenizer) or tokenizer
+    if not has_tokenizer(place):
+        raise InputError(
+            f"tokenizer {place}: the folder has neither tokenizer.json nor tokenizer.model"
+        )
+    specials = read_special_tokens(place)
+    described = specials.tokenizer_class or (place / CONFIG).exists()
+    if not described and not (place / "tokenizer.json").exists():
         # AutoTokenizer could not tell what it is.
         return SentencePieceTokenizer(model, specials.add_bos)
-    raise InputError(
-        f"tokenizer {place}: the folder has neither tokenizer.json nor tokenizer.model"
-    )
+    tokenizer = HuggingFaceTokenizer(place)
+    return (model.exists() and _as_sentencepiece(model, tokenizer)) or tokenizer
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -190,11 +193,12 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, folder: Path) -> None:
         path = folder / "tokenizer.json"
         self._folder = folder
-        specials = read_special_tokens(folder)
-        names = specials.bos, specials.eos
         source: Any
         if path.exists():
-            source = description = read_json_object(path)
+            description = read_json_object(path)
+            source = {k: v for k, v in description.items() if k not in ("truncation", "padding")}
+            specials = read_special_tokens(folder)
+            names = specials.bos, specials.eos
             try:
                 self._fast = FastTokenizer.from_file(str(path))
             except Exception as error:  # the library raises plain Exception
@@ -215,9 +219,6 @@ class HuggingFaceTokenizer(Tokenizer):
         # A template may add a token that no file names as BOS; AutoTokenizer adds it.
         bos = first if bos is None else bos
         add_bos = bos is not None and first == bos
-        if isinstance(source, dict):
-            source.pop("truncation", None)
-            source.pop("padding", None)
         content = json.dumps([source, bos, eos, add_bos], sort_keys=True)
         self.identity = TokenizerIdentity(
             kind="huggingface",

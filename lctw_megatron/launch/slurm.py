@@ -169,11 +169,11 @@ def _sbatch_lines(
 
 def _expanded(value: str) -> str:
     """``value`` for the shell: $NAME and ${NAME} are expanded there, all else is literal."""
-    if not (names := re.findall(r"\$(?:[A-Za-z_]\w*|\{[A-Za-z_]\w*\})", value)):
+    parts = re.split(r"(\$(?:[A-Za-z_]\w*|\{[A-Za-z_]\w*\}))", value)
+    if len(parts) == 1:
         return shlex.quote(value)
-    between = re.split(r"\$(?:[A-Za-z_]\w*|\{[A-Za-z_]\w*\})", value)
-    literal = [re.sub(r'([\\"`$])', r"\\\1", text) for text in between]
-    return '"' + "".join(a + b for a, b in zip(literal, [*names, ""], strict=True)) + '"'
+    parts[::2] = [re.sub(r'([\\"`$])', r"\\\1", literal) for literal in parts[::2]]
+    return f'"{"".join(parts)}"'
 
 
 def _srun_options(cluster: ClusterConfig) -> list[str]:

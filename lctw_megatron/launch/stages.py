@@ -17,6 +17,7 @@ from pathlib import Path
 
 from lctw_megatron.config.load import checkpoints_of
 from lctw_megatron.config.schema import (
+    MOST_DOCUMENT_BYTES,
     EvaluationConfig,
     PrepareConfig,
     Recipe,
@@ -135,7 +136,7 @@ def _prepare_stage(prepare: PrepareConfig) -> Stage:
         arguments += ["--skip-bad"]
     if prepare.max_bytes:
         arguments += ["--max-bytes", str(prepare.max_bytes)]
-    if prepare.max_document_bytes != PrepareConfig.model_fields["max_document_bytes"].default:
+    if prepare.max_document_bytes != MOST_DOCUMENT_BYTES:
         arguments += ["--max-document-bytes", str(prepare.max_document_bytes)]
     if prepare.validation_documents:
         arguments += ["--validation-documents", str(prepare.validation_documents)]

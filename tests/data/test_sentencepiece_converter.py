@@ -70,7 +70,6 @@ def models():
 @pytest.fixture(scope="module")
 def theirs(models, tmp_path_factory):
     """`model class` -> transformers' ids of TEXTS, or its error, from tokenizer.model alone."""
-    pytest.importorskip("google.protobuf", reason="transformers reads .model files with it only")
     folders = []
     for name, model in models.items():
         folders.append(tmp_path_factory.mktemp("bare") / name)

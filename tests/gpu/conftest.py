@@ -18,7 +18,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         needed = item.get_closest_marker("gpus")
         number = needed.args[0] if needed else 1
         if here.gpus < number:
-            reason = f"needs {number} GPU(s), torch sees {here.gpus}"
+            reason = f"needs {number} GPU(s), torch sees {here.gpus} (none without -m gpu)"
             item.add_marker(pytest.mark.skip(reason=reason))
         elif item.get_closest_marker("engine") and here.transformer_engine is None:
             why = here.transformer_engine_error or "it is not installed"

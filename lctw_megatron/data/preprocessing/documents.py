@@ -17,8 +17,6 @@ from lctw_megatron.errors import InputError, few
 _BUFFER_BYTES = 1 << 20
 _ROWS = 64
 """Rows of a parquet file decoded at a time."""
-MOST_BYTES = 1 << 28
-"""Of one document, unless another limit is given: a broken file may be one line of terabytes."""
 _HINT = "mend it, or pass --skip-bad to leave such documents out"
 
 
@@ -41,7 +39,7 @@ def _too_long(most_bytes: int) -> _Broken:
 
 
 def read_documents(
-    part: Slice, text_field: str, skip_bad: bool, scratch: str, most_bytes: int = MOST_BYTES
+    part: Slice, text_field: str, skip_bad: bool, scratch: str, most_bytes: int
 ) -> Iterator[Document]:
     """Documents of a slice, in order, one in memory at a time (of parquet, 64 rows).
 

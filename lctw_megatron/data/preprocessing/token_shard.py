@@ -19,11 +19,12 @@ from pathlib import Path
 import numpy as np
 
 from lctw_megatron.atomic import atomic_directory, write_json
+from lctw_megatron.config.schema import MOST_DOCUMENT_BYTES
 from lctw_megatron.data.indexed_array import IndexedArrayReader, IndexedArrayWriter
 from lctw_megatron.data.json_object import read_json_object
 from lctw_megatron.data.manifest import TokenizerIdentity
 from lctw_megatron.data.preprocessing.corpus import Shard
-from lctw_megatron.data.preprocessing.documents import MOST_BYTES, read_documents
+from lctw_megatron.data.preprocessing.documents import read_documents
 from lctw_megatron.data.token_dataset import token_dtype
 from lctw_megatron.data.tokenizers import Tokenizer
 from lctw_megatron.errors import InputError
@@ -45,7 +46,7 @@ class ShardSettings:
     skip_bad: bool
     max_bytes: int | None
     """A shard ends before the document that would bring its text above this."""
-    max_document_bytes: int = MOST_BYTES
+    max_document_bytes: int = MOST_DOCUMENT_BYTES
     """A longer document is broken."""
 
 

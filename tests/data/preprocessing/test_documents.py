@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from lctw_megatron.config.schema import MOST_DOCUMENT_BYTES
 from lctw_megatron.data.preprocessing.corpus import Slice, find_files, plan_shards
-from lctw_megatron.data.preprocessing.documents import MOST_BYTES, read_documents
+from lctw_megatron.data.preprocessing.documents import read_documents
 from lctw_megatron.errors import InputError
 from tests.data.corpus_files import compress, texts, write_corpus
 
@@ -24,7 +25,7 @@ def slices(path, cuts=()):
     return [Slice(file, a, b, b - a) for a, b in zip(bounds, bounds[1:], strict=False) if a < b]
 
 
-def read(parts, scratch, skip_bad=False, field="text", most_bytes=MOST_BYTES):
+def read(parts, scratch, skip_bad=False, field="text", most_bytes=MOST_DOCUMENT_BYTES):
     return [
         document.text
         for part in parts
@@ -75,9 +76,8 @@ def test_position_grows_to_the_weight(tmp_path):
         part = slices(write_corpus(tmp_path / name, TEXTS))[0]
         if name == "c.parquet":
             part = dataclasses.replace(part, end=3)
-        positions = [
-            document.position for document in read_documents(part, "text", False, str(tmp_path))
-        ]
+        found = read_documents(part, "text", False, str(tmp_path), MOST_DOCUMENT_BYTES)
+        positions = [document.position for document in found]
         assert positions == sorted(positions)
         assert positions[0] > 0 and positions[-1] == part.weight
 
