@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
         metavar="D",
         type=positive,
         required=True,
-        help="distance between windows: targets have K-D to K-1 tokens of context, and scoring "
+        help="distance between windows: targets have K-D to K tokens of context, and scoring "
         "reads the corpus K/D times",
     )
     add(

@@ -87,7 +87,7 @@ def _survey(job: Job, request: Request, log: Callable[[str], None]) -> _Work | N
     log(f"{capabilities().line()}; scoring in {job.precision}")
     log(
         f"{job.prefix}: {human(statistics.scored)} of {human(job.dataset.num_tokens)} tokens to "
-        f"score, with {statistics.min_context} to {job.windowing.window - 1} tokens of context "
+        f"score, with {statistics.min_context} to {job.windowing.window} tokens of context "
         f"({statistics.mean_context:.0f} on average); {human(statistics.tokens)} tokens to read in "
         f"{human(statistics.windows)} windows; {len(numbers) - len(pending)} of {len(numbers)} "
         f"shards finished before"
