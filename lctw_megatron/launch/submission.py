@@ -44,13 +44,13 @@ class Submission:
         self._lines.append(f"# {name}: done before\n")
 
     def queued(self, name: str, job: str) -> None:
-        self._lines.append(f"id[{name}]={job} # is in the queue\n")
+        self._lines.append(f"id[{shlex.quote(name)}]={job} # is in the queue\n")
 
     def submit(self, name: str, script: Path, after: Sequence[str], parts: Iterable[int]) -> None:
         """after: names of jobs before it in the script. parts: of an array; none: a single job."""
-        words = ["submit", name]
+        words = ["submit", shlex.quote(name)]
         if after:
-            ids = ":".join(f"${{id[{other}]}}" for other in after)
+            ids = ":".join(f"${{id[{shlex.quote(other)}]}}" for other in after)
             words += [f"--dependency=afterok:{ids}", "--kill-on-invalid-dep=yes"]
         if array := ",".join(map(str, parts)):
             words.append(f"--array={array}")

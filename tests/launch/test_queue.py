@@ -11,6 +11,7 @@ from lctw_megatron.config.schema import ClusterConfig
 from lctw_megatron.errors import InputError
 from lctw_megatron.launch import queue
 from lctw_megatron.launch.launch_request import LaunchRequest, read_request, run_request, status
+from lctw_megatron.launch.submission import Submission
 from tests.launch.conftest import RECIPE
 
 CPU = ClusterConfig(nodes=2, gpus_per_node=0, tasks_per_node=2)
@@ -91,6 +92,27 @@ def test_submit_sh_by_hand_submits_what_dry_run_shows_and_launch_submitted(plan,
     assert [line.split()[0] + ":" for line in answer.stdout.splitlines()] == [
         line.split()[0] for line in said.splitlines()
     ]
+
+
+def test_names_of_datasets_need_no_manners(tmp_path, monkeypatch, slurm):
+    monkeypatch.chdir(tmp_path)
+    names = ["score-my books", "score-it's", "score-a]b", 'score-$HOME "x"', "score-`id`"]
+    made = Submission("recipe.yaml", tmp_path / "submit.sh")
+    made.queued("score-old [1]", "99")
+    for number, name in enumerate(names):
+        after = ["score-old [1]", *names[:number]]
+        made.submit(name, Path(f"{name}.sbatch"), after, [0, 2] if number else [])
+    assert list(queue._run(_written(made))) == [(n, str(i)) for i, n in enumerate(names, 1)]
+    last = Path("said").read_text().splitlines()[-1]
+    assert last == (
+        "--parsable --dependency=afterok:99:1:2:3:4 --kill-on-invalid-dep=yes --array=0,2 "
+        "score-`id`.sbatch"
+    )
+
+
+def _written(made: Submission) -> Path:
+    made.path.write_text(made.text)
+    return made.path
 
 
 def test_submitting_again_leaves_out_what_is_done_or_queued(plan, slurm, capsys):
