@@ -1,5 +1,6 @@
 """How ranks share the writing of a checkpoint, and the checksums of what they have written."""
 
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,18 +52,21 @@ def _write_and_sum(write: Any, rank: int, buckets: Any, results: Any) -> None:
         try:
             Path(f"{path}{_ENDING}").write_text(file_sum(Path(path)))
         except OSError:
-            return  # a disk that is full: the writers have told megatron-core, or ``collect_sums``
+            return  # a disk that is full: the writers have told megatron-core
 
 
 def collect_sums(folder: Path) -> dict[str, str]:
     """What the ranks have left in ``folder``, taken away: file name to checksum, on all ranks.
 
-    By way of the ranks, as other nodes' files may not be seen yet.
+    By way of the ranks, as other nodes' files may not be seen yet. One that lacks or is cut, for
+    want of room, is left out: it is made by whoever completes the folder.
     """
     own: dict[str, str] = {}
     for path in folder.glob(f"__{dist.get_rank()}_*{_ENDING}"):
-        own[path.name.removesuffix(_ENDING)] = path.read_text()
-        path.unlink()
+        with suppress(OSError):
+            if len(text := path.read_text()) == 8:
+                own[path.name.removesuffix(_ENDING)] = text
+            path.unlink()
     parts: list[dict[str, str]] = [{}] * dist.get_world_size()
     dist.all_gather_object(parts, own)
     return {name: value for part in parts for name, value in part.items()}

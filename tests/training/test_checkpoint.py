@@ -429,8 +429,8 @@ def layout_run(data: str, folder: Path, layout: dict[str, Any]) -> RunConfig:
 
 
 def save_and_go_on(data: str, folder: str) -> list[int]:
-    """Exit statuses of a run under TP2+SP x PP2 x VPP2, stopped by a signal to one rank, and of a copy that
-    goes on under CP2 x DP2; another copy is left for one process."""
+    """Exit statuses of a run under TP2+SP x PP2 x VPP2, stopped by a signal to one rank, and of a
+    copy that goes on under CP2 x DP2; another copy is left for one process."""
     statuses = []
     with sigterm_after(3 if dist.get_rank() == 2 else -1):
         split = {"tensor": 2, "sequence": True, "pipeline": 2, "virtual_pipeline": 2}

@@ -13,6 +13,7 @@ from lctw_megatron.model.checkpoint import MANIFEST, load_weights, read_manifest
 from lctw_megatron.model.checksums import folder_names
 from lctw_megatron.training.checkpoint import newest_checkpoint
 from lctw_megatron.training.loop import Trainer
+from lctw_megatron.training.shared_writing import collect_sums
 from tests.distributed import run_distributed
 from tests.training.layouts import make_data, make_run
 
@@ -90,6 +91,23 @@ def test_resuming_passes_over_a_flipped_bit_and_older_checkpoints_have_no_sums(
     (copy / MANIFEST).write_text(json.dumps(values))
     found = newest_checkpoint(tmp_path, lines.append)
     assert found is not None and found[1].step == 2 and len(lines) == 1
+
+
+def test_a_checksum_for_which_there_was_no_room_is_made_again(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lctw_megatron.training import checkpoint
+
+    def collect(folder: Path) -> dict[str, str]:
+        (folder / "__0_0.distcp.crc32").write_text("")  # cut
+        return collect_sums(folder)
+
+    monkeypatch.setattr(checkpoint, "collect_sums", collect)
+    write(data, str(tmp_path), False)
+    found = newest_checkpoint(tmp_path / "checkpoints", print)
+    assert found is not None and found[1].checksums is not None
+    assert "__0_0.distcp" in found[1].checksums
+    assert not list(found[0].glob("*.crc32"))
 
 
 def refusals(data: str, folder: str) -> list[str]:
