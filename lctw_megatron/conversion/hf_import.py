@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lctw_megatron.atomic import atomic_directory, write_json
+from lctw_megatron.atomic import atomic_directory
 from lctw_megatron.config.schema import ModelConfig
 from lctw_megatron.conversion import dtypes, side_files
 from lctw_megatron.conversion.checkpoint_writer import CheckpointFiles
@@ -25,7 +25,7 @@ from lctw_megatron.conversion.hf_safetensors import SafetensorsFolder, tensor_of
 from lctw_megatron.conversion.placement import StoredTensor, head_width, stored_tensors
 from lctw_megatron.data.tokenizer_files import CONFIG, tokenizer_files
 from lctw_megatron.errors import InputError, few
-from lctw_megatron.model.checkpoint import MANIFEST, CheckpointManifest
+from lctw_megatron.model.checkpoint import CheckpointManifest, write_manifest
 from lctw_megatron.progress import Progress
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -73,7 +73,7 @@ def import_hf(
         with atomic_directory(output) as folder:
             side_files.bring_in(hf, folder)
             _write(source, tensors, dtypes.TORCH[name], folder)
-            write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
+            write_manifest(folder, manifest)
             write_mark(folder, source_of)
     return Conversion(len(sizes), sum(sizes), sum(sizes) * dtypes.TORCH[name].itemsize)
 

@@ -14,7 +14,7 @@ from lctw_megatron.conversion.checkpoint_reader import CheckpointReader
 from lctw_megatron.conversion.hf_export import export_hf
 from lctw_megatron.conversion.hf_import import import_hf
 from lctw_megatron.errors import InputError
-from lctw_megatron.model.checkpoint import find_checkpoint
+from lctw_megatron.model.checkpoint import find_checkpoint, read_manifest, write_manifest
 from tests.conversion.hf_models import assert_same_tensors, make_model
 
 ROOT = Path(__file__).parents[2]
@@ -138,6 +138,8 @@ def test_a_damaged_checkpoint_is_not_exported(spoil, made, tmp_path):
                 "decoder.final_layernorm.weight"
             )
         index.write_bytes(pickle.dumps(metadata))
+    # The checksums would find it: what is found without them?
+    write_manifest(tmp_path / "checkpoint", read_manifest(tmp_path / "checkpoint"))
     with pytest.raises(InputError) as caught:
         export_hf(tmp_path / "checkpoint", tmp_path / "out")
     said = {
