@@ -26,6 +26,7 @@ from lctw_megatron.data.sequences import (
     packing_cost,
 )
 from lctw_megatron.errors import InputError
+from lctw_megatron.work_folder import remove_leftovers
 
 
 class Indexable(Protocol):
@@ -71,6 +72,7 @@ def cached_index(
             found = _read(entry)
             if found:
                 return found
+            remove_leftovers(entry, lambda line: None)  # of ranks killed while they built it
             index = build_index(dataset.lengths, sequence_length, packing, tails)
             cost = packing_cost(dataset.lengths, sequence_length, index)
             _write(entry, index, cost)

@@ -32,9 +32,9 @@ from lctw_megatron.model.checkpoint import (
     step_name,
 )
 from lctw_megatron.model.initialize import sharding
-from lctw_megatron.ownership import remove
 from lctw_megatron.training.exit_status import end_with_parent
 from lctw_megatron.training.optimizer_state import keep_own_settings
+from lctw_megatron.work_folder import remove
 
 Result = TypeVar("Result")
 _LEFTOVER = re.compile(r"\.step_\d+\.[0-9a-f]{8}\.tmp")

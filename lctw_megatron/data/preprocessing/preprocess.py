@@ -37,8 +37,9 @@ from lctw_megatron.data.preprocessing.train_tokenizer import train_sentencepiece
 from lctw_megatron.data.token_dataset import TokenDataset
 from lctw_megatron.data.tokenizers import load_tokenizer
 from lctw_megatron.errors import InputError
-from lctw_megatron.ownership import MARK, make_work_folder, owned, remove, remove_work_folder
+from lctw_megatron.ownership import owned
 from lctw_megatron.progress import clock, human
+from lctw_megatron.work_folder import MARK, make_work_folder, remove, remove_work_folder
 
 _WORTH_KEEPING_SECONDS = 60.0
 """After an error, shards that took less time are made again rather than left lying about."""

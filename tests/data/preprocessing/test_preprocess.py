@@ -20,7 +20,7 @@ from lctw_megatron.data.preprocessing import preprocess as module
 from lctw_megatron.data.preprocessing.preprocess import preprocess
 from lctw_megatron.data.tokenizers import load_tokenizer
 from lctw_megatron.errors import InputError
-from lctw_megatron.ownership import MARK, make_work_folder
+from lctw_megatron.work_folder import MARK, make_work_folder
 from tests.data.corpus_files import texts, write_corpus
 
 TEXTS = texts(60)
