@@ -66,6 +66,9 @@ def preprocess(config: PrepareConfig) -> TokenManifest:
     found = _finished(config, wanted)
     if found is not None:
         print(f"{prefix}: already there, from the same corpus with the same settings")
+        if _work_path(prefix).exists():  # a run was killed between the result and its end
+            with contextlib.suppress(InputError, OSError), _work_folder(prefix):
+                pass
         return found
     _refuse_foreign(prefix)
     settings = ShardSettings(
@@ -158,12 +161,16 @@ def _held_out_text(prefix: str) -> Path:
     return Path(prefix + VALIDATION + ".jsonl")
 
 
+def _work_path(prefix: str) -> Path:
+    return Path(os.path.abspath(prefix) + ".shards")
+
+
 @contextlib.contextmanager
 def _work_folder(prefix: str) -> Iterator[Path]:
     """PREFIX.shards, locked. It goes when all is done, and after an error too, unless it holds
     finished shards of a run that lasted a while."""
     start = time.monotonic()
-    work = Path(os.path.abspath(prefix) + ".shards")
+    work = _work_path(prefix)
     make_work_folder(work)
     with owned(work / "lock", prefix):
         try:
