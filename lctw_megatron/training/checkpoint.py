@@ -32,7 +32,7 @@ from lctw_megatron.model.checkpoint import (
     step_name,
 )
 from lctw_megatron.model.initialize import sharding
-from lctw_megatron.training.exit_status import end_with_parent
+from lctw_megatron.training.exit_status import serve_until_parent_ends
 from lctw_megatron.training.optimizer_state import keep_own_settings
 from lctw_megatron.work_folder import remove
 
@@ -236,7 +236,7 @@ def _start_results_queue() -> None:
     """
     if getattr(filesystem_async, "_results_queue", None) is None:
         manager = SyncManager(ctx=get_context("spawn"))
-        manager.start(end_with_parent, (os.getpid(),))
+        manager.start(serve_until_parent_ends)
         filesystem_async._results_queue = manager.Queue()
 
 

@@ -3,7 +3,6 @@
 Without torch: the child processes import it, too.
 """
 
-import ctypes
 import os
 import signal
 import sys
@@ -13,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+
+from lctw_megatron.end_with_parent import end_with_parent
 
 REQUEUE_STATUS = 75
 """Exit status of a run that was asked to leave and can go on later (EX_TEMPFAIL of sysexits.h). The
@@ -89,15 +90,10 @@ def ignore_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def end_with_parent(parent: int) -> None:
-    """From now on this process ends with its parent, process ``parent``, and not before.
+def serve_until_parent_ends() -> None:
+    """From now on this process ends with its parent, and not before.
 
     SLURM sends the signals that ask to leave to the children of a rank too, which it needs to save.
     """
     ignore_signals()
-    PR_SET_PDEATHSIG = 1  # prctl(2), Linux only
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "prctl"):
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it had ended before
-            os._exit(1)
+    end_with_parent()
