@@ -57,17 +57,22 @@ def check_work_folder(folder: Path) -> None:
 
 
 def _is_ours(folder: Path) -> bool:
-    return folder.is_dir() and ((folder / MARK).is_file() or not any(folder.iterdir()))
+    try:
+        return folder.is_dir() and ((folder / MARK).is_file() or not any(folder.iterdir()))
+    except FileNotFoundError:  # removed at this moment
+        return False
 
 
 def remove_work_folder(folder: Path) -> None:
     """Remove a folder that ``make_work_folder`` made, its mark last; anything else stays."""
     if folder.is_symlink() or not _is_ours(folder):
         return
-    for path in folder.iterdir():
-        if path.name != MARK:
-            remove(path)
     with contextlib.suppress(OSError):  # Windows removes no open file, and keeps the folder
+        for path in folder.iterdir():
+            if path.name != MARK:
+                remove(path)
+        if any(path.name != MARK for path in folder.iterdir()):
+            return
         (folder / MARK).unlink(missing_ok=True)
         folder.rmdir()
 

@@ -129,17 +129,21 @@ def _request(
 def _finished(config: PrepareConfig, wanted: str) -> TokenManifest | None:
     """The manifest of a whole result of the same request; None if there is none."""
     prefix = config.output_prefix
-    if config.train_sentencepiece and not os.path.exists(_model_path(prefix)):
-        return None
     try:
         manifest = TokenDataset(prefix).manifest
         if manifest.source.get("request") != wanted:
             return None
-        if manifest.source.get("held_out"):
-            held_out = TokenDataset(prefix + VALIDATION).manifest
-            if held_out.source.get("request") != wanted or not _held_out_text(prefix).exists():
+        if config.train_sentencepiece:
+            found = load_tokenizer(_model_path(prefix)).identity
+            if found.digest != manifest.tokenizer.digest:
                 return None
-    except InputError:
+        if count := manifest.source.get("held_out"):
+            held_out = TokenDataset(prefix + VALIDATION).manifest
+            with open(_held_out_text(prefix), "rb") as text:
+                whole = sum(line.endswith(b"\n") for line in text) == count
+            if held_out.source.get("request") != wanted or not whole:
+                return None
+    except (InputError, FileNotFoundError):
         return None
     return manifest
 
