@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from lctw_megatron.cli import run_command
+from lctw_megatron.training.exit_status import leaving_when_asked
 
 
 def main(arguments: list[str]) -> int:
@@ -47,7 +48,11 @@ def main(arguments: list[str]) -> int:
         "model settings have changed",
     )
     options = parser.parse_args(arguments)
+    with leaving_when_asked():
+        return _train(options)
 
+
+def _train(options: argparse.Namespace) -> int:
     from lctw_megatron.config.load import dump_yaml, load_recipe, resolve_run
     from lctw_megatron.errors import InputError
     from lctw_megatron.model.checkpoint import checkpoint_model

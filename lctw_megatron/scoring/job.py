@@ -16,10 +16,10 @@ from lctw_megatron.data.sidecar import Sidecar, sidecar_prefix
 from lctw_megatron.data.token_dataset import TokenDataset
 from lctw_megatron.errors import InputError, few
 from lctw_megatron.model import checkpoint as checkpoints
-from lctw_megatron.ownership import remove_work_folder
 from lctw_megatron.scoring.sidecar_shard import Settings, ShardReader, shard_files, shard_path
 from lctw_megatron.scoring.window_plan import WindowPlan
 from lctw_megatron.scoring.windows import WINDOWS_VERSION, Windowing
+from lctw_megatron.work_folder import remove_work_folder
 
 SHARD_TOKENS = 1 << 22
 """Tokens that the scorer reads for one shard, if the number of shards is not given: what a killed

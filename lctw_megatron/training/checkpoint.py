@@ -33,10 +33,10 @@ from lctw_megatron.model.checkpoint import (
 )
 from lctw_megatron.model.checksums import check_sums_together
 from lctw_megatron.model.initialize import sharded_parameters
-from lctw_megatron.ownership import remove
-from lctw_megatron.training.exit_status import end_with_parent
+from lctw_megatron.training.exit_status import serve_until_parent_ends
 from lctw_megatron.training.optimizer_state import keep_own_settings, optimizer_shards
 from lctw_megatron.training.shared_writing import collect_sums, sharing_strategy
+from lctw_megatron.work_folder import remove
 
 Result = TypeVar("Result")
 _LEFTOVER = re.compile(r"\.step_\d+\.[0-9a-f]{8}\.tmp")
@@ -253,7 +253,7 @@ def _start_results_queue() -> None:
     """
     if getattr(filesystem_async, "_results_queue", None) is None:
         manager = SyncManager(ctx=get_context("spawn"))
-        manager.start(end_with_parent, (os.getpid(),))
+        manager.start(serve_until_parent_ends)
         filesystem_async._results_queue = manager.Queue()
 
 

@@ -46,6 +46,7 @@ from lctw_megatron.training.optimizer import build_optimizer, wrap_data_parallel
 from lctw_megatron.training.signals import StopRequest
 from lctw_megatron.training.step import Stepper
 from lctw_megatron.training.tokenizer_folder import write_tokenizer_files
+from lctw_megatron.work_folder import remove_leftovers
 
 
 def train(run: RunConfig, allow_changes: bool = False) -> int:
@@ -74,6 +75,8 @@ def _one_run_in(run_dir: Path, world: World) -> Iterator[None]:
             try:
                 run_dir.mkdir(parents=True, exist_ok=True)
                 held.enter_context(owned(run_dir / ".lock", str(run_dir)))
+                for name in ("run.yaml", "metrics.jsonl", TOKENIZER):
+                    remove_leftovers(run_dir / name, lambda line: print(line, flush=True))
             except (InputError, OSError) as refusal:
                 error = refusal
         refused = [error is not None]
