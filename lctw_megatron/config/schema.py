@@ -210,6 +210,19 @@ class WeightingConfig(Section):
     """self: the scoring forward takes as many windows at once as fit into this many tokens."""
 
 
+RecallTask = Literal[
+    "one_key",
+    "multi_key",
+    "multi_value",
+    "multi_query",
+    "variables",
+    "json",
+    "frequent_words",
+    "code",
+]
+"""What is hidden in a long text and asked for: evaluation/recall_tasks.py."""
+
+
 class TrainingConfig(Section):
     """The loop, the optimizer and the checkpoints."""
 
