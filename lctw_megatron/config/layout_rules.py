@@ -50,6 +50,9 @@ def check_layout(run: RunConfig, world_size: int | None = None) -> LayoutSizes:
     _check_switches(layout)
     check_model(run.model, layout)
     check_sequence(run.data.sequence_length, "data.sequence_length", layout)
+    if run.training.recall:
+        for length in run.training.recall.lengths:
+            check_sequence(length, f"{length} of training.recall.lengths", layout)
     data, micro_batches = _check_batch(run, world_size)
     chunks = layout.virtual_pipeline or 1
     return LayoutSizes(

@@ -91,8 +91,8 @@ class SampleMaker:
         room = length + 1 - sum(map(len, (first, opening, tail, *pieces)))
         if room < 0:
             raise InputError(
-                f"--lengths {length}: a sample of task {task} needs {length - room} tokens of this "
-                "tokenizer without any text around it; give a greater length"
+                f"a length of {length} tokens: a sample of task {task} needs {length - room} "
+                "tokens of this tokenizer without any text around it; give a greater length"
             )
         if story.filler and not in_code:
             before = self._sentences if story.opening else None

@@ -161,7 +161,7 @@ def test_bad_inputs_are_one_line(arguments, imported, tmp_path, capsys):
         assert answer.status == 2 and error.startswith("error: "), answer.err
         assert re.search(message, error), error
 
-    refused("--lengths 20: a sample of task one_key needs", "--lengths", 20)
+    refused("a length of 20 tokens: a sample of task one_key needs", "--lengths", 20)
     refused("511 of --lengths .511. must be divisible by 2 x layout.context", "--lengths", 511,
             "--context", 2)  # fmt: skip
     refused("--window 10: the question and answers of task one_key alone take", "--window", 10)

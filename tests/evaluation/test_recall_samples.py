@@ -156,7 +156,11 @@ def test_what_does_not_fit_is_one_line(hf_folder, sentencepiece_model, tmp_path)
         assert "\n" not in str(error.value) and len(str(error.value)) < 450
 
     for task in TASKS:
-        refused(rf"--lengths 30: a sample of task {task} needs \d+ tokens", length=30, task=task)
+        refused(
+            rf"a length of 30 tokens: a sample of task {task} needs \d+ tokens",
+            length=30,
+            task=task,
+        )
     refused("--haystack .*nowhere: neither a text file nor a token dataset", tmp_path / "nowhere")
     (tmp_path / "short.txt").write_text("A short text. " * 20)
     refused(
