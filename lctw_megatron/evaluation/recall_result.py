@@ -130,6 +130,6 @@ def to_rows(result: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def show(value: Difference) -> str:
-    """0.950 ±0.012"""
-    return f"{value.mean:.3f}" + ("" if value.error is None else f" ±{value.error:.3f}")
+def show(value: Difference, sign: str = "") -> str:
+    """0.950 ±0.012; with ``sign`` "+" always a sign."""
+    return f"{value.mean:{sign}.3f}" + ("" if value.error is None else f" ±{value.error:.3f}")
