@@ -43,6 +43,7 @@ from lctw_megatron.training.loss_spike import SpikeWatch
 from lctw_megatron.training.metrics import MetricsLog, peak_memory_gib
 from lctw_megatron.training.nonfinite import NonFinite, describe_samples, write_nonfinite
 from lctw_megatron.training.optimizer import build_optimizer, wrap_data_parallel
+from lctw_megatron.training.recall import TrainingRecall
 from lctw_megatron.training.signals import StopRequest
 from lctw_megatron.training.step import Stepper
 from lctw_megatron.training.tokenizer_folder import write_tokenizer_files
@@ -137,6 +138,7 @@ class Trainer:
         )
         if self.world.is_first and own is not None:
             self.writer.apply_retention(self.first_step)
+        self.recall = TrainingRecall(run, tokenizer) if run.training.recall else None
         self.stop = StopRequest(self.world.device)
         self.spikes = SpikeWatch()
         self.skipped = 0
@@ -160,6 +162,8 @@ class Trainer:
                 done = step + 1
                 if training.eval_interval and done % training.eval_interval == 0:
                     metrics |= self.evaluate()
+                if self.recall and done % self.recall.config.every == 0:
+                    metrics |= self.recall(self.wrapped, self.world)
                 self._watch(step, metrics)
                 self._write(step, metrics)
                 progress.update(1, tokens=self.tokens_per_step)
@@ -301,7 +305,7 @@ class Trainer:
         if self.log is not None and (
             step % training.log_interval == 0
             or step == training.steps - 1
-            or any(name.startswith("validation/") for name in metrics)
+            or any(name.startswith(("validation/", "recall/")) for name in metrics)
         ):
             self.log.write(step, metrics)
 
