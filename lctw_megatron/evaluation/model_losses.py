@@ -22,8 +22,8 @@ from lctw_megatron.config.layout_rules import check_model
 from lctw_megatron.config.schema import DataConfig, LayoutConfig
 from lctw_megatron.data import zigzag
 from lctw_megatron.data.batch import IGNORE, Sample, assemble
-from lctw_megatron.data.manifest import TokenizerIdentity
 from lctw_megatron.data.microbatch import BatchSlice, make_microbatch
+from lctw_megatron.data.token_dataset import TokenDataset
 from lctw_megatron.errors import InputError
 from lctw_megatron.model import spec
 from lctw_megatron.model.checkpoint import find_checkpoint, load_weights, read_manifest
@@ -34,6 +34,20 @@ Batch = dict[str, Tensor]
 
 _ROUNDS = 4
 """Microbatches per pipeline stage that run at once: the more, the less the stages wait."""
+
+
+def check_data(checkpoint: str | Path, dataset: TokenDataset) -> None:
+    """InputError, both sides named, if the model was trained with another tokenizer or does not
+    know a token of ``dataset``. To be asked before the model is loaded."""
+    checkpoint = find_checkpoint(checkpoint)
+    manifest, tokenizer = read_manifest(checkpoint), dataset.manifest.tokenizer
+    known = (manifest.tokenizer or {}).get("digest")
+    if known and known != tokenizer.digest:
+        raise InputError(
+            f"{dataset.prefix} was tokenised with {tokenizer.path} (digest {tokenizer.digest}), "
+            f"but {checkpoint} was trained with tokenizer {known}; preprocess with the checkpoint's"
+        )
+    dataset.check_fits(manifest.model.vocab_size or 0, str(checkpoint))
 
 
 class ModelLosses:
@@ -80,22 +94,6 @@ class ModelLosses:
         """How many sequences to ask for at a time, so that no rank waits."""
         per_rank = max(1, self.tokens_per_forward // sequence_length)
         return per_rank * self.world.data_size * self.layout.pipeline * _ROUNDS
-
-    def check_tokenizer(self, tokenizer: TokenizerIdentity, prefix: str) -> None:
-        """InputError, both sides named, if the model was trained with another tokenizer."""
-        known = (self.manifest.tokenizer or {}).get("digest")
-        if known and known != tokenizer.digest:
-            raise InputError(
-                f"{prefix} was tokenised with {tokenizer.path} (digest {tokenizer.digest}), but "
-                f"{self.checkpoint} was trained with tokenizer {known}; preprocess with the "
-                "checkpoint's"
-            )
-        size = self.manifest.model.vocab_size or 0
-        if size < tokenizer.vocab_size:
-            raise InputError(
-                f"{prefix}: its tokenizer has {tokenizer.vocab_size} tokens, but {self.checkpoint} "
-                f"has a vocabulary of {size}; evaluate with the data of its own tokenizer"
-            )
 
     def losses(self, samples: Sequence[Sample]) -> np.ndarray:
         """Losses of the targets of ``samples``: float32 [n, S], nats; NaN where there is no target.

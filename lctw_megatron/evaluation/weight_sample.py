@@ -23,6 +23,7 @@ from lctw_megatron.config.schema import RunConfig
 from lctw_megatron.data.batch import IGNORE, Sample
 from lctw_megatron.data.loader import TokenLoader, TracedSample
 from lctw_megatron.data.token_text import TokenTexts
+from lctw_megatron.data.tokenizer_files import has_tokenizer
 from lctw_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from lctw_megatron.errors import InputError
 from lctw_megatron.evaluation.model_losses import ModelLosses
@@ -104,7 +105,7 @@ def weight_sample(
 def open_tokenizer(model: ModelLosses, run: RunConfig) -> Tokenizer:
     """The checkpoint's own tokenizer files, else those its data was made with. InputError."""
     own = model.checkpoint / TOKENIZER
-    return load_tokenizer(own if own.is_dir() else (model.manifest.tokenizer or {})["path"])
+    return load_tokenizer(own if has_tokenizer(own) else (model.manifest.tokenizer or {})["path"])
 
 
 def _last_step(
