@@ -16,7 +16,7 @@ from lctw_megatron.conversion import dtypes
 from lctw_megatron.conversion.architectures import ARCHITECTURES, Llama, architecture
 from lctw_megatron.conversion.placement import head_width, query_groups
 from lctw_megatron.data.json_object import read_json_object
-from lctw_megatron.data.tokenizer_files import CONFIG
+from lctw_megatron.data.tokenizer_files import CONFIG, is_token_id
 from lctw_megatron.errors import InputError
 
 # Fields that say nothing about the arithmetic of the forward pass, or are read below.
@@ -40,6 +40,8 @@ class HFConfig:
     model: ModelConfig
     ignored: list[str]
     """Fields that the architecture does not have, so that transformers ignores them as well."""
+    note: str = ""
+    """For the user: what will keep transformers from loading the folder."""
 
 
 def read_config(folder: Path) -> HFConfig:
@@ -92,6 +94,7 @@ def read_config(folder: Path) -> HFConfig:
     return HFConfig(
         model=model,
         ignored=sorted(set(values) - _KNOWN - set(table.options)),
+        note=_padding_note(values, model, path),
     )
 
 
@@ -127,6 +130,23 @@ def config_values(model: ModelConfig, dtype: str, token_ids: dict[str, Any]) -> 
     if model.rope_scaling is not None:
         values["rope_scaling"] = {"rope_type": "llama3", **model.rope_scaling.model_dump()}
     return values
+
+
+def _padding_note(values: dict[str, Any], model: ModelConfig, path: Path) -> str:
+    """InputError for ids that are none."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if values.get(name) is not None and not is_token_id(values[name]):
+            raise InputError(
+                f"{path}: {name} is {values[name]!r:.80}, expected a token id, a list of them or "
+                "null"
+            )
+    pad, size = values.get("pad_token_id"), model.vocab_size or 0
+    if not isinstance(pad, int) or -size <= pad < size:
+        return ""
+    return (
+        f"{path}: pad_token_id {pad} is beyond the vocabulary of {size}, so transformers loads "
+        "neither this folder nor what is exported from it; it needs null there, or more embeddings"
+    )
 
 
 def _table(values: dict[str, Any], path: Path) -> type[Llama]:

@@ -23,6 +23,7 @@ from lctw_megatron.data.manifest import TokenizerIdentity
 from lctw_megatron.data.sentencepiece_model import (
     SPACE,
     breaks_at_newlines,
+    parts_of,
     read_settings,
     to_fast_tokenizer,
 )
@@ -35,8 +36,6 @@ from lctw_megatron.data.tokenizer_files import (
 )
 from lctw_megatron.errors import InputError
 
-_PART_CHARACTERS = 8192
-"""SentencePiece slows down on long texts (1.4 MB/s on one of 6 MB, 5.6 MB/s on parts of 8 kB)."""
 REPLACEMENT = "\ufffd"
 """Stands for bytes that are no text on their own."""
 
@@ -102,10 +101,16 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model. BOS is added if the model has one, unless ``add_bos`` is False.
-    ``folder``: the Hugging Face folder that it stands for."""
 
-    def __init__(self, path: Path, add_bos: bool | None = None, folder: Path | None = None) -> None:
+    ``folder``: the Hugging Face folder that it encodes for. Texts that spell out one of its special
+    tokens are left to that: to SentencePiece the name is letters.
+    """
+
+    def __init__(
+        self, path: Path, add_bos: bool | None = None, folder: "HuggingFaceTokenizer | None" = None
+    ) -> None:
         self._folder = folder
+        self._names = folder.added_names() if folder is not None else []
         model = path.read_bytes()
         self._processor = _load_sentencepiece(path, model)
         self._settings = read_settings(model)
@@ -130,6 +135,13 @@ class SentencePieceTokenizer(Tokenizer):
         return {name(id): id for id in range(self._processor.get_piece_size())}
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encoded = self._encode(texts)
+        for number, text in enumerate(texts):
+            if self._folder is not None and any(name in text for name in self._names):
+                encoded[number] = self._folder.encode_batch([text])[0]
+        return encoded
+
+    def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         if not self._in_parts:
             encoded = self._processor.encode(list(texts), num_threads=1)
             return [np.array(ids, np.int32) for ids in encoded]
@@ -137,7 +149,7 @@ class SentencePieceTokenizer(Tokenizer):
         extra = 1 if self._settings.add_dummy_prefix else 0
         results = []
         for text in texts:
-            encoded = self._processor.encode(_parts(text), num_threads=1)
+            encoded = self._processor.encode(parts_of(text), num_threads=1)
             arrays = [np.array(ids, np.int32) for ids in encoded]
             results.append(np.concatenate([arrays[0], *(ids[extra:] for ids in arrays[1:])]))
         return results
@@ -151,15 +163,19 @@ class SentencePieceTokenizer(Tokenizer):
 
     def save_hf(self, directory: str | os.PathLike[str]) -> None:
         if self._folder is not None:
-            _copy(self._folder, directory)
+            self._folder.save_hf(directory)
             return
+        target = Path(directory)
+        target.mkdir(parents=True, exist_ok=True)
+        (target / "tokenizer.model").write_bytes(self._model)
         try:
             fast = to_fast_tokenizer(self._processor, self._settings)
         except ValueError as error:
-            raise InputError(
-                f"tokenizer {self.identity.path}: {error} cannot be written as tokenizer.json; "
-                f"give the model's Hugging Face folder as the tokenizer instead"
-            ) from None
+            print(
+                f"tokenizer {self.identity.path}: {error} cannot be written as tokenizer.json; the "
+                "model file goes along alone, and transformers reads it in its own way"
+            )
+            return
         known = self.identity
         name = self._processor.id_to_piece
         config: dict[str, Any] = {
@@ -173,10 +189,7 @@ class SentencePieceTokenizer(Tokenizer):
             config["bos_token"] = name(known.bos_id)
         if known.eos_id is not None:
             config["eos_token"] = name(known.eos_id)
-        target = Path(directory)
-        target.mkdir(parents=True, exist_ok=True)
         fast.save(str(target / "tokenizer.json"))
-        (target / "tokenizer.model").write_bytes(self._model)
         (target / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
@@ -255,6 +268,10 @@ class HuggingFaceTokenizer(Tokenizer):
             self._fast.get_added_tokens_decoder()
         )
 
+    def added_names(self) -> list[str]:
+        """The names that are read as one token wherever a text has them."""
+        return [token.content for token in self._fast.get_added_tokens_decoder().values()]
+
     def _id(self, name: str | None, folder: Path) -> int | None:
         if name is None:
             return None
@@ -303,7 +320,7 @@ def _as_sentencepiece(model: Path, folder: HuggingFaceTokenizer) -> SentencePiec
     tokens and the ids of a text agree, or if it is no SentencePiece model (Llama 3's has the ranks
     of tiktoken)."""
     try:
-        tokenizer = SentencePieceTokenizer(model, folder.identity.add_bos, model.parent)
+        tokenizer = SentencePieceTokenizer(model, folder.identity.add_bos, folder)
     except InputError:
         return None
     ours, theirs = tokenizer.identity, folder.identity
@@ -323,15 +340,6 @@ def _load_sentencepiece(path: Path, model: bytes) -> SentencePieceProcessor:
         return SentencePieceProcessor(model_proto=model)
     except Exception as error:  # RuntimeError or ValueError, as the version has it
         raise InputError(f"{path}: not a SentencePiece model ({error})") from None
-
-
-def _parts(text: str) -> list[str]:
-    """``text`` cut before newlines, each part at least _PART_CHARACTERS long but the last."""
-    parts, begin = [], 0
-    while (end := text.find("\n", begin + _PART_CHARACTERS)) >= 0:
-        parts.append(text[begin:end])
-        begin = end
-    return [*parts, text[begin:]]
 
 
 def _byte_text(piece: str) -> str:
