@@ -57,8 +57,8 @@ def import_hf(
     if config.ignored:
         log(f"{hf / CONFIG}: without meaning for {config.model.architecture}: "
             + ", ".join(config.ignored))  # fmt: skip
-    if config.note:
-        log(config.note)
+    for note in config.notes:
+        log(note)
     with SafetensorsFolder(hf) as source:
         if passed := check_tensors(source, config.model, tensors):
             log(f"{hf}: hold no weights, left out: {few(passed, most=2)}")
