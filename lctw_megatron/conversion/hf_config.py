@@ -175,7 +175,7 @@ def _notes(values: dict[str, Any], table: type[Llama], model: ModelConfig, path:
 
 def _table(values: dict[str, Any], path: Path) -> type[Llama]:
     kind = values.get("model_type")
-    if kind not in ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise InputError(f"{path}: model_type {kind!r} cannot be converted; supported: {known}")
     table = ARCHITECTURES[kind]

@@ -110,12 +110,16 @@ class SentencePieceTokenizer(Tokenizer):
         self, path: Path, add_bos: bool | None = None, folder: "HuggingFaceTokenizer | None" = None
     ) -> None:
         self._folder = folder
-        self._names = folder.added_names() if folder is not None else []
+        self._names = list(folder.vocabulary()[1].values()) if folder is not None else []
         model = path.read_bytes()
-        self._processor = _load_sentencepiece(path, model)
-        self._settings = read_settings(model)
+        try:
+            self._processor = SentencePieceProcessor(model_proto=model)
+            self._settings = read_settings(model)
+            self._in_parts = breaks_at_newlines(self._processor, self._settings)
+            self.pieces()  # the library reads pieces that are no text, and gives none
+        except Exception as error:  # RuntimeError or ValueError, as the version has it, and others
+            raise InputError(f"{path}: not a SentencePiece model ({_line(error)})") from None
         self._model = model
-        self._in_parts = breaks_at_newlines(self._processor, self._settings)
         self.unk_id = self._processor.unk_id()
         bos, eos = self._processor.bos_id(), self._processor.eos_id()
         self.identity = TokenizerIdentity(
@@ -216,14 +220,13 @@ class HuggingFaceTokenizer(Tokenizer):
                 self._fast = FastTokenizer.from_file(str(path))
             except Exception as error:  # the library raises plain Exception
                 raise InputError(
-                    f"{path}: not a tokenizer.json that can be read ({error})"
+                    f"{path}: not a tokenizer.json that can be read ({_line(error)})"
                 ) from None
         else:
             self._fast, names = _by_transformers(folder)
             description = parse_json(self._fast.to_str())
             model = (folder / "tokenizer.model").read_bytes()
-            added = {id: t.content for id, t in self._fast.get_added_tokens_decoder().items()}
-            source = [hashlib.blake2b(model, digest_size=16).hexdigest(), added]
+            source = [hashlib.blake2b(model, digest_size=16).hexdigest(), self.vocabulary()[1]]
         self._byte_level = "ByteLevel" in json.dumps(description.get("decoder"))
         self._fast.no_truncation()
         self._fast.no_padding()
@@ -260,17 +263,13 @@ class HuggingFaceTokenizer(Tokenizer):
         return _byte_text(token) or token.replace(SPACE, " ")
 
     def save_hf(self, directory: str | os.PathLike[str]) -> None:
-        _copy(self._folder, directory)
+        copy_tokenizer_files(self._folder, Path(directory))
+        copy_token_config(self._folder, Path(directory))
 
-    def vocabulary(self) -> tuple[dict[str, int], set[int]]:
-        """Its tokens, and the ids of those that are added to the model's."""
-        return self._fast.get_vocab(with_added_tokens=True), set(
-            self._fast.get_added_tokens_decoder()
-        )
-
-    def added_names(self) -> list[str]:
-        """The names that are read as one token wherever a text has them."""
-        return [token.content for token in self._fast.get_added_tokens_decoder().values()]
+    def vocabulary(self) -> tuple[dict[str, int], dict[int, str]]:
+        """Its tokens, and those that are one wherever a text has their name."""
+        added = self._fast.get_added_tokens_decoder().items()
+        return self._fast.get_vocab(with_added_tokens=True), {id: t.content for id, t in added}
 
     def _id(self, name: str | None, folder: Path) -> int | None:
         if name is None:
@@ -285,7 +284,14 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _adds_first(self) -> int | None:
         """The token that is put before a text, if one is."""
-        plain, whole = (self._fast.encode("a", add_special_tokens=add).ids for add in (False, True))
+        try:
+            plain, whole = (self._fast.encode("a", add_special_tokens=x).ids for x in (False, True))
+        except BaseException as error:  # a panic of the library's Rust is no Exception
+            if type(error).__name__ != "PanicException":
+                raise
+            raise InputError(
+                f"{self._folder / 'tokenizer.json'}: its template does not fit its tokens ({error})"
+            ) from None
         return whole[0] if len(whole) > len(plain) and whole[1 : 1 + len(plain)] == plain else None
 
 
@@ -297,17 +303,11 @@ def _by_transformers(folder: Path) -> tuple[FastTokenizer, tuple[str | None, str
         found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         return found.backend_tokenizer, (found.bos_token, found.eos_token)
     except Exception as error:  # whatever its converters raise
-        reason = " ".join(str(error).split())[:200]
         raise InputError(
             f"tokenizer {folder}: transformers cannot read its tokenizer.model together with the "
-            f"tokens that its other files add ({reason}); add tokenizer.json, as AutoTokenizer's "
-            "save_pretrained writes it"
+            f"tokens that its other files add ({_line(error)}); add tokenizer.json, as "
+            "AutoTokenizer's save_pretrained writes it"
         ) from None
-
-
-def _copy(folder: Path, directory: str | os.PathLike[str]) -> None:
-    copy_tokenizer_files(folder, Path(directory))
-    copy_token_config(folder, Path(directory))
 
 
 _PROBE = """ Two  spaces,\ttabs\n\n  and (lines);\n\n\n    if x[0] != -3.14e+05: # indented
@@ -329,17 +329,15 @@ def _as_sentencepiece(model: Path, folder: HuggingFaceTokenizer) -> SentencePiec
     agree = (
         (ours.bos_id, ours.eos_id, ours.add_bos) == (theirs.bos_id, theirs.eos_id, theirs.add_bos)
         and pieces == vocabulary
-        and added <= basic
+        and added.keys() <= basic
         and all(map(np.array_equal, *(t.encode_batch([_PROBE]) for t in (tokenizer, folder))))
     )
     return tokenizer if agree else None
 
 
-def _load_sentencepiece(path: Path, model: bytes) -> SentencePieceProcessor:
-    try:
-        return SentencePieceProcessor(model_proto=model)
-    except Exception as error:  # RuntimeError or ValueError, as the version has it
-        raise InputError(f"{path}: not a SentencePiece model ({error})") from None
+def _line(error: Exception) -> str:
+    """What a library says of a file, which may quote it."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _byte_text(piece: str) -> str:
