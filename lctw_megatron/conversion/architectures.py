@@ -65,8 +65,8 @@ class Llama:
     max_position_embeddings: ClassVar[int] = 2048
     """Where config.json says nothing."""
     options: ClassVar[dict[str, Option]] = {
-        "attention_bias": Option(False, (False,)),
-        "mlp_bias": Option(False, (False,)),
+        "attention_bias": Option(False, (False, None)),
+        "mlp_bias": Option(False, (False, None)),
     }
     written: ClassVar[dict[str, Any]] = {
         "attention_bias": False,
@@ -147,7 +147,7 @@ class Qwen3(Llama):
     head_dim = 128
     key_value_heads = 32
     max_position_embeddings = 32768
-    options = {"attention_bias": Option(False, (False,)), **_NO_SLIDING_WINDOW}
+    options = {"attention_bias": Option(False, (False, None)), **_NO_SLIDING_WINDOW}
     written = {"attention_bias": False, "use_sliding_window": False}
     layer = (
         *Llama.layer,

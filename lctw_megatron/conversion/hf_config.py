@@ -16,7 +16,7 @@ from lctw_megatron.conversion import dtypes
 from lctw_megatron.conversion.architectures import ARCHITECTURES, Llama, architecture
 from lctw_megatron.conversion.placement import head_width, query_groups
 from lctw_megatron.data.json_object import read_json_object
-from lctw_megatron.data.tokenizer_files import CONFIG
+from lctw_megatron.data.tokenizer_files import CONFIG, is_token_id
 from lctw_megatron.errors import InputError
 
 # Fields that say nothing about the arithmetic of the forward pass, or are read below.
@@ -40,6 +40,8 @@ class HFConfig:
     model: ModelConfig
     ignored: list[str]
     """Fields that the architecture does not have, so that transformers ignores them as well."""
+    notes: list[str]
+    """For the user: what was read over, and what keeps transformers from loading the folder."""
 
 
 def read_config(folder: Path) -> HFConfig:
@@ -78,8 +80,8 @@ def read_config(folder: Path) -> HFConfig:
             rope_theta=theta,
             rope_scaling=scaling,
             layernorm_epsilon=values.get("rms_norm_eps", 1e-6),
-            tie_word_embeddings=values.get("tie_word_embeddings", False),
-            init_method_std=values.get("initializer_range", 0.02),
+            tie_word_embeddings=_given(values, "tie_word_embeddings", False),
+            init_method_std=_given(values, "initializer_range", 0.02),
             attention_dropout=values.get("attention_dropout") or 0.0,
             qkv_bias=table.flags["qkv_bias"],
             qk_norm=table.flags["qk_norm"],
@@ -92,6 +94,7 @@ def read_config(folder: Path) -> HFConfig:
     return HFConfig(
         model=model,
         ignored=sorted(set(values) - _KNOWN - set(table.options)),
+        notes=_notes(values, table, model, path),
     )
 
 
@@ -129,9 +132,50 @@ def config_values(model: ModelConfig, dtype: str, token_ids: dict[str, Any]) -> 
     return values
 
 
+_WINDOW = ("sliding_window", "use_sliding_window", "layer_types")
+
+
+def _has_idle_window(values: dict[str, Any], table: type[Llama]) -> bool:
+    """Whether there is a sliding window that hides nothing: it is as long as the model's positions,
+    or begins (Qwen's `max_window_layers`) above the last layer."""
+    window = values.get("sliding_window", 4096)
+    if "use_sliding_window" in table.options:
+        used, first = values.get("use_sliding_window"), values.get("max_window_layers", 28)
+        layers = values.get("num_hidden_layers")
+        above = isinstance(first, int) and isinstance(layers, int) and first >= layers
+        if used and above and not values.get("layer_types"):
+            return True
+    else:
+        used = window is not None and "sliding_window" in table.options
+    positions = values.get("max_position_embeddings") or table.max_position_embeddings
+    whole = isinstance(window, int) and isinstance(positions, int)
+    return bool(used) and whole and window >= positions
+
+
+def _notes(values: dict[str, Any], table: type[Llama], model: ModelConfig, path: Path) -> list[str]:
+    """See HFConfig. InputError for ids that are none."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if values.get(name) is not None and not is_token_id(values[name]):
+            raise InputError(
+                f"{path}: {name} is {values[name]!r:.80}, expected a token id, a list of them or "
+                "null"
+            )
+    notes = []
+    if _has_idle_window(values, table):
+        notes.append(f"{path}: its sliding window hides nothing, and is left out")
+    pad, size = values.get("pad_token_id"), model.vocab_size or 0
+    if isinstance(pad, int) and not -size <= pad < size:
+        notes.append(
+            f"{path}: pad_token_id {pad} is beyond the vocabulary of {size}, so transformers loads "
+            "neither this folder nor what is exported from it; it needs null there, or more "
+            "embeddings"
+        )
+    return notes
+
+
 def _table(values: dict[str, Any], path: Path) -> type[Llama]:
     kind = values.get("model_type")
-    if kind not in ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise InputError(f"{path}: model_type {kind!r} cannot be converted; supported: {known}")
     table = ARCHITECTURES[kind]
@@ -152,10 +196,12 @@ def _refuse_unsupported(values: dict[str, Any], table: type[Llama], path: Path) 
         found.append("quantization_config (supported: float32, bfloat16 and float16 weights)")
     if values.get("auto_map"):
         found.append("auto_map, code of its own (supported: the classes of transformers)")
+    window_values = (True, "sliding_attention", values.get("sliding_window"))
+    idle = window_values if _has_idle_window(values, table) else ()
     for name, option in table.options.items():
         value = values.get(name, option.default)
         for each in value if isinstance(value, list) else [value]:
-            if each not in option.supported:
+            if each not in option.supported and not (name in _WINDOW and each in idle):
                 origin = "" if name in values else ", transformers' default"
                 text = " or ".join("null" if v is None else repr(v) for v in option.supported)
                 found.append(f"{name} {each!r}{origin} (supported: {text})")
@@ -192,8 +238,9 @@ def _rope(
             f"{path}: unsupported: partial_rotary_factor {rope['partial_rotary_factor']} "
             "(supported: 1)"
         )
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    stretched = rope.get("factor") != 1 or rope.get("attention_factor") not in (None, 1)
+    if kind == "default" or (kind in ("linear", "yarn") and not stretched):
         return theta, None
     if kind != "llama3":
         raise InputError(
@@ -220,6 +267,10 @@ def _rope(
             f"{path}: {wrong['loc'][-1]} of rope_type llama3 is {wrong['input']!r}: {wrong['msg']}"
         ) from None
     return theta, scaling
+
+
+def _given(values: dict[str, Any], name: str, default: Any) -> Any:
+    return default if values.get(name) is None else values[name]
 
 
 def _number(values: dict[str, Any], name: str, path: Path, default: int | None = None) -> int:

@@ -21,14 +21,14 @@ from lctw_megatron.conversion.checkpoint_writer import CheckpointFiles
 from lctw_megatron.conversion.done_marks import conversion_into
 from lctw_megatron.conversion.hf_config import read_config
 from lctw_megatron.conversion.hf_safetensors import SafetensorsFolder, tensor_of
-from lctw_megatron.conversion.placement import StoredTensor, head_width, stored_tensors
+from lctw_megatron.conversion.placement import StoredTensor, stored_tensors
+from lctw_megatron.conversion.weightless import FREQUENCY_NAMES, is_weightless
 from lctw_megatron.data.tokenizer_files import CONFIG, tokenizer_files
 from lctw_megatron.errors import InputError, few
 from lctw_megatron.model.checkpoint import CheckpointManifest, write_manifest
 from lctw_megatron.progress import Progress
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_INVERSE_FREQUENCIES = ".self_attn.rotary_emb.inv_freq"
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,11 @@ def import_hf(
     if config.ignored:
         log(f"{hf / CONFIG}: without meaning for {config.model.architecture}: "
             + ", ".join(config.ignored))  # fmt: skip
+    for note in config.notes:
+        log(note)
     with SafetensorsFolder(hf) as source:
-        check_tensors(source, config.model, tensors)
+        if passed := check_tensors(source, config.model, tensors):
+            log(f"{hf}: hold no weights, left out: {few(passed, most=2)}")
         name = _target_dtype(source, tensors, dtype)
         sizes = [math.prod(part.shape) for stored in tensors for part in stored.parts]
         source_of = _source(hf, source, name)
@@ -78,12 +81,13 @@ def import_hf(
 
 def check_tensors(
     source: SafetensorsFolder, model: ModelConfig, tensors: list[StoredTensor]
-) -> None:
+) -> list[str]:
     """Raise InputError naming every tensor that is missing, unknown, of another shape or dtype.
 
     Two kinds of tensors that say nothing new may be there if they say nothing false: a copy of tied
-    embeddings, and the rotary frequencies that old Llama folders carry.
+    embeddings, and what holds no weights (``weightless``), which is returned.
     """
+    passed = []
     wanted = {part.name: part.shape for stored in tensors for part in stored.parts}
     found = source.entries
     problems = [f"{name} is missing" for name in wanted if name not in found]
@@ -96,9 +100,10 @@ def check_tensors(
         elif name == _HEAD and model.tie_word_embeddings:
             if _EMBEDDING in found and not _equal(source, _HEAD, _EMBEDDING):
                 problems.append(f"{name} differs from {_EMBEDDING}, although config.json ties them")
-        elif name.endswith(_INVERSE_FREQUENCIES):
-            if not _are_frequencies(source, name, model):
-                problems.append(f"{name} does not follow from rope_theta {model.rope_theta:g}")
+        elif is_weightless(source, name, model):
+            passed.append(name)
+        elif name.endswith(FREQUENCY_NAMES):
+            problems.append(f"{name} does not follow from rope_theta {model.rope_theta:g}")
         else:
             problems.append(f"{name} is unknown")
     if problems:
@@ -106,6 +111,7 @@ def check_tensors(
             f"{source.folder}: the tensors are not those of its config.json: "
             + (_prefixed(list(found), list(wanted)) or few(problems, "; "))
         )
+    return passed
 
 
 def _prefixed(found: list[str], wanted: list[str]) -> str | None:
@@ -189,18 +195,3 @@ def _equal(source: SafetensorsFolder, one: str, other: str) -> bool:
         if not torch.equal(parts[0].view(torch.uint8), parts[1].view(torch.uint8)):
             return False
     return True
-
-
-def _are_frequencies(source: SafetensorsFolder, name: str, model: ModelConfig) -> bool:
-    """Whether the tensor holds 1 / theta^(2i/d), to the precision of its dtype."""
-    width = head_width(model)
-    entry = source.entries[name]
-    if model.rope_scaling or entry.shape != (width // 2,):
-        return False
-    if entry.dtype not in dtypes.BY_SAFETENSORS:
-        return False
-    stored = torch.empty(entry.shape, dtype=source.dtype(name))
-    source.read_rows(name, 0, stored)
-    exact = model.rope_theta ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
-    precision = 4 * max(torch.finfo(stored.dtype).eps, torch.finfo(torch.float32).eps)
-    return torch.allclose(stored.double(), exact, rtol=precision, atol=1e-7)

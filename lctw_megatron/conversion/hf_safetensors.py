@@ -64,6 +64,11 @@ class SafetensorsFolder(Closing):
     def dtype(self, name: str) -> torch.dtype:
         return BY_SAFETENSORS[self.entries[name].dtype]
 
+    def read(self, name: str) -> Tensor:
+        """The whole tensor, in its dtype."""
+        with safe_open(self.entries[name].file, "pt") as file:
+            return file.get_tensor(name)
+
     def read_rows(self, name: str, row: int, out: Tensor) -> None:
         """Fill ``out`` (on the CPU) with the rows from ``row`` on, in its dtype."""
         if name != self._name:

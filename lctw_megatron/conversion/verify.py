@@ -131,13 +131,21 @@ def compare_logits(hf: Path, checkpoint: Path, tokens: Tensor) -> LogitsComparis
 
 @torch.no_grad()
 def hf_logits(hf: Path, tokens: Tensor, rounded_to: torch.dtype = torch.float32) -> Tensor:
-    """float32 logits [sequences, length, vocabulary] of transformers, weights rounded first."""
+    """float32 logits [sequences, length, vocabulary] of transformers, weights rounded first.
+    InputError if transformers cannot load the folder."""
     from transformers import AutoModelForCausalLM, __version__
 
     from lctw_megatron.platform.world import default_device
 
     dtype = "dtype" if int(__version__.split(".")[0]) >= 5 else "torch_dtype"  # renamed in 5
-    model = AutoModelForCausalLM.from_pretrained(hf, **{dtype: rounded_to})
+    try:
+        model = AutoModelForCausalLM.from_pretrained(hf, **{dtype: rounded_to})
+    except Exception as error:  # whatever its classes raise
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise InputError(
+            f"{hf}: transformers cannot load it ({reason}), so there are no logits to compare; "
+            "mend the folder, or compare the tensors alone with --no-logits"
+        ) from None
     model = model.float().to(default_device()).eval()
     return model(tokens.to(default_device()), use_cache=False).logits.float().cpu()
 

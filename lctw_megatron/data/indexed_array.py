@@ -208,7 +208,7 @@ class IndexedArrayWriter(Closing):
 
     A context manager: leaving it with an exception leaves neither file. Memory is bounded: the
     lengths wait in an unnamed temporary file. After ``finish``, ``fingerprint`` is the blake2b-128
-    of the .bin bytes followed by the int32 lengths.
+    of the .bin bytes followed by the int32 lengths; ``largest`` is the largest of whole numbers.
     """
 
     def __init__(self, prefix: str | os.PathLike[str], dtype: np.dtype | str | type) -> None:
@@ -216,6 +216,7 @@ class IndexedArrayWriter(Closing):
         self.dtype = np.dtype(dtype).newbyteorder("<")
         self.count = 0
         self.num_values = 0
+        self.largest = -1
         self.fingerprint = ""
         self._hash = hashlib.blake2b(digest_size=16)
         self._files = ExitStack()
@@ -284,7 +285,10 @@ class IndexedArrayWriter(Closing):
     def _append(self, block: bytes) -> None:
         self._data.write(block)
         self._hash.update(block)
-        self.num_values += len(block) // self.dtype.itemsize
+        count = len(block) // self.dtype.itemsize
+        self.num_values += count
+        if count and self.dtype.kind != "f":
+            self.largest = max(self.largest, int(np.frombuffer(block, self.dtype, count).max()))
 
     def _append_lengths(self, lengths: np.ndarray) -> None:
         if lengths.max() > np.iinfo(np.int32).max:

@@ -44,6 +44,9 @@ class TokenManifest(_Strict):
     documents: int
     tokens: int
     dtype: str
+    largest_id: int | None = None
+    """Largest token id, which decides whether a model's vocabulary is large enough; null in older
+    manifests."""
     tokenizer: TokenizerIdentity
     source: dict[str, Any]
     """Where the text came from."""

@@ -9,6 +9,8 @@ from tokenizers import Tokenizer as FastTokenizer
 
 SPACE = "\u2581"
 """How SentencePiece writes a space inside pieces."""
+_PART_CHARACTERS = 8192
+"""SentencePiece slows down on long texts (1.4 MB/s on one of 6 MB, 5.6 MB/s on parts of 8 kB)."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,15 @@ def breaks_at_newlines(processor: SentencePieceProcessor, settings: ModelSetting
     newline = processor.encode("\n")
     unknown = processor.unk_id()
     return newline[:-1] == lead and unknown not in newline
+
+
+def parts_of(text: str) -> list[str]:
+    """``text`` cut before newlines, each part at least _PART_CHARACTERS long but the last."""
+    parts, begin = [], 0
+    while (end := text.find("\n", begin + _PART_CHARACTERS)) >= 0:
+        parts.append(text[begin:end])
+        begin = end
+    return [*parts, text[begin:]]
 
 
 def to_fast_tokenizer(processor: SentencePieceProcessor, settings: ModelSettings) -> FastTokenizer:

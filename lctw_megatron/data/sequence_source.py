@@ -28,8 +28,8 @@ class SequenceSource:
     """Sequences of one token dataset, by number.
 
     ``scores`` is the name of the sidecar to read, None for none; ``window`` and ``stride`` are what
-    it must have been made with, None for anything. ``vocab_size`` is the model's; None takes the
-    tokenizer's.
+    it must have been made with, None for anything. ``vocab_size`` is the model's, which must know
+    every token; None takes the tokenizer's.
     """
 
     def __init__(
@@ -56,6 +56,7 @@ class SequenceSource:
                 )
         self._sequence_length = data.sequence_length
         self._vocab_size = vocab_size or self.tokenizer.vocab_size
+        self.dataset.check_fits(self._vocab_size, "the model")
         self._bos_id = self.tokenizer.bos_id if self.tokenizer.add_bos else None
         self.index, self.packing_cost = cached_index(
             self.dataset, data.sequence_length, data.packing, data.tails, data.index_cache
@@ -137,6 +138,12 @@ def open_sources(
     Raises InputError unless all share one tokenizer.
     """
     sources = [SequenceSource(corpus.prefix, data, **options) for corpus in corpora]
+    check_one_tokenizer(sources)
+    return sources
+
+
+def check_one_tokenizer(sources: Sequence[SequenceSource]) -> None:
+    """InputError that names both if two of them were made with different ones."""
     for source in sources[1:]:
         if source.tokenizer.digest != sources[0].tokenizer.digest:
             raise InputError(
@@ -145,4 +152,3 @@ def open_sources(
                 f"{sources[0].tokenizer.path} (digest {sources[0].tokenizer.digest}); "
                 "preprocess both with one tokenizer"
             )
-    return sources

@@ -72,10 +72,31 @@ class TokenDataset(IndexedArrayReader):
         """Identity of the content, from the manifest."""
         return self.manifest.fingerprint
 
+    def check_fits(self, vocab_size: int, model: str) -> None:
+        """InputError unless ``model``, as the user calls it, has a token for every id. What asks a
+        model for anything calls this first; a tokenizer with more tokens does no harm by itself."""
+        tokenizer, largest = self.manifest.tokenizer, self.manifest.largest_id
+        if largest is None:  # an older manifest: the tokenizer's size settles it, or reading all
+            fits = tokenizer.vocab_size <= vocab_size
+            largest = -1 if fits else check_vocabulary(self, tokenizer)
+        if largest < vocab_size:
+            return
+        raise InputError(
+            f"{self.prefix}: holds token id {largest}, but {model} has a vocabulary of "
+            f"{vocab_size} (ids 0 to {vocab_size - 1}); take the model of the tokenizer "
+            f"{tokenizer.path}, or preprocess with the model's"
+        )
+
     def verify(self) -> None:
         """Read everything: InputError unless index, token ids and fingerprint fit the manifest."""
         self.check_index()
-        check_vocabulary(self, self.manifest.tokenizer)
+        largest = check_vocabulary(self, self.manifest.tokenizer)
+        if self.manifest.largest_id not in (None, largest):
+            raise InputError(
+                f"{data_path(self.prefix)}: the largest token id is {largest}, but "
+                f"{manifest_path(self.prefix)} says {self.manifest.largest_id}: the tokens were "
+                "changed; preprocess again"
+            )
         found = content_fingerprint(self)
         if found != self.fingerprint:
             raise InputError(
@@ -96,12 +117,15 @@ class TokenDataset(IndexedArrayReader):
                 )
 
 
-def check_vocabulary(dataset: IndexedArrayReader, tokenizer: TokenizerIdentity) -> None:
-    """Read all tokens: InputError that names the first id outside the tokenizer's vocabulary."""
+def check_vocabulary(dataset: IndexedArrayReader, tokenizer: TokenizerIdentity) -> int:
+    """Read all tokens and return the largest id: InputError that names the first one outside the
+    tokenizer's vocabulary."""
+    largest = -1
     step = BLOCK_BYTES // dataset.dtype.itemsize
     for begin in range(0, dataset.num_values, step):
         block = dataset.values[begin : begin + step]
-        if int(block.max()) < tokenizer.vocab_size and int(block.min()) >= 0:
+        largest = max(largest, int(block.max()))
+        if largest < tokenizer.vocab_size and int(block.min()) >= 0:
             continue
         at = begin + int(((block < 0) | (block >= tokenizer.vocab_size)).argmax())
         itemsize = dataset.dtype.itemsize
@@ -112,6 +136,7 @@ def check_vocabulary(dataset: IndexedArrayReader, tokenizer: TokenizerIdentity) 
             f"document {document} is beyond the vocabulary of {tokenizer.path} "
             f"({tokenizer.vocab_size} tokens); it was made with another tokenizer"
         )
+    return largest
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -171,6 +196,7 @@ class TokenWriter(Closing):
             documents=self.num_documents,
             tokens=self.num_tokens,
             dtype=self._array.dtype.name,
+            largest_id=self._array.largest,
             tokenizer=self.tokenizer,
             source=self.source,
         )

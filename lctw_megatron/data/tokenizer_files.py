@@ -44,13 +44,20 @@ def token_ids(settings: dict[str, Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in settings.items()
-        if name.endswith("_token_id") and value is not None
+        if name.endswith("_token_id") and is_token_id(value)
     }
+
+
+def is_token_id(value: Any) -> bool:
+    """A whole number or a list of them; anything else is none to transformers either."""
+    values = value if isinstance(value, list) else [value]
+    return all(isinstance(each, int) and not isinstance(each, bool) for each in values)
 
 
 def copy_token_config(folder: Path, target: Path) -> None:
     """Keep of ``folder``'s config.json, if it has one, what concerns tokens."""
     if (folder / CONFIG).is_file():
         settings = read_json_object(folder / CONFIG)
-        kept = {"model_type": settings["model_type"]} if "model_type" in settings else {}
+        kind = settings.get("model_type")
+        kept = {"model_type": kind} if isinstance(kind, str) else {}
         write_json(target / CONFIG, kept | token_ids(settings))

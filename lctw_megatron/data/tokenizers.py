@@ -23,6 +23,7 @@ from lctw_megatron.data.manifest import TokenizerIdentity
 from lctw_megatron.data.sentencepiece_model import (
     SPACE,
     breaks_at_newlines,
+    parts_of,
     read_settings,
     to_fast_tokenizer,
 )
@@ -35,8 +36,6 @@ from lctw_megatron.data.tokenizer_files import (
 )
 from lctw_megatron.errors import InputError
 
-_PART_CHARACTERS = 8192
-"""SentencePiece slows down on long texts (1.4 MB/s on one of 6 MB, 5.6 MB/s on parts of 8 kB)."""
 REPLACEMENT = "\ufffd"
 """Stands for bytes that are no text on their own."""
 
@@ -102,15 +101,25 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model. BOS is added if the model has one, unless ``add_bos`` is False.
-    ``folder``: the Hugging Face folder that it stands for."""
 
-    def __init__(self, path: Path, add_bos: bool | None = None, folder: Path | None = None) -> None:
+    ``folder``: the Hugging Face folder that it encodes for. Texts that spell out one of its special
+    tokens are left to that: to SentencePiece the name is letters.
+    """
+
+    def __init__(
+        self, path: Path, add_bos: bool | None = None, folder: "HuggingFaceTokenizer | None" = None
+    ) -> None:
         self._folder = folder
+        self._names = list(folder.vocabulary()[1].values()) if folder is not None else []
         model = path.read_bytes()
-        self._processor = _load_sentencepiece(path, model)
-        self._settings = read_settings(model)
+        try:
+            self._processor = SentencePieceProcessor(model_proto=model)
+            self._settings = read_settings(model)
+            self._in_parts = breaks_at_newlines(self._processor, self._settings)
+            self.pieces()  # the library reads pieces that are no text, and gives none
+        except Exception as error:  # RuntimeError or ValueError, as the version has it, and others
+            raise InputError(f"{path}: not a SentencePiece model ({_line(error)})") from None
         self._model = model
-        self._in_parts = breaks_at_newlines(self._processor, self._settings)
         self.unk_id = self._processor.unk_id()
         bos, eos = self._processor.bos_id(), self._processor.eos_id()
         self.identity = TokenizerIdentity(
@@ -130,6 +139,13 @@ class SentencePieceTokenizer(Tokenizer):
         return {name(id): id for id in range(self._processor.get_piece_size())}
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encoded = self._encode(texts)
+        for number, text in enumerate(texts):
+            if self._folder is not None and any(name in text for name in self._names):
+                encoded[number] = self._folder.encode_batch([text])[0]
+        return encoded
+
+    def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         if not self._in_parts:
             encoded = self._processor.encode(list(texts), num_threads=1)
             return [np.array(ids, np.int32) for ids in encoded]
@@ -137,7 +153,7 @@ class SentencePieceTokenizer(Tokenizer):
         extra = 1 if self._settings.add_dummy_prefix else 0
         results = []
         for text in texts:
-            encoded = self._processor.encode(_parts(text), num_threads=1)
+            encoded = self._processor.encode(parts_of(text), num_threads=1)
             arrays = [np.array(ids, np.int32) for ids in encoded]
             results.append(np.concatenate([arrays[0], *(ids[extra:] for ids in arrays[1:])]))
         return results
@@ -151,15 +167,19 @@ class SentencePieceTokenizer(Tokenizer):
 
     def save_hf(self, directory: str | os.PathLike[str]) -> None:
         if self._folder is not None:
-            _copy(self._folder, directory)
+            self._folder.save_hf(directory)
             return
+        target = Path(directory)
+        target.mkdir(parents=True, exist_ok=True)
+        (target / "tokenizer.model").write_bytes(self._model)
         try:
             fast = to_fast_tokenizer(self._processor, self._settings)
         except ValueError as error:
-            raise InputError(
-                f"tokenizer {self.identity.path}: {error} cannot be written as tokenizer.json; "
-                f"give the model's Hugging Face folder as the tokenizer instead"
-            ) from None
+            print(
+                f"tokenizer {self.identity.path}: {error} cannot be written as tokenizer.json; the "
+                "model file goes along alone, and transformers reads it in its own way"
+            )
+            return
         known = self.identity
         name = self._processor.id_to_piece
         config: dict[str, Any] = {
@@ -173,10 +193,7 @@ class SentencePieceTokenizer(Tokenizer):
             config["bos_token"] = name(known.bos_id)
         if known.eos_id is not None:
             config["eos_token"] = name(known.eos_id)
-        target = Path(directory)
-        target.mkdir(parents=True, exist_ok=True)
         fast.save(str(target / "tokenizer.json"))
-        (target / "tokenizer.model").write_bytes(self._model)
         (target / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
@@ -203,14 +220,13 @@ class HuggingFaceTokenizer(Tokenizer):
                 self._fast = FastTokenizer.from_file(str(path))
             except Exception as error:  # the library raises plain Exception
                 raise InputError(
-                    f"{path}: not a tokenizer.json that can be read ({error})"
+                    f"{path}: not a tokenizer.json that can be read ({_line(error)})"
                 ) from None
         else:
             self._fast, names = _by_transformers(folder)
             description = parse_json(self._fast.to_str())
             model = (folder / "tokenizer.model").read_bytes()
-            added = {id: t.content for id, t in self._fast.get_added_tokens_decoder().items()}
-            source = [hashlib.blake2b(model, digest_size=16).hexdigest(), added]
+            source = [hashlib.blake2b(model, digest_size=16).hexdigest(), self.vocabulary()[1]]
         self._byte_level = "ByteLevel" in json.dumps(description.get("decoder"))
         self._fast.no_truncation()
         self._fast.no_padding()
@@ -247,13 +263,13 @@ class HuggingFaceTokenizer(Tokenizer):
         return _byte_text(token) or token.replace(SPACE, " ")
 
     def save_hf(self, directory: str | os.PathLike[str]) -> None:
-        _copy(self._folder, directory)
+        copy_tokenizer_files(self._folder, Path(directory))
+        copy_token_config(self._folder, Path(directory))
 
-    def vocabulary(self) -> tuple[dict[str, int], set[int]]:
-        """Its tokens, and the ids of those that are added to the model's."""
-        return self._fast.get_vocab(with_added_tokens=True), set(
-            self._fast.get_added_tokens_decoder()
-        )
+    def vocabulary(self) -> tuple[dict[str, int], dict[int, str]]:
+        """Its tokens, and those that are one wherever a text has their name."""
+        added = self._fast.get_added_tokens_decoder().items()
+        return self._fast.get_vocab(with_added_tokens=True), {id: t.content for id, t in added}
 
     def _id(self, name: str | None, folder: Path) -> int | None:
         if name is None:
@@ -268,7 +284,14 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _adds_first(self) -> int | None:
         """The token that is put before a text, if one is."""
-        plain, whole = (self._fast.encode("a", add_special_tokens=add).ids for add in (False, True))
+        try:
+            plain, whole = (self._fast.encode("a", add_special_tokens=x).ids for x in (False, True))
+        except BaseException as error:  # a panic of the library's Rust is no Exception
+            if type(error).__name__ != "PanicException":
+                raise
+            raise InputError(
+                f"{self._folder / 'tokenizer.json'}: its template does not fit its tokens ({error})"
+            ) from None
         return whole[0] if len(whole) > len(plain) and whole[1 : 1 + len(plain)] == plain else None
 
 
@@ -280,17 +303,11 @@ def _by_transformers(folder: Path) -> tuple[FastTokenizer, tuple[str | None, str
         found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         return found.backend_tokenizer, (found.bos_token, found.eos_token)
     except Exception as error:  # whatever its converters raise
-        reason = " ".join(str(error).split())[:200]
         raise InputError(
             f"tokenizer {folder}: transformers cannot read its tokenizer.model together with the "
-            f"tokens that its other files add ({reason}); add tokenizer.json, as AutoTokenizer's "
-            "save_pretrained writes it"
+            f"tokens that its other files add ({_line(error)}); add tokenizer.json, as "
+            "AutoTokenizer's save_pretrained writes it"
         ) from None
-
-
-def _copy(folder: Path, directory: str | os.PathLike[str]) -> None:
-    copy_tokenizer_files(folder, Path(directory))
-    copy_token_config(folder, Path(directory))
 
 
 _PROBE = """ Two  spaces,\ttabs\n\n  and (lines);\n\n\n    if x[0] != -3.14e+05: # indented
@@ -303,7 +320,7 @@ def _as_sentencepiece(model: Path, folder: HuggingFaceTokenizer) -> SentencePiec
     tokens and the ids of a text agree, or if it is no SentencePiece model (Llama 3's has the ranks
     of tiktoken)."""
     try:
-        tokenizer = SentencePieceTokenizer(model, folder.identity.add_bos, model.parent)
+        tokenizer = SentencePieceTokenizer(model, folder.identity.add_bos, folder)
     except InputError:
         return None
     ours, theirs = tokenizer.identity, folder.identity
@@ -312,26 +329,15 @@ def _as_sentencepiece(model: Path, folder: HuggingFaceTokenizer) -> SentencePiec
     agree = (
         (ours.bos_id, ours.eos_id, ours.add_bos) == (theirs.bos_id, theirs.eos_id, theirs.add_bos)
         and pieces == vocabulary
-        and added <= basic
+        and added.keys() <= basic
         and all(map(np.array_equal, *(t.encode_batch([_PROBE]) for t in (tokenizer, folder))))
     )
     return tokenizer if agree else None
 
 
-def _load_sentencepiece(path: Path, model: bytes) -> SentencePieceProcessor:
-    try:
-        return SentencePieceProcessor(model_proto=model)
-    except Exception as error:  # RuntimeError or ValueError, as the version has it
-        raise InputError(f"{path}: not a SentencePiece model ({error})") from None
-
-
-def _parts(text: str) -> list[str]:
-    """``text`` cut before newlines, each part at least _PART_CHARACTERS long but the last."""
-    parts, begin = [], 0
-    while (end := text.find("\n", begin + _PART_CHARACTERS)) >= 0:
-        parts.append(text[begin:end])
-        begin = end
-    return [*parts, text[begin:]]
+def _line(error: Exception) -> str:
+    """What a library says of a file, which may quote it."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _byte_text(piece: str) -> str:

@@ -105,7 +105,7 @@ def evaluate(
     checkpoint: a checkpoint folder or a run folder. All ranks call it, all get the result. Raises
     InputError for whatever does not fit.
     """
-    from lctw_megatron.evaluation.model_losses import ModelLosses
+    from lctw_megatron.evaluation.model_losses import ModelLosses, check_data
     from lctw_megatron.evaluation.weight_sample import sample_or_reason
 
     layout = layout or LayoutConfig()
@@ -113,11 +113,13 @@ def evaluate(
     assert settings.sequence_length and settings.near
     length = settings.sequence_length
     source = open_held_out(prefix, length)
+    check_data(checkpoint, source.dataset)
+    if settings.key_checkpoint:
+        check_data(settings.key_checkpoint, source.dataset)
     numbers = chosen_sequences(len(source), settings.max_sequences)
     keys = _key_tokens(settings, layout, source, numbers) if settings.key_checkpoint else None
 
     model = ModelLosses(checkpoint, layout, length, settings.tokens_per_forward)
-    model.check_tokenizer(source.tokenizer, prefix)
     if model.world.is_first:
         print(capabilities().line(), flush=True)
     probes = Probes(len(numbers), length, settings.near)
@@ -270,7 +272,6 @@ def _key_tokens(
     evaluator = ModelLosses(
         settings.key_checkpoint, layout, settings.sequence_length, settings.tokens_per_forward
     )
-    evaluator.check_tokenizer(source.tokenizer, source.prefix)
     for read in read_losses(evaluator, source, numbers, settings, "key tokens"):
         assert read.short_loss is not None
         keys[read.row] = key_tokens(read.long_loss, read.short_loss, settings.alpha, settings.beta)

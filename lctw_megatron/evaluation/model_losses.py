@@ -11,7 +11,8 @@ from torch import Tensor
 from lctw_megatron.config.layout_rules import check_model
 from lctw_megatron.config.schema import LayoutConfig
 from lctw_megatron.data.batch import Sample
-from lctw_megatron.data.manifest import TokenizerIdentity
+from lctw_megatron.data.token_dataset import TokenDataset
+from lctw_megatron.data.tokenizer_files import has_tokenizer
 from lctw_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from lctw_megatron.errors import InputError
 from lctw_megatron.evaluation.sequence_losses import Batch, SequenceLosses, live
@@ -24,6 +25,20 @@ from lctw_megatron.model.checkpoint import (
     read_manifest,
 )
 from lctw_megatron.platform.world import initialize
+
+
+def check_data(checkpoint: str | Path, dataset: TokenDataset) -> None:
+    """InputError, both sides named, if the model was trained with another tokenizer or does not
+    know a token of ``dataset``. To be asked before the model is loaded."""
+    checkpoint = find_checkpoint(checkpoint)
+    manifest, tokenizer = read_manifest(checkpoint), dataset.manifest.tokenizer
+    known = (manifest.tokenizer or {}).get("digest")
+    if known and known != tokenizer.digest:
+        raise InputError(
+            f"{dataset.prefix} was tokenised with {tokenizer.path} (digest {tokenizer.digest}), "
+            f"but {checkpoint} was trained with tokenizer {known}; preprocess with the checkpoint's"
+        )
+    dataset.check_fits(manifest.model.vocab_size or 0, str(checkpoint))
 
 
 class ModelLosses(SequenceLosses):
@@ -64,22 +79,6 @@ class ModelLosses(SequenceLosses):
         for chunk in chunks:
             chunk.eval()
         super().__init__(chunks, layout, world, tokens_per_forward)
-
-    def check_tokenizer(self, tokenizer: TokenizerIdentity, prefix: str) -> None:
-        """InputError, both sides named, if the model was trained with another tokenizer."""
-        known = (self.manifest.tokenizer or {}).get("digest")
-        if known and known != tokenizer.digest:
-            raise InputError(
-                f"{prefix} was tokenised with {tokenizer.path} (digest {tokenizer.digest}), but "
-                f"{self.checkpoint} was trained with tokenizer {known}; preprocess with the "
-                "checkpoint's"
-            )
-        size = self.manifest.model.vocab_size or 0
-        if size < tokenizer.vocab_size:
-            raise InputError(
-                f"{prefix}: its tokenizer has {tokenizer.vocab_size} tokens, but {self.checkpoint} "
-                f"has a vocabulary of {size}; evaluate with the data of its own tokenizer"
-            )
 
     def losses(self, samples: Sequence[Sample]) -> np.ndarray:
         """Losses of the targets of ``samples``: float32 [n, S], nats; NaN where there is no target.
@@ -136,7 +135,7 @@ class ModelLosses(SequenceLosses):
 def open_tokenizer(checkpoint: Path, manifest: CheckpointManifest) -> Tokenizer:
     """The checkpoint's own tokenizer files, else those its data was made with. InputError."""
     own = checkpoint / TOKENIZER
-    if own.is_dir():
+    if has_tokenizer(own):
         return load_tokenizer(own)
     if manifest.tokenizer is None:
         raise InputError(

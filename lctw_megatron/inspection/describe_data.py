@@ -29,6 +29,7 @@ def describe(dataset: TokenDataset) -> str:
     lines = [
         ("documents", f"{manifest.documents:,}"),
         ("tokens", f"{manifest.tokens:,} ({manifest.dtype})"),
+        ("largest token id", "not said" if manifest.largest_id is None else manifest.largest_id),
         ("document length", "min {:,}, quartiles {:,}, {:,}, {:,}, max {:,}".format(*quarters)),
         ("tokenizer", f"{tokenizer.kind}, {tokenizer.vocab_size:,} tokens, {tokenizer.path}"),
         ("tokenizer digest", tokenizer.digest),
@@ -86,13 +87,14 @@ def make_manifest(prefix: str, tokenizer_path: str) -> TokenManifest:
     dataset = TokenDataset(prefix)
     tokenizer = load_tokenizer(tokenizer_path).identity
     dataset.check_index()
-    check_vocabulary(dataset, tokenizer)
+    largest = check_vocabulary(dataset, tokenizer)
     manifest = TokenManifest(
         fingerprint=content_fingerprint(dataset),
         sample_digest=sample_digest(prefix),
         documents=len(dataset),
         tokens=dataset.num_tokens,
         dtype=dataset.dtype.name,
+        largest_id=largest,
         tokenizer=_as_found(dataset, tokenizer),
         source={"inputs": ["a corpus in Megatron format"]},
     )

@@ -278,15 +278,15 @@ def open_with_model(
     """
     from lctw_megatron.config.schema import LayoutConfig
     from lctw_megatron.evaluation.evaluate import EvaluationSettings, complete
-    from lctw_megatron.evaluation.model_losses import ModelLosses
+    from lctw_megatron.evaluation.model_losses import ModelLosses, check_data
 
     window, stride = windows or (None, None)
     wanted = EvaluationSettings(settings.sequence_length, 1, window, stride)
     completed = complete(wanted, checkpoint)
     length = completed.sequence_length
     assert length
+    check_data(checkpoint, dataset)
     model = ModelLosses(checkpoint, LayoutConfig(), length)
-    model.check_tokenizer(dataset.manifest.tokenizer, dataset.prefix)
     return ScoredTokens(
         dataset,
         weighting,

@@ -17,11 +17,12 @@ from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 
 from lctw_megatron.config.layout_rules import padded_vocabulary  # noqa: E402
-from lctw_megatron.config.schema import LayoutConfig, ModelConfig, RopeScaling  # noqa: E402
+from lctw_megatron.config.schema import LayoutConfig, ModelConfig  # noqa: E402
 from lctw_megatron.errors import InputError  # noqa: E402
 from lctw_megatron.model import spec  # noqa: E402
 from lctw_megatron.model.cross_entropy import row_block_cross_entropy, row_block_is_likeliest  # noqa: E402
 from lctw_megatron.model.initialize import initialize_weights  # noqa: E402
+from lctw_megatron.model.rotary import llama3_inv_freq  # noqa: E402
 
 
 class _HandThrough(tensor_parallel.ColumnParallelLinear):
@@ -110,19 +111,6 @@ class PerTokenLossMixin:
 
 class TokenWeightedGPT(PerTokenLossMixin, GPTModel):
     """GPTModel whose forward(..., labels=...) returns float32 losses [b, s]."""
-
-
-def llama3_inv_freq(inv_freq: Tensor, scaling: RopeScaling) -> Tensor:
-    """Frequencies of `rope_type: llama3`: long wavelengths divided by `factor`, short ones kept.
-
-    Between original/high and original/low wavelengths the two are interpolated (Llama 3.1 release,
-    2024; Hugging Face's `rope_type: llama3`).
-    """
-    original = scaling.original_max_position_embeddings
-    turns = original * inv_freq / (2 * torch.pi)  # rotations within the original context
-    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    keep = keep.clamp(0, 1)
-    return keep * inv_freq + (1 - keep) * inv_freq / scaling.factor
 
 
 def _rotary(model: ModelConfig, config: Any, group: Any) -> RotaryEmbedding:

@@ -3,8 +3,9 @@
 import datetime
 import os
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from lctw_megatron.errors import InputError
 from lctw_megatron.platform.capabilities import capabilities, local_gpu
 from lctw_megatron.platform.cpu import patch_megatron
 from lctw_megatron.platform.gpu import fuse_small_operations
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,23 @@ def _leave_groups() -> None:
         if group is not None:  # None stands for the default group, of all ranks
             dist.destroy_process_group(group)
     parallel_state.destroy_model_parallel()
+
+
+def on_first_rank(action: Callable[[], Result]) -> Result | None:
+    """What ``action`` gives on the first rank; None on the others. All ranks call it. If it fails
+    there because of the user's input or the disk, the others leave quietly with its status."""
+    result: Result | None = None
+    error: InputError | OSError | None = None
+    if dist.get_rank() == 0:
+        try:
+            result = action()
+        except (InputError, OSError) as refusal:
+            error = refusal
+    refused = [error is not None]
+    dist.broadcast_object_list(refused, 0)
+    if refused[0]:
+        raise error or SystemExit(2)
+    return result
 
 
 def shut_down() -> None:

@@ -238,12 +238,7 @@ class Job:
                 f"{self.data} was made with {data.path} (digest {data.digest}); use a scorer with "
                 f"the tokenizer of the data"
             )
-        size = self.scorer_manifest.model.vocab_size or 0
-        if data.vocab_size > size:
-            raise InputError(
-                f"{path}: has a vocabulary of {size} tokens, but {self.data} uses "
-                f"{data.vocab_size}; use a scorer made for this tokenizer"
-            )
+        self.dataset.check_fits(self.scorer_manifest.model.vocab_size or 0, str(path))
 
 
 def _settings_of(manifest: SidecarManifest) -> Settings:

@@ -6,6 +6,7 @@ Read `train` first; everything else in this folder is one of its lines.
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from lctw_megatron.config.layout_rules import check_layout
 from lctw_megatron.config.load import dump_yaml
 from lctw_megatron.config.schema import RunConfig
 from lctw_megatron.data.loader import TokenLoader
+from lctw_megatron.data.sequence_source import check_one_tokenizer
 from lctw_megatron.data.validation import ValidationLoader
 from lctw_megatron.errors import InputError, few
 from lctw_megatron.model import spec
@@ -28,7 +30,7 @@ from lctw_megatron.model.gpt import build_model
 from lctw_megatron.ownership import owned
 from lctw_megatron.platform.capabilities import capabilities
 from lctw_megatron.platform.gpu import use_deterministic_kernels
-from lctw_megatron.platform.world import World, initialize
+from lctw_megatron.platform.world import World, initialize, on_first_rank
 from lctw_megatron.progress import Progress
 from lctw_megatron.training import flops
 from lctw_megatron.training.checkpoint import (
@@ -46,7 +48,7 @@ from lctw_megatron.training.optimizer import build_optimizer, wrap_data_parallel
 from lctw_megatron.training.recall import TrainingRecall
 from lctw_megatron.training.signals import StopRequest
 from lctw_megatron.training.step import Stepper
-from lctw_megatron.training.tokenizer_folder import write_tokenizer_files
+from lctw_megatron.training.tokenizer_folder import TokenizerFolder
 from lctw_megatron.work_folder import remove_leftovers
 
 
@@ -99,6 +101,10 @@ class Trainer:
         source = self.loader.sources[0]
         self.config = run = complete_run(run, source.tokenizer, source.prefix)
         check_layout(run, self.world.size)
+        if run.training.eval_interval:
+            _ = self.validation  # refused now, not at its first step
+        start = find_checkpoint(run.start) / TOKENIZER if run.start else None
+        files = on_first_rank(lambda: TokenizerFolder(source.tokenizer, start))
         self.chunks = build_model(
             run.model,
             run.layout,
@@ -133,7 +139,7 @@ class Trainer:
             run.training.keep_last,
             run.training.keep_every,
             run.training.async_save,
-            self._tokenizer_files(),
+            files.write(Path(run.run_dir) / TOKENIZER) if files is not None else None,
             before=lambda: self.log.sync() if self.log is not None else None,
         )
         if self.world.is_first and own is not None:
@@ -182,6 +188,11 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         """Plain losses on the validation data."""
+        losses = self.stepper.evaluate(list(self.validation))
+        return {f"validation/{name}": value for name, value in losses.items()}
+
+    @cached_property
+    def validation(self) -> ValidationLoader:
         run, world = self.config, self.world
         loader = ValidationLoader(
             run.data,
@@ -195,8 +206,8 @@ class Trainer:
             # The interleaved schedule takes its micro batches in rounds of the stages.
             multiple=run.layout.pipeline if run.layout.virtual_pipeline else 1,
         )
-        losses = self.stepper.evaluate(list(loader))
-        return {f"validation/{name}": value for name, value in losses.items()}
+        check_one_tokenizer([self.loader.sources[0], *loader.sources])
+        return loader
 
     def save(self, step: int) -> None:
         """Write the checkpoint after ``step`` steps."""
@@ -244,15 +255,6 @@ class Trainer:
             stride=weighting.stride,
             vocab_size=run.model.vocab_size,
         )
-
-    def _tokenizer_files(self) -> Path | None:
-        """The tokenizer folder of the checkpoints; None but on the first rank."""
-        if not self.world.is_first:
-            return None
-        start = find_checkpoint(self.config.start) / TOKENIZER if self.config.start else None
-        folder = Path(self.config.run_dir) / TOKENIZER
-        write_tokenizer_files(self.loader.sources[0].tokenizer, start, folder)
-        return folder if folder.is_dir() else None
 
     def _open_log(self) -> MetricsLog | None:
         if not self.world.is_first:

@@ -10,31 +10,48 @@ from lctw_megatron.data.tokenizers import load_tokenizer
 from lctw_megatron.errors import InputError
 
 
-def write_tokenizer_files(identity: TokenizerIdentity, start: Path | None, folder: Path) -> None:
-    """Make ``folder`` from the tokenizer folder of the data, whole; where the data name a model
-    file alone, from the start's, whose tokenizer is the same (compatibility.complete_run).
-    Generation settings that the data's folder lacks are the start's.
+class TokenizerFolder:
+    """The tokenizer folder of the data, whole; where the data name a model file alone, the start's,
+    whose tokenizer is the same (compatibility.complete_run). Generation settings that the data's
+    folder lacks are the start's, also if there is no tokenizer at all.
 
-    Raises InputError if the tokenizer is another now than when the data were tokenised.
+    Made before the model is built: InputError if the tokenizer is another now than when the data
+    were tokenised. Nothing is written before ``write``.
     """
-    source = Path(identity.path)
-    from_start = start is not None and has_tokenizer(start)
-    tokenizer = load_tokenizer(source) if source.exists() else None
-    if tokenizer and tokenizer.identity.digest != identity.digest:
-        raise InputError(
-            f"tokenizer {source}: its digest is {tokenizer.identity.digest}, but the data were "
-            f"tokenised with {identity.digest}; restore its files, or preprocess again"
-        )
-    if tokenizer is None and not from_start:
-        print(f"{source}: not found, so the checkpoints carry no tokenizer files")
-        return
-    with atomic_directory(folder) as target:
-        if tokenizer is None or (from_start and not source.is_dir()):
-            assert start is not None
-            shutil.copytree(start, target, dirs_exist_ok=True)
-            return
-        tokenizer.save_hf(target)
-        if start is not None and not (target / GENERATION_CONFIG).exists():
-            for name in (GENERATION_CONFIG, CONFIG):
-                if (start / name).is_file():
-                    shutil.copyfile(start / name, target / name)
+
+    def __init__(self, identity: TokenizerIdentity, start: Path | None) -> None:
+        """start: the tokenizer folder of the checkpoint that the run begins with, if any."""
+        self._source = source = Path(identity.path)
+        self._start = start if start is not None and start.is_dir() else None
+        self._tokenizer = load_tokenizer(source) if source.exists() else None
+        if self._tokenizer and self._tokenizer.identity.digest != identity.digest:
+            raise InputError(
+                f"tokenizer {source}: its digest is {self._tokenizer.identity.digest}, but the "
+                f"data were tokenised with {identity.digest}; restore its files, or preprocess "
+                "again"
+            )
+
+    def write(self, folder: Path) -> Path | None:
+        """Make ``folder``; None, and a line, if there is nothing to put into it. One that an
+        earlier start of the run has made stays if its source is gone."""
+        start = self._start
+        from_start = start is not None and has_tokenizer(start)
+        if self._tokenizer is None and not from_start:
+            if has_tokenizer(folder):
+                return folder
+            print(f"{self._source}: not found, so the checkpoints carry no tokenizer files")
+            if start is None:
+                return None
+        with atomic_directory(folder) as target:
+            if start is not None and (
+                self._tokenizer is None or (from_start and not self._source.is_dir())
+            ):
+                shutil.copytree(start, target, dirs_exist_ok=True)
+                return folder
+            assert self._tokenizer is not None
+            self._tokenizer.save_hf(target)
+            if start is not None and not (target / GENERATION_CONFIG).exists():
+                for name in (GENERATION_CONFIG, CONFIG):
+                    if (start / name).is_file():
+                        shutil.copyfile(start / name, target / name)
+        return folder

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lctw_megatron.config.schema import ModelConfig, RopeScaling
 from lctw_megatron.conversion.architectures import ARCHITECTURES
@@ -107,7 +108,30 @@ UNSUPPORTED = {
     "feed-forward bias": ("llama", {"mlp_bias": True}, "mlp_bias True"),
     "activation": ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     "Mistral's window": ("mistral", {"sliding_window": 4096}, "sliding_window 4096"),
-    "Qwen2's window": ("qwen2", {"use_sliding_window": True}, "use_sliding_window True"),
+    "Qwen2's window": (
+        "qwen2", {"use_sliding_window": True, "max_window_layers": 1}, "use_sliding_window True",
+    ),
+    "rope linear of factor 2": (
+        "llama", {"rope_parameters": {"rope_type": "linear", "factor": 2, "rope_theta": 1e4}},
+        "'linear'",
+    ),
+    "yarn that scales attention": (
+        "llama", {"rope_scaling": {"rope_type": "yarn", "factor": 1, "attention_factor": 2}},
+        "'yarn'",
+    ),
+    "a window shorter than the positions": (
+        "mistral", {"sliding_window": 4095, "max_position_embeddings": 4096}, "sliding_window 4095",
+    ),
+    "layers of another kind": (
+        "qwen3",
+        {"use_sliding_window": True, "sliding_window": 99, "max_position_embeddings": 99,
+         "layer_types": ["full_attention", "chunked_attention", "full_attention"]},
+        "layer_types 'chunked_attention'",
+    ),
+    "window layers without a window": (
+        "qwen2", {"layer_types": ["sliding_attention"] * 3, "max_position_embeddings": 9},
+        "layer_types 'sliding_attention'",
+    ),
     "Qwen3's layer types": (
         "qwen3",
         {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
@@ -139,6 +163,68 @@ def test_what_we_cannot_compute_is_refused_by_name(case, tmp_path):
         read_config(tmp_path)
     assert named in str(caught.value), str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+IDLE = {
+    "Mistral's window of all positions": (
+        "mistral", {"sliding_window": 64, "max_position_embeddings": 64}
+    ),
+    "Mistral's window by default": (
+        "mistral", {"sliding_window": 4096, "max_position_embeddings": 2048}
+    ),
+    "Qwen2's window above the last layer": ("qwen2", {"use_sliding_window": True}),
+    "Qwen3's window of all positions": (
+        "qwen3",
+        {"use_sliding_window": True, "sliding_window": 64, "max_position_embeddings": 64,
+         "max_window_layers": 1},
+    ),
+    "Qwen3's window of all positions, by layer": (
+        "qwen3",
+        {"use_sliding_window": True, "sliding_window": 64, "max_position_embeddings": 64,
+         "layer_types": ["full_attention", "sliding_attention", "sliding_attention"]},
+    ),
+    "rope linear by 1": ("llama", {"rope_scaling": {"type": "linear", "factor": 1.0}}),
+    "rope yarn by 1": (
+        "llama",
+        {"rope_scaling": {"rope_type": "yarn", "factor": 1.0,
+                          "original_max_position_embeddings": 64}},
+    ),
+    "rope type null": ("llama", {"rope_scaling": {"rope_type": None, "type": "default"}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", sorted(IDLE))
+def test_what_changes_nothing_is_no_reason_to_refuse(case, tmp_path):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    kind, changes = IDLE[case]
+    write(tmp_path, minimal(kind, num_key_value_heads=8, **changes))
+    found = read_config(tmp_path)
+    assert found.model.rope_scaling is None
+    assert [note for note in found.notes if "window hides nothing" in note] == found.notes
+    assert bool(found.notes) == ("window" in case)
+    if "null" in case:  # which transformers 5 does not take
+        return
+    theirs = AutoConfig.from_pretrained(tmp_path, attn_implementation="eager")
+    plain_folder = tmp_path / "plain"
+    plain_folder.mkdir()
+    write(plain_folder, config_values(found.model, "fp32", {}))
+    plain = AutoConfig.from_pretrained(plain_folder, attn_implementation="eager")
+    logits = []
+    for config in (theirs, plain):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval()
+        tokens = torch.arange(min(config.max_position_embeddings, 80))[None] % 160
+        logits.append(model(tokens).logits)
+    assert torch.equal(*logits)
+
+
+def test_null_means_the_default(tmp_path):
+    names = ("attention_bias", "mlp_bias", "tie_word_embeddings", "initializer_range", "head_dim")
+    write(tmp_path, minimal("llama", **dict.fromkeys(names)))
+    given = read_config(tmp_path)
+    write(tmp_path, minimal("llama"))
+    assert read_config(tmp_path) == given
 
 
 def test_mistral_without_a_word_on_its_window_means_4096_as_in_transformers(tmp_path):

@@ -244,21 +244,6 @@ def test_a_copy_of_tied_embeddings_must_be_a_copy(originals, tmp_path, refusal):
     import_hf(folder, tmp_path / "out", log=lambda text: None)
 
 
-def test_old_rotary_frequencies_must_follow_from_theta(originals, tmp_path, refusal):
-    name = "model.layers.2.self_attn.rotary_emb.inv_freq"
-
-    def add(theta: float) -> Callable[[dict[str, torch.Tensor]], None]:
-        width = 48 // 4
-        frequencies = 1.0 / theta ** (torch.arange(0, width, 2).float() / width)
-        return lambda tensors: tensors.update({name: frequencies.half()})
-
-    text = refusal("single", lambda folder: change_tensors(folder, add(10000.0)))
-    assert f"{name} does not follow from rope_theta 1e+06" in text
-    folder = shutil.copytree(originals / "single", tmp_path / "good")
-    change_tensors(folder, add(1e6))
-    import_hf(folder, tmp_path / "out", log=lambda text: None)
-
-
 @given(
     st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=3), min_size=1, max_size=12),
     st.integers(1, 600),

@@ -1,4 +1,4 @@
-"""What came with a model leaves with it unchanged: import, preprocess, train, export.
+"""What came with a model leaves with it unchanged: import, preprocess, score, train, export.
 
 The judge is transformers: AutoTokenizer and GenerationConfig of the folder before and after. Where
 the folder leaves the ids to us, they are AutoTokenizer's.
@@ -20,10 +20,13 @@ from lctw_megatron.conversion.hf_import import import_hf
 from lctw_megatron.data.preprocessing.preprocess import preprocess
 from lctw_megatron.data.token_dataset import TokenDataset
 from lctw_megatron.model.checkpoint import checkpoint_model
+from lctw_megatron.scoring.job import Job
+from lctw_megatron.scoring.score_corpus import Request, score
+from lctw_megatron.scoring.windows import Windowing
 from lctw_megatron.training.loop import train
 from tests.conversion.hf_models import make_model
 from tests.tokenizer_files import real_text
-from tests.training.layouts import make_run
+from tests.training.layouts import STRIDE, WINDOW, make_run
 
 VOCABULARY = 600
 GENERATION = {"eos_token_id": [4097, 2], "do_sample": True, "temperature": 0.6}
@@ -81,6 +84,11 @@ def with_several_eos(folder: Path, hf_folder: Path) -> None:
     (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
 
 
+def of_a_model_file_alone(folder: Path, hf_folder: Path) -> None:
+    """Of its control symbols SentencePiece reads none in a text, AutoTokenizer all."""
+    sentencepiece_files(folder, control_symbols=["[INST]"], user_defined_symbols=["<|im_start|>"])
+
+
 def with_nothing_named(folder: Path, hf_folder: Path) -> None:
     """tokenizer.json alone: its template adds BOS, no file names EOS."""
     shutil.copyfile(hf_folder / "tokenizer.json", folder / "tokenizer.json")
@@ -89,6 +97,7 @@ def with_nothing_named(folder: Path, hf_folder: Path) -> None:
 FOLDERS: dict[str, Callable[[Path, Path], None]] = {
     "SentencePiece with added tokens": with_added_tokens,
     "both forms": of_both_forms,
+    "a model file alone": of_a_model_file_alone,
     "several EOS": with_several_eos,
     "no EOS named": with_nothing_named,
 }
@@ -130,7 +139,11 @@ def test_what_came_with_a_model_leaves_with_it(
     for number, ids in enumerate(before["ids"]):
         assert TokenDataset(prefix)[number].tolist() == [*ids, *eos]
 
-    run = make_run(prefix, str(tmp_path / "run"), {}, "pack", "uniform", "self",
+    job = Job(prefix, str(tmp_path / "checkpoint"), Windowing(WINDOW, STRIDE))
+    sidecar = score(job, Request(), print)
+    assert sidecar is not None and sidecar.scored > 0
+
+    run = make_run(prefix, str(tmp_path / "run"), {}, "pack", "dense", "frozen",
                    start=str(tmp_path / "checkpoint"), training={"steps": 1})  # fmt: skip
     model = checkpoint_model(str(tmp_path / "checkpoint"))
     free = {"max_position_embeddings": None}

@@ -1,6 +1,5 @@
 """Every JSON file is read by one reader, and damage is one line: seeded, with the case printed."""
 
-import json
 import random
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +15,7 @@ from lctw_megatron.errors import InputError
 from lctw_megatron.evaluation.result_file import read_evaluation
 from lctw_megatron.launch.launch_request import read_request
 from lctw_megatron.model.checkpoint import read_manifest as read_checkpoint
+from tests.damage import damaged_json
 
 HOSTILE = {
     "empty": b"",
@@ -87,25 +87,6 @@ AREAS = {
     "evaluation": ("e.json", EVALUATION, lambda p: read_evaluation(p / "e.json")),
     "metrics": ("m.jsonl", METRICS, lambda p: read_metrics(p / "m.jsonl")),
 }
-ODD = [None, True, -1, 0, 2**62, 10**400, 1e308, float("nan"), "", "a\n", [], {}, [[]], {"a": {}}]
-
-
-def damaged(value: dict, draw: random.Random) -> bytes:
-    """``value`` as JSON with one field, one bit or its end changed."""
-    kind = draw.choice(["bit", "cut", "field", "missing"])
-    value = json.loads(json.dumps(value))
-    if kind in ("field", "missing"):
-        place = draw.choice([value, *(v for v in value.values() if isinstance(v, dict) and v)])
-        name = draw.choice(sorted(place))
-        place[name] = draw.choice(ODD)
-        if kind == "missing":
-            del place[name]
-    content = bytearray(json.dumps(value).encode())
-    if kind == "cut":
-        del content[draw.randrange(len(content)) :]
-    elif kind == "bit":
-        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
-    return bytes(content)
 
 
 @pytest.mark.parametrize("area", AREAS)
@@ -114,7 +95,7 @@ def test_damage_is_an_input_error_or_harmless(tmp_path, area):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     for seed in range(400):
-        content = damaged(value, random.Random(f"{area} {seed}"))
+        content = damaged_json(value, random.Random(f"{area} {seed}"))
         print(f"{area}, seed {seed}: {content[:400]!r}")  # pytest shows it of what fails
         path.write_bytes(content)
         with suppress(InputError):

@@ -90,6 +90,43 @@ def test_verify_finds_one_changed_token_that_the_sample_misses(tmp_path):
         changed.verify()
 
 
+def test_every_writer_says_the_largest_token_id(tmp_path):
+    dataset = write_tokens(tmp_path / "corpus", [*count_up([3, 5]), [7]])
+    with TokenWriter(tmp_path / "part", dataset.manifest.tokenizer) as writer:
+        writer.extend(dataset, 0, 1)
+        writer.extend(dataset, 2)
+    assert dataset.manifest.largest_id == 2004
+    assert TokenDataset(tmp_path / "part").manifest.largest_id == 1002
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_model_must_know_every_token_not_every_one_of_the_tokenizer(tmp_path, older):
+    dataset = write_tokens(tmp_path / "corpus", count_up([3, 5]), vocab_size=3000)
+    if older:
+        write_manifest(dataset.prefix, dataset.manifest.model_copy(update={"largest_id": None}))
+        dataset = TokenDataset(dataset.prefix)
+    dataset.verify()
+    dataset.check_fits(2005, "the model")
+    with pytest.raises(
+        InputError,
+        match=r"corpus: holds token id 2004, but the model has a vocabulary of 2004 \(ids 0 to "
+        r"2003\); take the model of the tokenizer a/tokenizer, or preprocess",
+    ):
+        dataset.check_fits(2004, "the model")
+
+
+def test_an_older_manifest_costs_no_reading_where_the_tokenizer_fits(dataset, monkeypatch):
+    write_manifest(dataset.prefix, dataset.manifest.model_copy(update={"largest_id": None}))
+    monkeypatch.setattr("lctw_megatron.data.token_dataset.check_vocabulary", None)
+    TokenDataset(dataset.prefix).check_fits(dataset.manifest.tokenizer.vocab_size, "the model")
+
+
+def test_verify_finds_a_largest_token_id_that_is_not_the_tokens(dataset):
+    write_manifest(dataset.prefix, dataset.manifest.model_copy(update={"largest_id": 1}))
+    with pytest.raises(InputError, match=r"largest token id is \d+, but .*corpus\.json says 1"):
+        TokenDataset(dataset.prefix).verify()
+
+
 def test_verify_names_a_token_beyond_the_vocabulary(tmp_path):
     dataset = write_tokens(tmp_path / "corpus", count_up([3, 5]), vocab_size=3000)
     narrower = dataset.manifest.tokenizer.model_copy(update={"vocab_size": 2003})

@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import shutil
@@ -8,9 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sentencepiece import SentencePieceProcessor
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
-from lctw_megatron.data.tokenizers import _parts, load_tokenizer
+from lctw_megatron.data.sentencepiece_model import parts_of
+from lctw_megatron.data.tokenizers import HuggingFaceTokenizer, load_tokenizer
 from lctw_megatron.errors import InputError
 from tests.tokenizer_files import VOCAB_SIZE, real_text
 
@@ -65,7 +67,7 @@ def test_the_path_in_the_identity_is_absolute(path):
 
 @pytest.mark.parametrize("part", [1, 10, 100, 8192])
 def test_encoding_in_parts_equals_encoding_whole(sentencepiece_model, monkeypatch, part):
-    monkeypatch.setattr("lctw_megatron.data.tokenizers._PART_CHARACTERS", part)
+    monkeypatch.setattr("lctw_megatron.data.sentencepiece_model._PART_CHARACTERS", part)
     processor = SentencePieceProcessor(model_file=str(sentencepiece_model))
     texts = [*TEXTS, real_text(), "\n" * 20, " \n \n " * 20]
     expected = [processor.encode(text) for text in texts]
@@ -75,11 +77,11 @@ def test_encoding_in_parts_equals_encoding_whole(sentencepiece_model, monkeypatc
 
 @given(st.text("ab\n ", max_size=200), st.integers(1, 20))
 def test_parts_join_to_the_text_and_begin_with_newlines(text, size):
-    import lctw_megatron.data.tokenizers as module
+    import lctw_megatron.data.sentencepiece_model as module
 
     before, module._PART_CHARACTERS = module._PART_CHARACTERS, size
     try:
-        parts = _parts(text)
+        parts = parts_of(text)
     finally:
         module._PART_CHARACTERS = before
     assert "".join(parts) == text
@@ -242,3 +244,41 @@ def test_a_special_token_in_another_form_is_one_line(hf_folder, tmp_path, value)
     (tmp_path / "folder" / "tokenizer_config.json").write_text(json.dumps({"eos_token": value}))
     with pytest.raises(InputError, match="folder: eos_token is .*, expected the token's text"):
         load_tokenizer(tmp_path / "folder")
+
+
+def test_the_faster_encoder_reads_the_names_of_special_tokens_as_its_folder_does(
+    sentencepiece_model, tmp_path
+):
+    bare = load_tokenizer(sentencepiece_model)
+    bare.save_hf(tmp_path / "both")
+    both = load_tokenizer(tmp_path / "both")
+    assert both.identity.kind == "sentencepiece"
+    whole = HuggingFaceTokenizer(tmp_path / "both")
+    texts = ["<s>a</s>", "plain", "a <unk> b\n<s", " x</s> ", ""]
+    expected = [ids.tolist() for ids in whole.encode_batch(texts)]
+    assert [ids.tolist() for ids in both.encode_batch(texts)] == expected
+    # A model file has no such names.
+    alone = [ids.tolist() for ids in bare.encode_batch(texts)]
+    assert [a == b for a, b in zip(alone, expected, strict=True)] == [
+        False,
+        True,
+        False,
+        False,
+        True,
+    ]
+
+
+def test_a_model_file_that_has_no_tokenizer_json_goes_along_alone(tmp_path, capsys):
+    model = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(real_text().split("\n")), model_writer=model, vocab_size=400,
+        model_type="bpe", byte_fallback=True, user_defined_symbols=["<x>"], minloglevel=2,
+    )  # fmt: skip
+    (tmp_path / "a.model").write_bytes(model.getvalue())
+    load_tokenizer(tmp_path / "a.model").save_hf(tmp_path / "saved")
+    assert [path.name for path in (tmp_path / "saved").iterdir()] == ["tokenizer.model"]
+    said = capsys.readouterr().out
+    assert "user-defined symbols or suffixed whitespace cannot be written as tokenizer.json" in said
+    assert load_tokenizer(tmp_path / "saved").identity.digest == (
+        load_tokenizer(tmp_path / "a.model").identity.digest
+    )

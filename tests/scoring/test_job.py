@@ -50,12 +50,6 @@ def test_a_tokenizer_is_known_by_its_content_not_by_its_name(scene: Scene, tmp_p
     job_of(scene, data=str(tmp_path / "corpus"))
 
 
-def test_a_larger_vocabulary_than_the_scorers_is_refused(scene: Scene, tmp_path: Path) -> None:
-    write_corpus(tmp_path / "corpus", [200], vocab_size=5000)
-    with pytest.raises(InputError, match="vocabulary of 90 tokens, but .* uses 5000"):
-        job_of(scene, data=str(tmp_path / "corpus"))
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -30,6 +30,7 @@ def test_it_prints_dataset_and_sidecars(ask, dataset):
     assert answer.status == 0
     for part in (
         "documents                3",
+        "largest token id         3899",
         "min 3, quartiles 3, 5, 5, max 900",
         "documents end            with EOS (token 2)",
         "documents begin          without BOS",

@@ -1,0 +1,112 @@
+"""Ids and settings in forms that nobody expects: kept whole, or one line; never a traceback."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lctw_megatron.conversion.hf_export import export_hf
+from lctw_megatron.conversion.hf_import import import_hf
+from lctw_megatron.errors import InputError
+from tests.conversion.hf_models import VOCABULARY, make_model
+from tests.tools.test_convert import run
+
+NO_IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_model("llama", tmp_path_factory.mktemp("side_files") / "hf")
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    return folder
+
+
+def with_config(plain: Path, folder: Path, **changes: Any) -> Path:
+    shutil.copytree(plain, folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+@pytest.mark.parametrize("ids", [{}, NO_IDS], ids=["config has ids", "config has none"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"temperature": NaN, "top_p": Infinity, "eos_token_id": [4, 2]}',
+        '{"eos_token_id": NaN}', '{"eos_token_id": "x"}', '{"eos_token_id": {"a": [1]}}',
+        '{"eos_token_id": [2, null], "pad_token_id": true, "bos_token_id": 2.5}', "{}",
+        '{"eos_token_id": -1, "max_length": ' + "9" * 400 + "}",
+    ],
+)  # fmt: skip
+def test_generation_settings_are_kept_whatever_they_say(
+    plain: Path, tmp_path: Path, content: str, ids: dict[str, Any]
+) -> None:
+    hf = with_config(plain, tmp_path / "hf", **ids)
+    (hf / "generation_config.json").write_text(content)
+    import_hf(hf, tmp_path / "checkpoint")
+    export_hf(tmp_path / "checkpoint", tmp_path / "back")
+    assert (tmp_path / "back" / "generation_config.json").read_text() == content
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    if not ids:
+        assert config["eos_token_id"] == [4, 5]
+    elif "[4, 2]" in content:
+        assert config["eos_token_id"] == [4, 2]
+
+
+@pytest.mark.parametrize("content", ["[1]", "null", "", '{"a": 1', '{"a": "\\ud800"}', "[" * 999])
+def test_generation_settings_that_are_none_are_refused(
+    plain: Path, tmp_path: Path, content: str
+) -> None:
+    hf = with_config(plain, tmp_path / "hf")
+    (hf / "generation_config.json").write_text(content)
+    with pytest.raises(InputError, match=r"generation_config\.json: "):
+        import_hf(hf, tmp_path / "checkpoint")
+    assert not (tmp_path / "checkpoint").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "x", {"a": 1}, 2.5, True, [2, "x"]])
+@pytest.mark.parametrize("name", ["bos_token_id", "eos_token_id", "pad_token_id"])
+def test_ids_of_config_json_that_are_none_are_refused_by_name(
+    plain: Path, tmp_path: Path, name: str, value: Any
+) -> None:
+    hf = with_config(plain, tmp_path / "hf", **{name: value})
+    with pytest.raises(InputError, match=rf"config\.json: {name} is .*, expected a token id"):
+        import_hf(hf, tmp_path / "checkpoint")
+
+
+def test_a_field_that_only_sounds_like_an_id_is_read_over(plain: Path, tmp_path: Path) -> None:
+    hf = with_config(plain, tmp_path / "hf", image_token_id=float("nan"))
+    lines: list[str] = []
+    import_hf(hf, tmp_path / "checkpoint", log=lines.append)
+    assert "without meaning for llama: image_token_id" in lines[0]
+    export_hf(tmp_path / "checkpoint", tmp_path / "back")
+
+
+def test_padding_beyond_the_vocabulary_is_said_and_verify_ends_in_one_line(
+    plain: Path, tmp_path: Path
+) -> None:
+    hf = with_config(plain, tmp_path / "hf", pad_token_id=VOCABULARY)
+    imported = run(["import", "--hf", hf, "--output", tmp_path / "checkpoint"])
+    assert imported.status == 0
+    assert "pad_token_id 161 is beyond the vocabulary of 161, so transformers" in imported.stdout
+    (tmp_path / "ids").write_text(" ".join(["5"] * 32))
+    verify = ["verify", "--hf", hf, "--checkpoint", tmp_path / "checkpoint", "--length", 32]
+    answer = run([*verify, "--tokens", tmp_path / "ids"])
+    assert answer.status == 2, answer
+    assert "hf: transformers cannot load it (Padding_idx must be within" in answer.stderr
+    lines = [line for line in answer.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and answer.stderr.strip().splitlines()[-1] == lines[0]
+    assert "Traceback" not in answer.stderr
+    assert run([*verify, "--no-logits"]).status == 0
+
+
+@pytest.mark.parametrize("pad", [-1, None, VOCABULARY - 1])
+def test_padding_that_transformers_takes_is_not_spoken_of(
+    plain: Path, tmp_path: Path, pad: int | None
+) -> None:
+    hf = with_config(plain, tmp_path / "hf", pad_token_id=pad)
+    lines: list[str] = []
+    import_hf(hf, tmp_path / "checkpoint", log=lines.append)
+    assert lines == []
