@@ -64,6 +64,8 @@ def recall_to_file(
     whatever does not fit."""
     from lctw_megatron.evaluation.model_losses import ModelLosses, open_tokenizer
 
+    if settings.seed < 0:
+        raise InputError(f"--seed {settings.seed}: a seed is not negative; give 0 or more")
     place = find_checkpoint(checkpoint)
     manifest = read_manifest(place)
     tokenizer = open_tokenizer(place, manifest)

@@ -183,7 +183,8 @@ def row_block_is_likeliest(
     group: dist.ProcessGroup | None = None,
     block_rows: int = 1024,
 ) -> Tensor:
-    """Whether no token is likelier than the label: float32 [n], 1 or 0; 0 where it is IGNORE.
+    """Whether no token is likelier than the label: 1 or 0, in the dtype of the losses [n]; 0 where
+    the label is IGNORE.
 
     Arguments as of ``row_block_cross_entropy``. Of tokens with equal logits the one with the lowest
     id counts as the likeliest, under every layout.
@@ -203,6 +204,6 @@ def row_block_is_likeliest(
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
         token.masked_fill_(own < largest, torch.iinfo(torch.int64).max)
         dist.all_reduce(token, dist.ReduceOp.MIN, group=group)
-    result = torch.zeros(labels.shape[0], dtype=torch.float32, device=hidden.device)
-    result[rows] = (token == labels[rows]).float()
+    result = torch.zeros(labels.shape[0], dtype=dtype, device=hidden.device)
+    result[rows] = (token == labels[rows]).to(dtype)
     return result

@@ -164,6 +164,7 @@ def test_bad_inputs_are_one_line(arguments, imported, tmp_path, capsys):
     refused("a length of 20 tokens: a sample of task one_key needs", "--lengths", 20)
     refused("511 of --lengths .511. must be divisible by 2 x layout.context", "--lengths", 511,
             "--context", 2)  # fmt: skip
+    refused("--seed -1: a seed is not negative", "--seed", -1)
     refused("--window 10: the question and answers of task one_key alone take", "--window", 10)
     refused("nowhere: neither a text file nor a token dataset", "--haystack", tmp_path / "nowhere")
     (tmp_path / "wrong.json").write_text("{}")
