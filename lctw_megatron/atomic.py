@@ -3,8 +3,6 @@
 import errno
 import json
 import os
-import secrets
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import IO, Any
 from filelock import lock_descriptor
 
 from lctw_megatron.errors import InputError
+from lctw_megatron.work_folder import make_work_folder, remove_work_folder, temporary_name
 
 _WINDOWS = os.name == "nt"
 LOCKLESS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -66,10 +65,6 @@ def open_lock(path: Path) -> int:
     raise InputError(f"{path}: a link, where a lock file was expected; remove it")
 
 
-def _beside(path: Path, suffix: str) -> Path:
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{suffix}")
-
-
 @contextmanager
 def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """Open a temporary file beside ``path``; on success fsync it and rename it to ``path``.
@@ -79,7 +74,7 @@ def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _beside(path, "tmp")
+    temporary = temporary_name(path)
     try:
         with open(temporary, mode) as file:
             yield file
@@ -104,33 +99,31 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     """Yield a temporary folder beside ``path``; on success rename it to ``path``.
 
     An existing ``path`` is replaced only after the new folder is complete. What the body writes
-    inside is fsynced file by file before the rename.
+    inside is fsynced file by file before the rename. After a kill the temporary folder stays, with
+    our mark in it: `work_folder.remove_leftovers`.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _beside(path, "tmp")
-    temporary.mkdir()
+    path = Path(os.path.abspath(path))
+    work = temporary_name(path)
+    make_work_folder(work)
+    new, old = work / path.name, work / "replaced"
     try:
-        yield temporary
-        for root, _, names in os.walk(temporary):
+        new.mkdir()
+        yield new
+        for root, _, names in os.walk(new):
             for name in names:
                 with open(Path(root) / name, "r+b" if _WINDOWS else "rb") as file:
                     os.fsync(file.fileno())
             sync_directory(Path(root))
-        if path.exists():
-            old = _beside(path, "old")
+        if os.path.lexists(path):
             os.replace(path, old)
             try:
-                os.replace(temporary, path)
+                os.replace(new, path)
             except OSError:
                 if not path.exists():
                     os.replace(old, path)
                 raise
-            finally:
-                shutil.rmtree(old, ignore_errors=True)
         else:
-            os.replace(temporary, path)
+            os.replace(new, path)
         sync_directory(path.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    finally:
+        remove_work_folder(work)

@@ -1,14 +1,13 @@
-"""Who may write, and delete, a folder: one process at a time, and only what carries our mark."""
+"""Who may write a file or folder: one process at a time."""
 
 import contextlib
 import json
 import os
-import shutil
 import socket
 import stat
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,6 +17,7 @@ from filelock import lock_descriptor
 from lctw_megatron.atomic import LOCKLESS, open_lock
 from lctw_megatron.data.json_object import parse_json
 from lctw_megatron.errors import InputError
+from lctw_megatron.work_folder import leftovers, remove_leftovers
 
 FORMAT = "lctw-megatron owner 1"
 _PATIENCE_SECONDS = 120.0
@@ -25,8 +25,6 @@ _PATIENCE_SECONDS = 120.0
 all memory of the process is free."""
 _PAUSE_SECONDS = 1.0
 """Between two looks at it, which may ask squeue."""
-MARK = ".lctw-megatron"
-"""In every folder of work in progress: it was made here, and may be removed."""
 
 
 @contextlib.contextmanager
@@ -40,6 +38,47 @@ def owned(lock: Path, what: str) -> Iterator[None]:
     Limits: there, an owner on another host without a job cannot be asked (with locks of the node it
     counts as dead, without any as alive), and two starting at the same moment may both enter.
     """
+    with _entered(lock, what) as file:
+        _write(file)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # Windows removes no open file
+                if _is_at(file.fileno(), lock):
+                    os.unlink(lock)
+
+
+@contextlib.contextmanager
+def sole_writer(output: Path, log: Callable[[str], None]) -> Iterator[None]:
+    """Own ``output``, a file or folder, and remove what killed writers have left beside it."""
+    output = Path(os.path.abspath(output))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with owned(_lock_of(output), str(output)):
+        remove_leftovers(output, log)
+        yield
+
+
+def left_unfinished(output: Path) -> bool:
+    """Whether a writer of ``output`` is at work, or was killed and has left something."""
+    output = Path(os.path.abspath(output))
+    return os.path.lexists(_lock_of(output)) or bool(leftovers(output))
+
+
+def _lock_of(output: Path) -> Path:
+    return output.with_name(f".{output.name}.lock")
+
+
+def check_free(lock: Path, what: str) -> None:
+    """InputError as ``owned`` if a living process owns ``lock``. It is not taken, and any number
+    may ask at once."""
+    if os.path.lexists(lock):
+        with _entered(lock, what):
+            pass
+
+
+@contextlib.contextmanager
+def _entered(lock: Path, what: str) -> Iterator[IO[str]]:
+    """The lock file, as the last owner left it, and nobody else's while the context lasts."""
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while True:
         with _open_locked(lock) as (file, locked):
@@ -53,13 +92,7 @@ def owned(lock: Path, what: str) -> Iterator[None]:
                     f"{what}: is being written by {_named(owner)}; wait for it to end or choose "
                     f"another{'' if locked is False else hint}"
                 )
-            _write(file)
-            try:
-                yield
-            finally:
-                with contextlib.suppress(OSError):  # Windows removes no open file
-                    if _is_at(file.fileno(), lock):
-                        os.unlink(lock)
+            yield file
             return
 
 
@@ -180,47 +213,3 @@ def _runs(job: str) -> bool | None:
         # It knows no ended jobs; any other failure is no answer.
         return False if "Invalid job id" in found.stderr else None
     return bool(found.stdout.strip())
-
-
-def make_work_folder(folder: Path) -> None:
-    """Make ``folder`` and mark it as ours. InputError as ``check_work_folder``."""
-    check_work_folder(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MARK).touch()
-
-
-def check_work_folder(folder: Path) -> None:
-    """InputError if ``folder`` is there and not ours, or a link.
-
-    An empty one is taken: a kill may leave it before its mark is made, or after it is removed.
-    """
-    if folder.is_symlink() or (folder.exists() and not _is_ours(folder)):
-        raise InputError(
-            f"{folder}: exists and was not made by this command, which needs the name for its work "
-            "in progress; move it away or choose another name for the output"
-        )
-
-
-def _is_ours(folder: Path) -> bool:
-    return folder.is_dir() and ((folder / MARK).is_file() or not any(folder.iterdir()))
-
-
-def remove_work_folder(folder: Path) -> None:
-    """Remove a folder that ``make_work_folder`` made, its mark last; anything else stays."""
-    if folder.is_symlink() or not _is_ours(folder):
-        return
-    for path in folder.iterdir():
-        if path.name != MARK:
-            remove(path)
-    with contextlib.suppress(OSError):  # Windows removes no open file, and keeps the folder
-        (folder / MARK).unlink(missing_ok=True)
-        folder.rmdir()
-
-
-def remove(path: Path) -> None:
-    """Remove a file, a link or a folder of ours. Of a link, never what it leads to."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)

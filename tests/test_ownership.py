@@ -1,4 +1,4 @@
-"""Folders: one live owner at a time, dead ones are succeeded, foreign things stay."""
+"""Locks: one live owner at a time, dead ones are succeeded, foreign files stay."""
 
 import json
 import multiprocessing
@@ -11,7 +11,7 @@ import pytest
 
 from lctw_megatron import ownership
 from lctw_megatron.errors import InputError
-from lctw_megatron.ownership import make_work_folder, owned, remove, remove_work_folder
+from lctw_megatron.ownership import owned
 
 
 def hold(lock: Path, pipe: Connection, fork: bool) -> None:
@@ -133,28 +133,13 @@ def test_a_file_in_the_place_of_a_lock_stays_as_it_is(tmp_path: Path) -> None:
     assert letter.read_text() == "Dear Ada"
 
 
-def test_a_folder_without_our_mark_is_neither_used_nor_removed(tmp_path: Path) -> None:
-    theirs = tmp_path / "corpus.shards"
-    theirs.mkdir()
-    (theirs / "thesis.tex").write_text("x")
-    with pytest.raises(InputError, match="was not made by this command"):
-        make_work_folder(theirs)
-    remove_work_folder(theirs)
-    link = tmp_path / "link"
-    link.symlink_to(theirs)
-    with pytest.raises(InputError):
-        make_work_folder(link)
-    remove_work_folder(link)
-    remove(link)
-    assert (theirs / "thesis.tex").exists() and not link.is_symlink()
-
-
-def test_a_work_folder_goes_without_what_its_links_lead_to(tmp_path: Path) -> None:
-    theirs, work = tmp_path / "theirs", tmp_path / "work"
-    theirs.mkdir()
-    (theirs / "thesis.tex").write_text("x")
-    make_work_folder(work)
-    (work / "link").symlink_to(theirs)
-    (work / "shard").mkdir()
-    remove_work_folder(work)
-    assert not work.exists() and (theirs / "thesis.tex").exists()
+def test_asking_whether_a_lock_is_free_leaves_it_as_it_is(tmp_path: Path) -> None:
+    lock = tmp_path / ".lock"
+    ownership.check_free(lock, "the run")
+    assert not lock.exists()
+    record(lock, host=ownership.socket.gethostname())
+    dead = lock.read_bytes()
+    ownership.check_free(lock, "the run")
+    assert lock.read_bytes() == dead
+    with owned(lock, "the run"), pytest.raises(InputError, match=f"process {os.getpid()}"):
+        ownership.check_free(lock, "the run")

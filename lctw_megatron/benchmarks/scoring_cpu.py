@@ -87,11 +87,11 @@ def transformers(task: Task, windows_per_forward: int | None = None) -> Losses:
         result = []
         for begin in range(0, len(table), batch):
             rows = table[begin : begin + batch]
-            tokens = torch.zeros((len(rows), task.window), dtype=torch.int64)
-            for i, (document, start, end, _, _) in enumerate(rows.tolist()):
-                found = dataset.get(document, start, end - start).astype(np.int64)
-                tokens[i, : end - start] = torch.from_numpy(found)
-            logits = model(tokens, use_cache=False).logits[:, :-1].float()
+            tokens = torch.zeros((len(rows), task.window + 1), dtype=torch.int64)
+            for i, (document, start, end, _, stop) in enumerate(rows.tolist()):
+                found = dataset.get(document, start, max(end, stop) - start).astype(np.int64)
+                tokens[i, : len(found)] = torch.from_numpy(found)
+            logits = model(tokens[:, :-1], use_cache=False).logits.float()
             loss = torch.nn.functional.cross_entropy(
                 logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
             ).view(len(rows), -1)

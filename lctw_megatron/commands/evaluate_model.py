@@ -1,7 +1,8 @@
-"""What a checkpoint can do on held-out data. Verbs: losses."""
+"""What a checkpoint can do. Verbs: losses, recall."""
 
 import argparse
 from pathlib import Path
+from typing import get_args
 
 from lctw_megatron.cli import positive, run_command
 
@@ -9,17 +10,22 @@ LOSSES = """Held-out loss of a checkpoint by position and by the distance of a t
 occurrence; with --window also LongPPL and the gain from long context. Alone, or under torchrun.
 Done again only if the checkpoint, the data or a setting has changed."""
 
+RECALL = """What a checkpoint can tell at the end of a long text of facts hidden in it: nats an
+answer token and the share of answers right, by task, length and depth, and with the last tokens of
+the context only. Teacher-forced: one forward pass a sample, nothing is generated. Alone, or under
+torchrun. Done again only if the checkpoint or a setting has changed."""
+
 
 def main(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
-    return {"losses": _losses}[options.verb](options)
+    return {"losses": _losses, "recall": _recall}[options.verb](options)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog="--debug shows tracebacks, --version the version."
     )
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="losses")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="losses|recall")
     verb = verbs.add_parser(
         "losses",
         help="held-out loss by position and distance, LongPPL",
@@ -82,6 +88,84 @@ def _parser() -> argparse.ArgumentParser:
         help="a target is near if its token last stood at most D tokens back; default: --window, "
         "else a quarter of the sequence",
     )
+    _add_forward(verb)
+    _add_recall(
+        verbs.add_parser(
+            "recall",
+            help="facts hidden in long texts, by length and depth",
+            description=RECALL,
+            epilog="tools/report.py compares what --output holds. --debug shows tracebacks, "
+            "--version the version.",
+        )
+    )
+    return parser
+
+
+def _add_recall(verb: argparse.ArgumentParser) -> None:
+    from lctw_megatron.config.schema import RecallTask
+
+    add = verb.add_argument
+    add(
+        "--checkpoint",
+        metavar="DIR",
+        required=True,
+        help="a run folder, its checkpoints or one checkpoint, trained or imported",
+    )
+    add(
+        "--output",
+        metavar="FILE",
+        help="default: recall.json in --checkpoint, where tools/report.py looks for a run's",
+    )
+    tasks = get_args(RecallTask)
+    add(
+        "--lengths",
+        metavar="L",
+        type=positive,
+        nargs="+",
+        required=True,
+        help="tokens that a sample gives the model to read, e.g. 4096 16384",
+    )
+    add(
+        "--tasks",
+        metavar="TASK",
+        choices=tasks,
+        nargs="+",
+        default=list(tasks),
+        help=f"of {', '.join(tasks)}; default: all",
+    )
+    add(
+        "--depths",
+        metavar="N",
+        type=positive,
+        default=5,
+        help="places of the fact, evenly spaced from beginning to end; default: 5",
+    )
+    add(
+        "--samples",
+        metavar="N",
+        type=positive,
+        default=20,
+        help="of each task, length and depth; default: 20",
+    )
+    add("--seed", metavar="N", type=int, default=0, help="of the samples; default: 0")
+    add(
+        "--haystack",
+        metavar="FILE_OR_PREFIX",
+        help="what facts are hidden in: a text file or a token dataset, better a held-out one; "
+        "default: repeated sentences, for code functions. json and frequent_words have their own",
+    )
+    add(
+        "--window",
+        metavar="K",
+        type=positive,
+        help="tokens of the short context; default: the window of the run's weighting, else 1024",
+    )
+    add("--write-samples", metavar="FILE", help="write the samples as JSON lines")
+    _add_forward(verb)
+
+
+def _add_forward(verb: argparse.ArgumentParser) -> None:
+    add = verb.add_argument
     add(
         "--tokens-per-forward",
         metavar="T",
@@ -92,7 +176,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--tensor", metavar="TP", type=positive, default=1, help="tensor-parallel ranks")
     add("--pipeline", metavar="PP", type=positive, default=1, help="pipeline stages")
     add("--context", metavar="CP", type=positive, default=1, help="context-parallel ranks")
-    return parser
 
 
 def _losses(options: argparse.Namespace) -> int:
@@ -115,6 +198,37 @@ def _losses(options: argparse.Namespace) -> int:
     line = evaluate_to_file(options.checkpoint, options.data, output, settings, layout)
     if line:
         print(line)
+    return 0
+
+
+def _recall(options: argparse.Namespace) -> int:
+    from lctw_megatron.config.schema import LayoutConfig
+    from lctw_megatron.evaluation.evaluate_recall import RecallSettings, recall_to_file
+    from lctw_megatron.evaluation.recall_result import to_rows
+    from lctw_megatron.report.table import to_text
+
+    settings = RecallSettings(
+        tasks=list(dict.fromkeys(options.tasks)),
+        lengths=sorted(set(options.lengths)),
+        depths=options.depths,
+        samples=options.samples,
+        seed=options.seed,
+        haystack=options.haystack,
+        window=options.window,
+    )
+    layout = LayoutConfig(tensor=options.tensor, pipeline=options.pipeline, context=options.context)
+    output = options.output or Path(options.checkpoint) / "recall.json"
+    result = recall_to_file(
+        options.checkpoint,
+        output,
+        settings,
+        layout,
+        options.tokens_per_forward,
+        options.write_samples,
+    )
+    if result:
+        seconds = ", ".join(f"{t:.1f} s at {n}" for n, t in result["seconds"].items())
+        print(f"{to_text(to_rows(result))}\n{output}: {seconds}")
     return 0
 
 

@@ -1,7 +1,8 @@
-"""Draw one or several runs side by side, and print how their held-out losses differ.
+"""Draw one or several runs side by side, and print how their recall and held-out losses differ.
 
-Reads metrics.jsonl, evaluation.json (tools/evaluate_model.py) and run.yaml of each run; writes PNG
-files and report.html, one file that holds everything. The first run is the one to compare with.
+Reads metrics.jsonl, evaluation.json and recall.json (tools/evaluate_model.py losses and recall) and
+run.yaml of each run; writes PNG files and report.html, one file that holds everything. The first
+run is the one to compare with.
 """
 
 import argparse
@@ -22,11 +23,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--note", metavar="TEXT", help="what a reader must know, put into the page and the table"
     )
+    parser.add_argument(
+        "--markdown", action="store_true", help="print the tables as Markdown, for a README"
+    )
     options = parser.parse_args(arguments)
 
     from lctw_megatron.report.report import write_report
 
-    print(write_report(options.runs, options.output, options.note))
+    print(write_report(options.runs, options.output, options.note, options.markdown))
     return 0
 
 

@@ -7,6 +7,7 @@ each `--shard I/N`, and then once with `--merge`. Start it again to finish what 
 import argparse
 
 from lctw_megatron.cli import positive, run_command
+from lctw_megatron.training.exit_status import leaving_when_asked
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -40,7 +41,7 @@ def main(arguments: list[str]) -> int:
         metavar="D",
         type=positive,
         required=True,
-        help="distance between windows: targets have K-D to K-1 tokens of context, and scoring "
+        help="distance between windows: targets have K-D to K tokens of context, and scoring "
         "reads the corpus K/D times",
     )
     add(
@@ -85,7 +86,11 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if options.merge and options.shard:
         parser.error("--merge joins all shards: it does not go with --shard")
+    with leaving_when_asked():
+        return _score(options)
 
+
+def _score(options: argparse.Namespace) -> int:
     from lctw_megatron.config.schema import LayoutConfig
     from lctw_megatron.platform.capabilities import capabilities
     from lctw_megatron.scoring.job import Job

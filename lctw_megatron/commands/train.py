@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from lctw_megatron.cli import run_command
+from lctw_megatron.training.exit_status import leaving_when_asked
 
 
 def main(arguments: list[str]) -> int:
@@ -27,10 +28,18 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print the resolved config, the layout and the memory of one rank; train nothing",
+        help="print the resolved config, the layout, the memory of one rank and what a checkpoint "
+        "costs; train nothing",
     )
     parser.add_argument(
         "--ranks", type=int, metavar="N", help="with --dry-run: how many ranks there will be"
+    )
+    parser.add_argument(
+        "--write-speed",
+        type=float,
+        metavar="GB/S",
+        default=5.0,
+        help="with --dry-run: what the file system takes from all ranks together; default: 5",
     )
     parser.add_argument(
         "--allow-changes",
@@ -39,8 +48,13 @@ def main(arguments: list[str]) -> int:
         "model settings have changed",
     )
     options = parser.parse_args(arguments)
+    with leaving_when_asked():
+        return _train(options)
 
+
+def _train(options: argparse.Namespace) -> int:
     from lctw_megatron.config.load import dump_yaml, load_recipe, resolve_run
+    from lctw_megatron.errors import InputError
     from lctw_megatron.model.checkpoint import checkpoint_model
     from lctw_megatron.weighting import parse_weighting
 
@@ -49,9 +63,13 @@ def main(arguments: list[str]) -> int:
     parse_weighting(run.weighting)
     if options.dry_run:
         from lctw_megatron.training.estimate import describe_layout
+        from lctw_megatron.training.save_estimate import describe_save
 
+        if not 0 < options.write_speed < 1e9:
+            raise InputError(f"--write-speed is {options.write_speed}, expected GB/s above 0")
         sys.stdout.write(dump_yaml(run))
         sys.stdout.write(describe_layout(run, options.ranks))
+        print(*describe_save(run, options.ranks, options.write_speed), sep="\n")
         return 0
 
     from lctw_megatron.platform.world import shut_down

@@ -49,7 +49,10 @@ def check_layout(run: RunConfig, world_size: int | None = None) -> LayoutSizes:
     layout = run.layout
     _check_switches(layout)
     check_model(run.model, layout)
-    _check_sequence(run.data.sequence_length, layout)
+    check_sequence(run.data.sequence_length, "data.sequence_length", layout)
+    if run.training.recall:
+        for length in run.training.recall.lengths:
+            check_sequence(length, f"{length} of training.recall.lengths", layout)
     data, micro_batches = _check_batch(run, world_size)
     chunks = layout.virtual_pipeline or 1
     return LayoutSizes(
@@ -113,15 +116,14 @@ def check_model(model: ModelConfig, layout: LayoutConfig) -> None:
     )
 
 
-def _check_sequence(sequence_length: int, layout: LayoutConfig) -> None:
+def check_sequence(length: int, name: str, layout: LayoutConfig) -> None:
+    """Refuse a ``length``, called ``name``, that the ranks of a layout cannot share. InputError."""
     if layout.context > 1:  # two zigzag chunks a rank
-        _must_divide(
-            sequence_length, "data.sequence_length", 2 * layout.context, "2 x layout.context"
-        )
+        _must_divide(length, name, 2 * layout.context, "2 x layout.context")
     if layout.sequence:
         _must_divide(
-            sequence_length // layout.context,
-            "data.sequence_length / layout.context",
+            length // layout.context,
+            f"{name} / layout.context",
             layout.tensor,
             "layout.tensor (layout.sequence is on)",
         )

@@ -210,6 +210,33 @@ class WeightingConfig(Section):
     """self: the scoring forward takes as many windows at once as fit into this many tokens."""
 
 
+RecallTask = Literal[
+    "one_key",
+    "multi_key",
+    "multi_value",
+    "multi_query",
+    "variables",
+    "json",
+    "frequent_words",
+    "code",
+]
+"""What is hidden in a long text and asked for: evaluation/recall_tasks.py."""
+
+
+class RecallConfig(Section):
+    """Recall of facts hidden in long texts, measured during training and written into its metrics
+    (`recall/TASK/LENGTH/nats` an answer token, and the share `right`). Costs forward passes only:
+    tasks x lengths x samples sequences each time."""
+
+    lengths: Annotated[list[Width], Field(min_length=1)]
+    """Tokens of the samples."""
+    tasks: Annotated[list[RecallTask], Field(min_length=1)] = ["one_key"]
+    samples: Positive = 20
+    """Of each task and length, at depths that take turns."""
+    every: Positive
+    """Steps between two measurements."""
+
+
 class TrainingConfig(Section):
     """The loop, the optimizer and the checkpoints."""
 
@@ -233,6 +260,7 @@ class TrainingConfig(Section):
     eval_interval: Positive | None = None
     eval_sequences: Positive = 32
     """Sequences of the validation data measured each time."""
+    recall: RecallConfig | None = None
     save_interval: Positive | None = None
     """Steps between checkpoints; the last step is always saved."""
     async_save: bool = False

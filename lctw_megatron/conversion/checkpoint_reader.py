@@ -21,7 +21,8 @@ from torch.distributed.checkpoint.utils import _create_file_view
 from lctw_megatron.conversion.hf_safetensors import as_bytes, tensor_of
 from lctw_megatron.conversion.placement import StoredTensor
 from lctw_megatron.errors import InputError, few
-from lctw_megatron.model.checkpoint import check_files
+from lctw_megatron.model.checkpoint import check_files, read_manifest
+from lctw_megatron.model.checksums import check_sums
 
 _WEIGHTS = ("embedding.", "decoder.", "output_layer.")
 
@@ -30,6 +31,7 @@ class CheckpointReader:
     """The weights of a checkpoint folder. Opening checks its files."""
 
     def __init__(self, checkpoint: Path) -> None:
+        check_sums(checkpoint, read_manifest(checkpoint).checksums or {})
         check_files(checkpoint)
         self.checkpoint = checkpoint
         self._metadata: Metadata = FileSystemReader(checkpoint).read_metadata()

@@ -1,34 +1,47 @@
 """Running a conversion again: finished work is recognised, nothing of the user's is overwritten."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from lctw_megatron.atomic import write_json
+from lctw_megatron.atomic import atomic_directory, write_json
 from lctw_megatron.data.json_object import read_json
 from lctw_megatron.errors import InputError, few
+from lctw_megatron.ownership import left_unfinished, sole_writer
 
 MARK = "conversion.json"
-"""In every folder that a conversion wrote: what it was made from, and its files."""
+"""In every folder that a conversion wrote: what it was made from, and the sizes of its files."""
+
+_WEIGHTS = (".safetensors", ".distcp")
 
 
-def write_mark(folder: Path, source: dict[str, Any]) -> None:
-    """The last thing written into a new folder."""
-    write_json(folder / MARK, {"source": source, "files": sorted(_files(folder))})
+@contextmanager
+def conversion_into(
+    output: Path, source: dict[str, Any], log: Callable[[str], None]
+) -> Iterator[Path | None]:
+    """The folder to be filled, which becomes ``output`` at the end; None if ``output`` was made
+    from ``source`` before. What a killed conversion has left beside it is removed.
 
-
-def already_done(output: Path, source: dict[str, Any], log: Callable[[str], None]) -> bool:
-    """Whether ``output`` was made from ``source``; if not, it may be written.
-
-    A folder that was made from something else (a checkpoint of an earlier step) is to be replaced
-    if it holds nothing but what the conversion wrote. Raises InputError if it holds anything else.
+    A folder that was made from something else (a checkpoint of an earlier step) is replaced if it
+    holds nothing but what the conversion wrote. Raises InputError if it holds anything else, or if
+    another process is writing it.
     """
+    if _is_done(output, source, log):
+        if left_unfinished(output):
+            with suppress(OSError, InputError), sole_writer(output, log):
+                pass
+        yield None
+        return
+    with sole_writer(output, log), atomic_directory(output) as folder:
+        yield folder
+        write_json(folder / MARK, {"source": source, "files": _sizes(folder)})
+
+
+def _is_done(output: Path, source: dict[str, Any], log: Callable[[str], None]) -> bool:
     above = next(parent for parent in output.absolute().parents if parent.exists())
     if not above.is_dir():
         raise InputError(f"{output}: {above} is a file, a folder was expected")
-    for ending in ("tmp", "old"):  # see atomic_directory
-        for leftover in sorted(output.parent.glob(f".{output.name}.*.{ending}")):
-            log(f"{leftover}: left by a conversion that was interrupted; it can be deleted")
     if not output.exists():
         return False
     if not output.is_dir():
@@ -37,23 +50,34 @@ def already_done(output: Path, source: dict[str, Any], log: Callable[[str], None
         return False
     try:
         mark = read_json(output / MARK)
-        if mark["source"] == source:
-            log(f"{output}: is finished, nothing to do")
-            return True
-        known = {MARK, *mark["files"]}
+        made_from, files = mark["source"], dict(mark["files"])
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(
             f"{output}: exists and was not written by this command; remove it or choose another "
             "--output"
         ) from None
-    if foreign := sorted(_files(output) - known):
+    found = _sizes(output)
+    reason = "was made from something else"
+    if made_from == source:
+        damaged = [name for name, size in files.items() if _differs(name, found.get(name), size)]
+        if not damaged:
+            log(f"{output}: is finished, nothing to do")
+            return True
+        reason = f"is damaged ({few(damaged)} missing or of another size)"
+    if foreign := sorted(found.keys() - files.keys() - {MARK}):
         raise InputError(
-            f"{output}: was made from something else and holds files of yours: "
-            f"{few(foreign)}; remove it or choose another --output"
+            f"{output}: {reason} and holds files of yours: {few(foreign)}; remove it or choose "
+            "another --output"
         )
-    log(f"{output}: was made from something else, is replaced")
+    log(f"{output}: {reason}, is replaced")
     return False
 
 
-def _files(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
+def _differs(name: str, found: int | None, size: int) -> bool:
+    """What is no weight, such as config.json, may have been edited since."""
+    return found is None or (name.endswith(_WEIGHTS) and found != size)
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    files = (path for path in sorted(folder.rglob("*")) if not path.is_dir())
+    return {str(path.relative_to(folder)): path.lstat().st_size for path in files}

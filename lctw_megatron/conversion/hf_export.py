@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from lctw_megatron.atomic import atomic_directory, write_json
+from lctw_megatron.atomic import write_json
 from lctw_megatron.conversion import dtypes, side_files
 from lctw_megatron.conversion.checkpoint_reader import CheckpointReader
-from lctw_megatron.conversion.done_marks import already_done, write_mark
+from lctw_megatron.conversion.done_marks import conversion_into
 from lctw_megatron.conversion.hf_config import config_values
 from lctw_megatron.conversion.hf_import import Conversion
 from lctw_megatron.conversion.placement import StoredTensor, stored_tensors
@@ -59,18 +59,17 @@ def export_hf(
         "dtype": name,
         "max_shard_bytes": max_file_bytes,
     }
-    if already_done(output, source, log):
-        return Conversion(len(shapes), parameters, 0)
     config_values(
         manifest.model, name, {}
     )  # refuses what has no config.json, before anything is written
-    with atomic_directory(output) as folder:
+    with conversion_into(output, source, log) as folder:
+        if folder is None:
+            return Conversion(len(shapes), parameters, 0)
         files = plan_files(shapes, target, max_file_bytes)
         with SafetensorsWriter(folder, files, target) as writer:
             _write(reader, tensors, writer)
         token_ids = side_files.take_out(checkpoint, manifest, folder)
         write_json(folder / CONFIG, config_values(manifest.model, name, token_ids))
-        write_mark(folder, source)
     return Conversion(len(shapes), parameters, parameters * target.itemsize)
 
 

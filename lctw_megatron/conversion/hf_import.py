@@ -15,18 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lctw_megatron.atomic import atomic_directory, write_json
 from lctw_megatron.config.schema import ModelConfig
 from lctw_megatron.conversion import dtypes, side_files
 from lctw_megatron.conversion.checkpoint_writer import CheckpointFiles
-from lctw_megatron.conversion.done_marks import already_done, write_mark
+from lctw_megatron.conversion.done_marks import conversion_into
 from lctw_megatron.conversion.hf_config import read_config
 from lctw_megatron.conversion.hf_safetensors import SafetensorsFolder, tensor_of
 from lctw_megatron.conversion.placement import StoredTensor, stored_tensors
 from lctw_megatron.conversion.weightless import FREQUENCY_NAMES, is_weightless
 from lctw_megatron.data.tokenizer_files import CONFIG, tokenizer_files
 from lctw_megatron.errors import InputError, few
-from lctw_megatron.model.checkpoint import MANIFEST, CheckpointManifest
+from lctw_megatron.model.checkpoint import CheckpointManifest, write_manifest
 from lctw_megatron.progress import Progress
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -65,19 +64,18 @@ def import_hf(
         name = _target_dtype(source, tensors, dtype)
         sizes = [math.prod(part.shape) for stored in tensors for part in stored.parts]
         source_of = _source(hf, source, name)
-        if already_done(output, source_of, log):
-            return Conversion(len(sizes), sum(sizes), 0)
         manifest = CheckpointManifest(
             step=0,
             model=config.model,
             dtype=name,  # type: ignore[arg-type]
             tokenizer=side_files.tokenizer_identity(hf),
         )
-        with atomic_directory(output) as folder:
+        with conversion_into(output, source_of, log) as folder:
+            if folder is None:
+                return Conversion(len(sizes), sum(sizes), 0)
             side_files.bring_in(hf, folder)
             _write(source, tensors, dtypes.TORCH[name], folder)
-            write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
-            write_mark(folder, source_of)
+            write_manifest(folder, manifest)
     return Conversion(len(sizes), sum(sizes), sum(sizes) * dtypes.TORCH[name].itemsize)
 
 

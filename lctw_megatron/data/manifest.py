@@ -77,6 +77,8 @@ class SidecarManifest(_Strict):
     """Windows restarted at every multiple of this too; null: only at documents."""
     score_first_window: bool
     """Whether the first K targets of a document (or region) were scored as well."""
+    windows_version: int = 1
+    """Of the rules that cut the windows (scoring/windows.py)."""
     min_context: int | None
     """Fewest tokens of context a scored target had; null if none was scored."""
     mean_context: float | None

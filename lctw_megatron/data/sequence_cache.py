@@ -26,6 +26,7 @@ from lctw_megatron.data.sequences import (
     packing_cost,
 )
 from lctw_megatron.errors import InputError
+from lctw_megatron.work_folder import leftovers, remove_leftovers
 
 
 class Indexable(Protocol):
@@ -63,11 +64,12 @@ def cached_index(
     key = hashlib.blake2b(json.dumps(settings).encode(), digest_size=8).hexdigest()
     entry = folder / f"{prefix.name}-{packing}-{tails}-{sequence_length}-{key}"
     found = _read(entry)
-    if found:
+    if found and not leftovers(entry):
         return found
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder / ".lock"):
+            remove_leftovers(entry, lambda line: None)  # of ranks killed while they built it
             found = _read(entry)
             if found:
                 return found
@@ -75,6 +77,8 @@ def cached_index(
             cost = packing_cost(dataset.lengths, sequence_length, index)
             _write(entry, index, cost)
     except OSError as error:
+        if found:
+            return found
         if error.errno not in (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
             raise
         raise InputError(

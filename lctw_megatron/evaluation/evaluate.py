@@ -5,6 +5,7 @@ import io
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,6 +21,7 @@ from lctw_megatron.errors import InputError
 from lctw_megatron.evaluation.longppl import ALPHA, BETA, STRIDE, WINDOW, key_tokens, perplexity
 from lctw_megatron.evaluation.probes import Probes, context_of, distance_of
 from lctw_megatron.evaluation.result_file import FORMAT, read_evaluation
+from lctw_megatron.ownership import sole_writer
 from lctw_megatron.platform.capabilities import capabilities
 from lctw_megatron.progress import Progress
 from lctw_megatron.scoring.windows import check_windows
@@ -63,16 +65,16 @@ def evaluate_to_file(
     settings = complete(settings, checkpoint)
     described = describe(settings, find_checkpoint(checkpoint), TokenDataset(prefix))
     found = read_evaluation(output)
+    first = os.environ.get("RANK", "0") == "0"  # before there are groups; torchrun and srun say it
     if found is not None and found["settings"] == described:
-        # Which rank this is was not asked for yet; torchrun and srun both say.
-        return summary_line(output, found) if os.environ.get("RANK", "0") == "0" else None
-    result = evaluate(checkpoint, prefix, settings, layout)
+        return summary_line(output, found) if first else None
+    with sole_writer(Path(output), print) if first else nullcontext():
+        result = evaluate(checkpoint, prefix, settings, layout)
+        if first:
+            write_json(output, result)
 
     import torch.distributed as dist
 
-    first = dist.get_rank() == 0
-    if first:
-        write_json(output, result)
     dist.barrier()
     return summary_line(output, result) if first else None
 

@@ -23,17 +23,14 @@ from lctw_megatron.config.schema import RunConfig
 from lctw_megatron.data.batch import IGNORE, Sample
 from lctw_megatron.data.loader import TokenLoader, TracedSample
 from lctw_megatron.data.token_text import TokenTexts
-from lctw_megatron.data.tokenizer_files import has_tokenizer
-from lctw_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from lctw_megatron.errors import InputError
-from lctw_megatron.evaluation.model_losses import ModelLosses
+from lctw_megatron.evaluation.model_losses import ModelLosses, open_tokenizer
 from lctw_megatron.evaluation.probes import class_of, distance_of
 from lctw_megatron.evaluation.sequence_weights import (
     sequence_weights,
     weight_by_class,
     weight_histogram,
 )
-from lctw_megatron.model.checkpoint import TOKENIZER
 from lctw_megatron.weighting.parse import Weighting, parse_weighting
 from lctw_megatron.weighting.schemes import Uniform
 from lctw_megatron.weighting.statistics import weight_statistics
@@ -54,7 +51,7 @@ def sample_or_reason(model: ModelLosses, near: int, most: int) -> dict[str, Any]
         return None
     try:
         samples, traced = _last_step(model, run, weighting, most)
-        tokenizer = open_tokenizer(model, run)
+        tokenizer = open_tokenizer(model.checkpoint, model.manifest)
     except InputError as error:
         return str(error)
     return weight_sample(model, weighting, samples, traced, near, TokenTexts(tokenizer))
@@ -100,12 +97,6 @@ def weight_sample(
         "statistics": statistics.summary(),
         "page": _page(samples[fullest], traced[fullest], texts, *page),
     }
-
-
-def open_tokenizer(model: ModelLosses, run: RunConfig) -> Tokenizer:
-    """The checkpoint's own tokenizer files, else those its data was made with. InputError."""
-    own = model.checkpoint / TOKENIZER
-    return load_tokenizer(own if has_tokenizer(own) else (model.manifest.tokenizer or {})["path"])
 
 
 def _last_step(

@@ -3,6 +3,7 @@
 OUTPUT_DIR/launch/order.json holds it, so that `status` and `resume` need the folder only.
 """
 
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -42,8 +43,13 @@ def run_request(request: LaunchRequest, dry_run: bool = False) -> int:
         return local.run_stages(graph, stages, request.ranks)
     cluster = _cluster(graph, request.cluster)
     if dry_run:
-        for job in queue.plan_jobs(graph, stages, cluster):
+        jobs = queue.plan_jobs(graph, stages, cluster)
+        for job in jobs:
             print(f"##### {queue.script_path(graph, job)}\n\n{job.script}")
+        # Away from the cluster nobody knows what is in the queue.
+        queued: dict[str, str] | None = None if shutil.which("squeue") else {}
+        script = queue.submission(graph, jobs, queued)
+        print(f"##### {script.path}\n\n{script.text}")
         return 0
     if PROJECT and not Path("tools/launch.py").is_file():
         raise InputError(

@@ -8,7 +8,7 @@ not needed.
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lctw_megatron.atomic import atomic_file, write_json
@@ -19,6 +19,7 @@ from lctw_megatron.launch.local import check_needs
 from lctw_megatron.launch.slurm import Job, stage_jobs
 from lctw_megatron.launch.stage_graph import StageGraph
 from lctw_megatron.launch.stages import Stage
+from lctw_megatron.launch.submission import Submission
 
 
 def script_path(graph: StageGraph, job: Job) -> Path:
@@ -30,31 +31,74 @@ def plan_jobs(graph: StageGraph, stages: Sequence[Stage], cluster: ClusterConfig
     return [job for stage in stages for job in stage_jobs(graph, stage, cluster)]
 
 
-def submit(graph: StageGraph, stages: Sequence[Stage], cluster: ClusterConfig) -> None:
-    """Write the scripts of ``stages`` and submit those that are neither done nor queued.
+def submission(
+    graph: StageGraph, jobs: Sequence[Job], queued: Mapping[str, str] | None = None
+) -> Submission:
+    """The script that submits those of ``jobs`` that are neither done nor ``queued`` (name to id;
+    None: asked here). Each waits for the jobs it needs; if one of them fails, SLURM removes those
+    that wait for it."""
+    queued = _queued(graph) if queued is None else queued
+    made = Submission(graph.recipe_path, graph.folder / "submit.sh")
+    for name, id in queued.items():
+        made.queued(name, id)
+    ahead = set(queued)
+    for job in jobs:
+        if _is_done(graph, job):
+            made.done(job.name)
+        elif job.name not in queued:
+            after = [name for name in job.needs if name in ahead]
+            made.submit(job.name, script_path(graph, job), after, _missing_parts(graph, job))
+            ahead.add(job.name)
+    return made
 
-    Each waits for the jobs it needs; if one of them fails, SLURM removes those that wait for it.
-    """
+
+def submit(graph: StageGraph, stages: Sequence[Stage], cluster: ClusterConfig) -> None:
+    """Write the scripts of ``stages`` and submit.sh, and run that."""
     jobs = plan_jobs(graph, stages, cluster)
-    ids = _read_ids(graph)
-    in_queue = _queue(list(ids.values()))
-    queued = {name: id for name, id in ids.items() if id in in_queue}
+    ids, queued = _read_ids(graph), _queued(graph)
     check_needs(graph, stages, frozenset(queued))
     for job in jobs:
         with atomic_file(script_path(graph, job), "w") as file:
             file.write(job.script)
-    waiting_for = dict(queued)
-    for job in jobs:
         if _is_done(graph, job):
             print(f"{job.name}: done before")
         elif job.name in queued:
             print(f"{job.name}: job {queued[job.name]} is in the queue")
-        else:
-            needed = [waiting_for[name] for name in job.needs if name in waiting_for]
-            waiting_for[job.name] = ids[job.name] = _sbatch(graph, job, needed)
-            write_json(graph.folder / "jobs.json", ids)
-            after = f" after {' '.join(needed)}" if needed else ""
-            print(f"{job.name}: submitted as job {ids[job.name]}{after}", flush=True)
+    script = submission(graph, jobs, queued)
+    with atomic_file(script.path, "w") as file:
+        file.write(script.text)
+    _find("sbatch")
+    needs = {job.name: job.needs for job in jobs}
+    waiting_for = dict(queued)
+    for name, id in _run(script.path):
+        waiting_for[name] = ids[name] = id
+        write_json(graph.folder / "jobs.json", ids)
+        after = [waiting_for[other] for other in needs[name] if other in waiting_for]
+        said = f" after {' '.join(after)}" if after else ""
+        print(f"{name}: submitted as job {id}{said}", flush=True)
+
+
+def _run(script: Path) -> Iterator[tuple[str, str]]:
+    """Name and id of each job as ``script`` submits it. InputError if it ends with an error."""
+    process = subprocess.Popen(
+        ["bash", str(script)],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    with process:
+        assert process.stdout and process.stderr
+        for line in process.stdout:
+            name, _, id = line.strip().rpartition(" ")
+            yield name, id
+        said = " ".join(process.stderr.read().split())[:500]
+    if process.returncode:
+        raise InputError(said or f"{script}: ended with status {process.returncode}")
+
+
+def _queued(graph: StageGraph) -> dict[str, str]:
+    """Those of the jobs submitted before that wait or run: name to id."""
+    ids = _read_ids(graph)
+    in_queue = _queue(list(ids.values()))
+    return {name: id for name, id in ids.items() if id in in_queue}
 
 
 def status_lines(graph: StageGraph, jobs: Sequence[Job]) -> list[str]:
@@ -98,22 +142,6 @@ def _read_ids(graph: StageGraph) -> dict[str, str]:
     return ids
 
 
-def _sbatch(graph: StageGraph, job: Job, needed: Sequence[str]) -> str:
-    """Submit a script; returns the job's id."""
-    command = ["sbatch", "--parsable"]
-    if needed:
-        command += [f"--dependency=afterok:{':'.join(needed)}", "--kill-on-invalid-dep=yes"]
-    if job.parts:
-        command.append(f"--array={','.join(map(str, _missing_parts(graph, job)))}")
-    answer = _ask([*command, str(script_path(graph, job))])
-    # The site's sbatch may say more: the id is a line of its own, ID or ID;CLUSTER.
-    found = re.findall(r"^(\d+)(?:;\S*)?\s*$", answer, re.MULTILINE)
-    if not found:
-        said = " ".join(answer.split())[:200]
-        raise InputError(f"{' '.join(command)}: no line with a job's id in what it said: {said!r}")
-    return found[-1]
-
-
 def _queue(ids: Sequence[str]) -> dict[str, list[str]]:
     """Those of the jobs ``ids`` that wait or run -> their states (an array may have several)."""
     if not ids:
@@ -128,13 +156,17 @@ def _queue(ids: Sequence[str]) -> dict[str, list[str]]:
     return found
 
 
-def _ask(command: list[str]) -> str:
-    """What a SLURM command prints. InputError if it is missing or refuses."""
-    if shutil.which(command[0]) is None:
+def _find(command: str) -> None:
+    if shutil.which(command) is None:
         raise InputError(
-            f"{command[0]}: not found; submit on a machine of the cluster, or look at the scripts "
+            f"{command}: not found; submit on a machine of the cluster, or look at the scripts "
             "with --dry-run"
         )
+
+
+def _ask(command: list[str]) -> str:
+    """What a SLURM command prints. InputError if it is missing or refuses."""
+    _find(command[0])
     result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if result.returncode:
         raise InputError(f"{' '.join(command)}: {result.stderr.strip()}")

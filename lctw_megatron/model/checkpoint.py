@@ -18,17 +18,21 @@ import json
 import math
 import pickle
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
 
+from lctw_megatron.atomic import write_json
 from lctw_megatron.config.schema import ModelConfig, RunConfig, Section
 from lctw_megatron.data.json_object import read_json, read_json_object
-from lctw_megatron.errors import InputError, few
+from lctw_megatron.errors import InputError
 from lctw_megatron.model.checkpoint_metadata import read_index
-from lctw_megatron.model.initialize import sharding
+from lctw_megatron.model.checksums import check_sums_together, folder_names, sum_files
+from lctw_megatron.model.initialize import sharded_parameters, sharding
 
 MANIFEST = "checkpoint.json"
 TOKENIZER = "tokenizer"
@@ -57,6 +61,8 @@ class CheckpointManifest(Section):
     """Whether the optimizer state is in it."""
     machine: str | None = None
     """The machine and the versions that trained it: platform.capabilities."""
+    checksums: dict[str, str] | None = None
+    """CRC-32 of every other file (checksums.py). None, as in older checkpoints: not compared."""
 
 
 _STEP_NAME = re.compile(r"step_(\d+)")
@@ -99,6 +105,17 @@ def read_manifest(checkpoint: str | Path) -> CheckpointManifest:
     except ValidationError as error:
         found = str(error).splitlines()[0]
         raise InputError(f"{path}: damaged or of another version ({found})") from None
+
+
+def write_manifest(
+    folder: Path, manifest: CheckpointManifest, sums: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Complete ``folder`` with the manifest, which gets the checksums of all its files: ``sums``,
+    made by those who wrote them, and for the others made here."""
+    rest = [name for name in folder_names(folder) if name != MANIFEST and name not in sums]
+    found = dict(sorted({**sums, **sum_files(folder, rest)}.items()))
+    whole = manifest.model_copy(update={"checksums": found})
+    write_json(folder / MANIFEST, whole.model_dump(mode="json"))
 
 
 def check_files(checkpoint: Path) -> Any:
@@ -168,38 +185,54 @@ def _check_pickled(path: Path, offset: int = 0, length: int = -1) -> Any:
         ) from None
 
 
+def check_files_together(checkpoint: Path) -> Any:
+    """``check_files``, and the checksums of all files, shared over the ranks. All ranks call it and
+    get the same InputError."""
+    check_sums_together(checkpoint, read_manifest(checkpoint).checksums or {})
+    return check_files(checkpoint)
+
+
 def load_weights(chunks: list[Any], checkpoint: str | Path) -> None:
     """Load the weights into this rank's model chunks, whatever layout wrote them. All ranks call
     it.
 
     Raises InputError if the checkpoint is damaged or names or shapes differ.
     """
-    load_model_state(chunks, load_state(model_state(chunks), Path(checkpoint)), checkpoint)
+    checkpoint = Path(checkpoint)
+    index = check_files_together(checkpoint)
+    load_shards([shard for _, shard in sharded_parameters(chunks)], checkpoint, index)
 
 
-def load_state(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
-    """megatron-core's load of a sharded state dict: ``model``, ``model<i>`` and whatever else. All
-    ranks call it.
+def load_shards(shards: list[Any], checkpoint: Path, index: Any) -> dict[str, Any]:
+    """Fill the data of megatron-core ShardedTensors; returns what the checkpoint holds besides
+    tensors. index: what ``check_files`` gave. All ranks call it.
 
-    Extra states (of modules: FP8 scales of TransformerEngine's, empty for everything else) that the
-    checkpoint does not have are not asked for: its layers and ours have them in different places.
+    What several data-parallel ranks ask for one of them reads and sends to the others. Nothing is
+    asked for but tensors: extra states of modules are empty (``check_files`` looked).
     Raises InputError if the checkpoint is damaged or holds another model.
     """
-    from megatron.core import dist_checkpointing
+    from megatron.core import dist_checkpointing, parallel_state
     from megatron.core.dist_checkpointing.core import CheckpointingException
+    from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+        FullyParallelLoadStrategyWrapper,
+    )
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
     from torch.distributed.checkpoint import CheckpointException
 
-    there = check_files(checkpoint).state_dict_metadata
-    _check_complete(checkpoint, there)
-    asked = dict(state)
-    for part in state.keys() - {"optimizer"}:
-        asked[part] = {
-            name: entry
-            for name, entry in state[part].items()
-            if not name.endswith(EXTRA_STATE) or getattr(entry, "unique_key", name) in there
-        }
+    _check_complete(checkpoint, index.state_dict_metadata)
+    places = {str(number): shard.data.detach() for number, shard in enumerate(shards)}
+    strategy = FullyParallelLoadStrategyWrapper(
+        TorchDistLoadShardedStrategy(),
+        parallel_state.get_data_parallel_group(with_context_parallel=True),
+    )
     try:
-        return dist_checkpointing.load(asked, str(checkpoint))
+        loaded = dist_checkpointing.load(
+            {"shards": dict(zip(places, shards, strict=True))},
+            str(checkpoint),
+            strategy,
+            # Copies may be loaded by several groups; that all is there was seen in the index.
+            validate_access_integrity=False,
+        )
     except CheckpointException as error:  # gathered from all ranks, raised on all
         reasons = [cause[0] for cause in error.failures.values()]
         if any(map(_is_machines_fault, reasons)):
@@ -211,6 +244,10 @@ def load_state(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
         if _is_machines_fault(error):
             raise
         raise _unloadable(checkpoint, error) from None
+    for number, value in loaded.pop("shards").items():
+        if value.data_ptr() != places[number].data_ptr():  # not filled in its place
+            places[number].copy_(value.view(places[number].shape))
+    return loaded
 
 
 def _holds_something(value: Any) -> bool:
@@ -259,18 +296,6 @@ def model_state(chunks: list[Any]) -> dict[str, Any]:
     if len(chunks) == 1:
         return {"model": chunks[0].sharded_state_dict(metadata=sharding())}
     return {f"model{i}": c.sharded_state_dict(metadata=sharding()) for i, c in enumerate(chunks)}
-
-
-def load_model_state(chunks: list[Any], state: dict[str, Any], checkpoint: str | Path) -> None:
-    """Put what was loaded from ``checkpoint`` into the chunks. InputError unless all weights are
-    there."""
-    for i, chunk in enumerate(chunks):
-        part = state["model" if len(chunks) == 1 else f"model{i}"]
-        missing, unknown = chunk.load_state_dict(part, strict=False)
-        missing = [name for name in missing if not name.endswith(EXTRA_STATE)]
-        for what, names in (("missing", missing), ("unknown", unknown)):
-            if names:
-                raise InputError(f"{checkpoint}: weights are {what}: {few(names)}")
 
 
 def checkpoint_digest(checkpoint: str | Path) -> str:

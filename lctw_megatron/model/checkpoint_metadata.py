@@ -23,7 +23,7 @@ from lctw_megatron.errors import InputError
 _RECORDS = (
     metadata.Metadata, metadata.TensorStorageMetadata, metadata.BytesStorageMetadata,
     metadata.ChunkStorageMetadata, metadata.MetadataIndex, metadata.StorageMeta,
-    filesystem._StorageInfo,
+    filesystem._StorageInfo, filesystem._StoragePrefix,
     planner.SavePlan, planner.WriteItem, planner.TensorWriteData, planner.BytesIOWriteData,
 )  # fmt: skip
 _FURTHER = {"Metadata": {"all_local_plans", "mcore_data"}}

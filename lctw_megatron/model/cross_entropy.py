@@ -172,3 +172,37 @@ def row_block_cross_entropy(
     copy_to_tensor_model_parallel_region and gather_from_sequence_parallel_region do).
     """
     return _RowBlockLoss.apply(hidden, weight, labels, first_column, group, block_rows)
+
+
+@torch.no_grad()
+def row_block_is_likeliest(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    first_column: int = 0,
+    group: dist.ProcessGroup | None = None,
+    block_rows: int = 1024,
+) -> Tensor:
+    """Whether no token is likelier than the label: float32 [n], 1 or 0; 0 where it is IGNORE.
+
+    Arguments as of ``row_block_cross_entropy``. Of tokens with equal logits the one with the lowest
+    id counts as the likeliest, under every layout.
+    """
+    rows = torch.nonzero(labels != IGNORE).squeeze(1)
+    dtype = _accumulation_dtype(hidden.dtype)
+    largest = torch.full((rows.shape[0],), -torch.inf, dtype=dtype, device=hidden.device)
+    token = torch.full_like(rows, torch.iinfo(torch.int64).max)
+    for start in range(0, rows.shape[0] if weight.shape[0] else 0, block_rows):
+        block = slice(start, start + block_rows)
+        logits = _mm(hidden[rows[block]], weight.t())
+        largest[block] = logits.amax(1)
+        # argmax may give any of equal ones: the first of them is asked for.
+        token[block] = (logits == largest[block].unsqueeze(1)).int().argmax(1) + first_column
+    if group is not None and group.size() > 1:
+        own = largest.clone()
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+        token.masked_fill_(own < largest, torch.iinfo(torch.int64).max)
+        dist.all_reduce(token, dist.ReduceOp.MIN, group=group)
+    result = torch.zeros(labels.shape[0], dtype=torch.float32, device=hidden.device)
+    result[rows] = (token == labels[rows]).float()
+    return result

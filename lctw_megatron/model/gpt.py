@@ -20,7 +20,7 @@ from lctw_megatron.config.layout_rules import padded_vocabulary  # noqa: E402
 from lctw_megatron.config.schema import LayoutConfig, ModelConfig  # noqa: E402
 from lctw_megatron.errors import InputError  # noqa: E402
 from lctw_megatron.model import spec  # noqa: E402
-from lctw_megatron.model.cross_entropy import row_block_cross_entropy  # noqa: E402
+from lctw_megatron.model.cross_entropy import row_block_cross_entropy, row_block_is_likeliest  # noqa: E402
 from lctw_megatron.model.initialize import initialize_weights  # noqa: E402
 from lctw_megatron.model.rotary import llama3_inv_freq  # noqa: E402
 
@@ -44,11 +44,13 @@ class _HandThrough(tensor_parallel.ColumnParallelLinear):
 
 class PerTokenLossMixin:
     """Returns per-token losses [b, s] when labels are given, logits [b, s, padded vocabulary] if
-    not.
+    not; losses [2, b, s] with ``likeliest``, whose second part is 1 where the label is the
+    likeliest token, else 0.
     """
 
     true_vocab_size: int
     loss_block_rows: int
+    _likeliest = False
     takes_boundaries: bool
     """Whether all layers have our core attention, which knows piece boundaries."""
 
@@ -65,9 +67,11 @@ class PerTokenLossMixin:
         position_ids: Tensor,
         attention_mask: Tensor | None,
         labels: Tensor | None = None,
+        likeliest: bool = False,
         **kwargs: Any,
     ) -> Tensor:
         """attention_mask: the piece boundaries [b, P+1], or None where sequences are one piece."""
+        self._likeliest = likeliest
         if attention_mask is not None and not self.takes_boundaries:
             raise ValueError("piece boundaries given to a model that was built with packed=False")
         if self.post_process:  # type: ignore[attr-defined]
@@ -92,15 +96,17 @@ class PerTokenLossMixin:
         live = min(max(self.true_vocab_size - first_column, 0), weight.shape[0])
         if live < weight.shape[0]:
             weight = weight[:live]
-        loss = row_block_cross_entropy(
-            hidden.flatten(0, 1),
-            weight,
-            labels.t().flatten(),
-            first_column,
-            group,
-            self.loss_block_rows,
-        )
-        return loss.view(labels.shape[1], labels.shape[0]).t()
+        measures = [row_block_cross_entropy]
+        if self._likeliest:
+            measures.append(row_block_is_likeliest)
+        rows, row_labels = hidden.flatten(0, 1), labels.t().flatten()
+        found = [
+            measure(rows, weight, row_labels, first_column, group, self.loss_block_rows)
+            .view(labels.shape[1], labels.shape[0])
+            .t()
+            for measure in measures
+        ]
+        return torch.stack(found) if self._likeliest else found[0]
 
 
 class TokenWeightedGPT(PerTokenLossMixin, GPTModel):

@@ -17,6 +17,12 @@ def sharded_parameters(chunks: list[Any]) -> Iterator[tuple[str, Any]]:
     A name is the checkpoint's, with the layer's number in front for stacked layers. The shard's
     data is a view of the parameter, so that writing to it writes the parameter.
     """
+    for _, name, shard in parameter_shards(chunks):
+        yield name, shard
+
+
+def parameter_shards(chunks: list[Any]) -> Iterator[tuple[Any, str, Any]]:
+    """The same with the parameter in front; one that is stored in two comes twice."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
@@ -29,14 +35,12 @@ def sharded_parameters(chunks: list[Any]) -> Iterator[tuple[str, Any]]:
                 if isinstance(part, ShardedTensor) and isinstance(part.data, Tensor):
                     axes = part.prepend_axis_num
                     layer = ".".join(str(i) for i in part.global_offset[:axes])
-                    yield (f"{layer}.{part.key}" if axes else part.key), part
+                    yield leaf.data, (f"{layer}.{part.key}" if axes else part.key), part
 
 
 def sharding() -> dict[str, Any]:
-    """The metadata with which megatron-core writes layout-independent checkpoints.
-
-    A new dict each time: megatron-core puts process groups into the one it is given.
-    """
+    """The metadata for megatron-core's sharded state dict of a model. A new dict each time:
+    megatron-core puts process groups into the one it is given."""
     return {"distrib_optim_sharding_type": "fully_reshardable"}
 
 

@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 import lctw_megatron
+from lctw_megatron.platform.cudnn import share_torch_s_cudnn
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ def _transformer_engine(gpu: bool) -> tuple[str | None, str | None]:
     if not gpu:
         sys.modules["transformer_engine"] = None  # type: ignore[assignment]  # import fails from now
         return None, None
+    share_torch_s_cudnn()
     try:
         engine = importlib.import_module("transformer_engine.pytorch")
         importlib.import_module("transformer_engine.pytorch.optimizers")

@@ -63,6 +63,14 @@ def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
     return constructor
 
 
+def _empty_like(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """A place on the GPU to receive what belongs in ``tensor``, which dist_checkpointing asks for
+    if the tensor is on the CPU: here that is the tensor itself, as for one that is on the GPU."""
+    if kwargs.get("device") == "cuda":
+        return tensor
+    return torch.empty_like(tensor, *args, **kwargs)
+
+
 class _CudaView(ModuleType):
     """`torch.cuda` of a machine whose one device is the CPU; the rest is the real module's."""
 
@@ -86,6 +94,7 @@ class _TorchView(ModuleType):
         super().__init__("torch")
         self.cuda = _CudaView()
         self.tensor, self.zeros = _on_cpu(torch.tensor), _on_cpu(torch.zeros)
+        self.empty_like = _empty_like
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)

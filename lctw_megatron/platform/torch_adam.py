@@ -5,7 +5,6 @@ torch keeps a `step` for every parameter, the fused optimizers keep one for a gr
 translates when it saves, but (0.16.1 and 0.19.2)
   - `state_dict` asserts that exactly one `step` exists, which fails before the first step and on a
     rank whose share of the parameters is empty;
-  - loading looks for a saved tensor `step` for every parameter, and there is none;
   - loading gives all parameters one `step` tensor, which every one of them then counts up.
 """
 
@@ -24,14 +23,10 @@ def prepare_torch_adam(optimizer: Any) -> None:
         for group in inner.param_groups:
             for parameter in group["params"]:
                 inner.state[parameter]["step"] = torch.tensor(0.0)
-        part._set_main_param_and_optimizer_states = MethodType(_set_states, part)
+        part.load_state_dict = MethodType(_load_state_dict, part)
 
 
-def _set_states(self: Any, model_param: Any, tensors: dict[str, torch.Tensor]) -> None:
-    group, order = self.model_param_group_index_map[model_param]
-    main_param = self.optimizer.param_groups[group]["params"][order]
-    # load_state_dict has put the right step there from the parameter group.
-    state = self.optimizer.state[main_param]
-    state["step"] = state["step"].clone()
-    tensors = {**tensors, "step": state["step"]}
-    type(self)._set_main_param_and_optimizer_states(self, model_param, tensors)
+def _load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
+    type(self).load_state_dict(self, state_dict)
+    for state in self.optimizer.state.values():
+        state["step"] = state["step"].clone()

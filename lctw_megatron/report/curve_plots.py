@@ -57,6 +57,14 @@ def weight_curves(runs: Sequence[RunRecord]) -> Figure | None:
     return _curves(runs, [run for run in runs if _is_weighted(run)], WEIGHTS, columns=2, unit="")
 
 
+def recall_curves(runs: Sequence[RunRecord]) -> Figure | None:
+    """What `training.recall` measured; None if no run has it."""
+    found = {name for run in runs for line in run.metrics for name in line}
+    names = sorted(name for name in found if name.startswith("recall/"))
+    panels = [(name, name.removeprefix("recall/").replace("/", ", ")) for name in names]
+    return _curves(runs, runs, panels, columns=2, unit="")
+
+
 def same_batches(run: RunRecord, first: RunRecord) -> bool:
     """Whether step n of both runs trained on the same sequences."""
     ours, theirs = run.config, first.config

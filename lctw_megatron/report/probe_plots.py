@@ -153,7 +153,7 @@ def _bucket_axis(axes: Axes, bins: list[Any], near: int | None) -> None:
             labels.append(name.replace("_", "\n"))
         elif name & (name - 1) == 0 and (name.bit_length() - 1) % step == 0:
             ticks.append(place)
-            labels.append(_short(name))
+            labels.append(short_number(name))
     axes.set_xticks(ticks, labels)
     if near is not None:
         _mark_near(axes, bins, near, words=True)
@@ -177,7 +177,7 @@ def _mark_near(axes: Axes, bins: list[Any], near: int, words: bool) -> None:
             )
 
 
-def _short(number: int) -> str:
+def short_number(number: int) -> str:
     """1024 -> 1k, 1048576 -> 1M."""
     for size, letter in ((1 << 20, "M"), (1 << 10, "k")):
         if number >= size:

@@ -1,4 +1,4 @@
-"""What a run has left behind to report on: metrics.jsonl, evaluation.json, run.yaml."""
+"""What a run has left behind: metrics.jsonl, evaluation.json, recall.json, run.yaml."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +12,7 @@ from lctw_megatron.config.schema import RunConfig
 from lctw_megatron.data.metrics_file import read_metrics
 from lctw_megatron.errors import InputError
 from lctw_megatron.evaluation.buckets import Difference, Pair, paired_difference
+from lctw_megatron.evaluation.recall_result import read_recall
 from lctw_megatron.evaluation.result_file import read_evaluation
 
 
@@ -38,6 +39,8 @@ class RunRecord:
     metrics: list[dict[str, float]]
     """The lines of metrics.jsonl."""
     evaluation: dict[str, Any] | None
+    recall: dict[str, Any] | None = None
+    """See ``recall_result.FORMAT``."""
 
     def series(self, metric: str) -> Series:
         """``metric`` over the steps; empty if it was never written."""
@@ -60,13 +63,14 @@ def read_run(folder: str | Path) -> RunRecord:
     log = folder / "metrics.jsonl"
     metrics = read_metrics(log) if log.is_file() else []
     evaluation = read_evaluation(folder / "evaluation.json")
-    if not metrics and evaluation is None:
+    recall = read_recall(folder / "recall.json")
+    if not metrics and evaluation is None and recall is None:
         raise InputError(
-            f"{folder}: holds neither steps in metrics.jsonl nor evaluation.json; is this a run "
-            f"folder?"
+            f"{folder}: holds neither steps in metrics.jsonl nor evaluation.json or recall.json; "
+            "is this a run folder?"
         )
     config = load_run(folder / "run.yaml") if (folder / "run.yaml").is_file() else None
-    return RunRecord(folder.resolve().name, folder, config, metrics, evaluation)
+    return RunRecord(folder.resolve().name, folder, config, metrics, evaluation, recall)
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[RunRecord]:

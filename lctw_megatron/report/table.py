@@ -64,7 +64,8 @@ def further_table(runs: list[RunRecord]) -> Rows:
 def explain(runs: list[RunRecord]) -> list[str]:
     """What the tables need to be read rightly, a line each."""
     lines = []
-    missing = [run.name for run in runs if run.evaluation is None]
+    # A run of which only recall was measured lacks nothing.
+    missing = [run.name for run in runs if run.evaluation is None and run.recall is None]
     if missing:
         lines.append(
             f"{few(missing)}: no evaluation.json; make it with tools/evaluate_model.py "
@@ -114,6 +115,13 @@ def to_text(rows: Rows, left: int = 0) -> str:
         ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def to_markdown(rows: Rows) -> str:
+    """The table for a README: the first column to the left, numbers to the right."""
+    ruler = [":--", *["--:"] * (len(rows[0]) - 1)]
+    lines = [[cell.replace("|", "\\|") for cell in row] for row in [rows[0], ruler, *rows[1:]]]
+    return "\n".join(f"| {' | '.join(row)} |" for row in lines)
 
 
 def _loss(value: float | None) -> str:

@@ -18,9 +18,9 @@ def window_losses(
 
     tokens, labels [windows, K] int64, labels IGNORE where nothing is to be scored (no LM-head work
     is done there). chunks: this rank's model chunks, wrapped for data parallelism or not. The
-    windows are run without context parallelism, through megatron-core's pipeline schedule, as many
-    at once as fit into ``tokens_per_forward``. All ranks of one tensor and pipeline group pass the
-    same windows.
+    windows are run without context parallelism, through megatron-core's pipeline schedule, in as
+    few forwards of one shape as fit into ``tokens_per_forward`` each. All ranks of one tensor and
+    pipeline group pass the same windows.
 
     Returns [windows, K] float32 (float64 for a float64 model) on the last pipeline stage, None on
     the others.
@@ -33,11 +33,9 @@ def window_losses(
     device = next(chunks[0].parameters()).device
     if number == 0:
         return torch.zeros((0, window), device=device) if last_stage else None
-    per_forward = max(1, min(tokens_per_forward // window, number))
-    batches = -(-number // per_forward)
-    if len(chunks) > 1:  # the interleaved schedule takes multiples of the stages
-        stages = parallel_state.get_pipeline_model_parallel_world_size()
-        batches = -(-batches // stages) * stages
+    # The interleaved schedule takes multiples of the stages.
+    stages = parallel_state.get_pipeline_model_parallel_world_size() if len(chunks) > 1 else 1
+    batches, per_forward = divide(number, tokens_per_forward // window, stages)
     missing = batches * per_forward - number
     if missing:  # pipeline stages exchange tensors of one shape
         tokens = torch.cat([tokens, tokens.new_zeros((missing, window))])
@@ -75,6 +73,14 @@ def window_losses(
         for chunk, mode in zip(plain, training, strict=True):
             chunk.train(mode)
     return torch.cat(losses)[:number] if last_stage else None
+
+
+def divide(windows: int, room: int, multiple: int) -> tuple[int, int]:
+    """(forwards, windows of each) of equal forwards of at most ``room`` windows, at least 1: as few
+    as hold all ``windows`` and are a multiple of ``multiple``, and then as small."""
+    forwards = -(-windows // max(1, room))
+    forwards = -(-forwards // multiple) * multiple
+    return forwards, -(-windows // forwards)
 
 
 def _hand_over(output: Tensor, non_loss_data: bool = False) -> Tensor:

@@ -16,10 +16,10 @@ from lctw_megatron.data.sidecar import Sidecar, sidecar_prefix
 from lctw_megatron.data.token_dataset import TokenDataset
 from lctw_megatron.errors import InputError, few
 from lctw_megatron.model import checkpoint as checkpoints
-from lctw_megatron.ownership import remove_work_folder
 from lctw_megatron.scoring.sidecar_shard import Settings, ShardReader, shard_files, shard_path
 from lctw_megatron.scoring.window_plan import WindowPlan
-from lctw_megatron.scoring.windows import Windowing
+from lctw_megatron.scoring.windows import WINDOWS_VERSION, Windowing
+from lctw_megatron.work_folder import remove_work_folder
 
 SHARD_TOKENS = 1 << 22
 """Tokens that the scorer reads for one shard, if the number of shards is not given: what a killed
@@ -95,6 +95,7 @@ class Job:
             "tokenizer_digest": self.dataset.manifest.tokenizer.digest,
             "scorer_digest": checkpoints.checkpoint_digest(self.scorer_path),
             **self.windowing._asdict(),
+            "windows_version": WINDOWS_VERSION,
             "precision": self.precision,
             "tokens_per_forward": self.tokens_per_forward,
             "tensor": self.layout.tensor,
@@ -105,6 +106,7 @@ class Job:
         statistics, manifest = self.plan.statistics, self.scorer_manifest
         return {
             **self.windowing._asdict(),
+            "windows_version": WINDOWS_VERSION,
             "min_context": statistics.min_context if statistics.scored else None,
             "mean_context": statistics.mean_context if statistics.scored else None,
             "scorer": {
@@ -240,7 +242,7 @@ class Job:
 
 
 def _settings_of(manifest: SidecarManifest) -> Settings:
-    names = ("tokens_fingerprint", "tokenizer_digest", *Windowing._fields)
+    names = ("tokens_fingerprint", "tokenizer_digest", "windows_version", *Windowing._fields)
     return {
         **{name: getattr(manifest, name) for name in names},
         "scorer_digest": manifest.scorer.get("digest"),

@@ -1,15 +1,18 @@
 """Finished shards joined into the sidecar, as a stream."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
-from lctw_megatron.data.manifest import SidecarManifest
+from lctw_megatron.data.indexed_array import data_path, index_path
+from lctw_megatron.data.manifest import SidecarManifest, manifest_path
 from lctw_megatron.data.sidecar import SidecarWriter
 from lctw_megatron.errors import InputError
 from lctw_megatron.progress import Progress
 from lctw_megatron.scoring.job import Job
 from lctw_megatron.scoring.sidecar_shard import ShardReader
+from lctw_megatron.work_folder import remove_leftovers
 
 _NANS = np.full(1 << 20, np.nan, dtype=np.float32)
 
@@ -22,8 +25,8 @@ def merge(job: Job, shards: int) -> SidecarManifest:
     """
     readers = job.finished_shards(shards)
     job.dataset.verify()
-    for leftover in job.folder.parent.glob(f".{job.folder.stem}.*.tmp"):  # of merges killed midway
-        leftover.unlink(missing_ok=True)
+    for path in (data_path(job.prefix), index_path(job.prefix), manifest_path(job.prefix)):
+        remove_leftovers(Path(path), print)
     with (
         Progress("merge", job.dataset.num_tokens, "tokens") as progress,
         SidecarWriter(job.dataset, job.name, **job.details()) as writer,

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -11,12 +11,12 @@ import torch.distributed as dist
 
 from lctw_megatron.data.manifest import SidecarManifest
 from lctw_megatron.errors import InputError
-from lctw_megatron.ownership import check_work_folder
 from lctw_megatron.platform.capabilities import capabilities
 from lctw_megatron.platform.world import World, initialize, shut_down, started_together
 from lctw_megatron.progress import Progress, human
 from lctw_megatron.scoring.job import Job
 from lctw_megatron.scoring.merge_sidecar import merge
+from lctw_megatron.scoring.one_writer import sole_worker
 from lctw_megatron.scoring.sidecar_shard import Settings, write_shard
 
 
@@ -45,10 +45,11 @@ def score(job: Job, request: Request, log: Callable[[str], None]) -> SidecarMani
     for the user, on the first rank. Raises InputError on the first rank, SystemExit on the others.
     """
     world = initialize(job.layout, seed=0) if started_together() else None
+    held = ExitStack()  # what the first rank owns
     # Ranks wait for each other as long as a shard takes, or the first one's reading of the corpus.
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=30)) if world else None
     try:
-        work = _agreed(world, patient, lambda: _survey(job, request, log))
+        work = _agreed(world, patient, lambda: _survey(job, request, log, held))
         if work is not None and work.pending:
             world = world or initialize(job.layout, seed=0)
             _score_shards(job, work, world, log)
@@ -62,17 +63,27 @@ def score(job: Job, request: Request, log: Callable[[str], None]) -> SidecarMani
             return None
         return merge(job, work.shards)
     finally:
+        held.close()
         shut_down()
 
 
-def _survey(job: Job, request: Request, log: Callable[[str], None]) -> _Work | None:
-    """What is left to do; None if the sidecar is finished."""
+def _survey(
+    job: Job, request: Request, log: Callable[[str], None], held: ExitStack
+) -> _Work | None:
+    """What is left to do, owned by ``held``; None if the sidecar is finished."""
     manifest = job.finished(request.overwrite, log)
+    if manifest is None:
+        part = None
+        if request.shard is not None and request.shards is not None:
+            part = request.shard, request.shards
+        held.enter_context(sole_worker(job.folder, part))
+        manifest = job.finished(request.overwrite, lambda line: None)  # by another run, by now
     if manifest is not None:
         log(f"{job.prefix}: finished before, with the same settings")
-        job.remove_shards()
+        if job.folder.exists():  # a run was killed between the merge and its end
+            with suppress(InputError, OSError), sole_worker(job.folder, None):
+                job.remove_shards()
         return None
-    check_work_folder(job.folder)
     if request.shard is None:
         job.dataset.verify()
     ranks = int(os.environ.get("WORLD_SIZE", "1")) // (job.layout.tensor * job.layout.pipeline)
@@ -87,7 +98,7 @@ def _survey(job: Job, request: Request, log: Callable[[str], None]) -> _Work | N
     log(f"{capabilities().line()}; scoring in {job.precision}")
     log(
         f"{job.prefix}: {human(statistics.scored)} of {human(job.dataset.num_tokens)} tokens to "
-        f"score, with {statistics.min_context} to {job.windowing.window - 1} tokens of context "
+        f"score, with {statistics.min_context} to {job.windowing.window} tokens of context "
         f"({statistics.mean_context:.0f} on average); {human(statistics.tokens)} tokens to read in "
         f"{human(statistics.windows)} windows; {len(numbers) - len(pending)} of {len(numbers)} "
         f"shards finished before"

@@ -122,23 +122,25 @@ class Scorer:
         self, dataset: TokenDataset, table: Table, width: int, bos_id: int | None
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Tokens (padded with 0) and labels of windows: int64 [windows, width] both."""
-        tokens = np.zeros((len(table), width), dtype=np.int64)
+        # One wider: the last token of a text may only be predicted.
+        text = np.zeros((len(table), width + 1), dtype=np.int64)
         labels = np.full((len(table), width), IGNORE, dtype=np.int64)
         for row, (document, start, end, score_start, score_end) in enumerate(table.tolist()):
-            tokens[row, : end - start] = dataset.get(document, start, end - start)
-            labels[row, score_start - 1 - start : score_end - 1 - start] = tokens[
+            length = max(end, score_end) - start
+            text[row, :length] = dataset.get(document, start, length)
+            labels[row, score_start - 1 - start : score_end - 1 - start] = text[
                 row, score_start - start : score_end - start
             ]
-        # A label is among the tokens.
-        if (beyond := (tokens >= self.vocab_size) | (tokens < 0)).any():
+        if (beyond := (text >= self.vocab_size) | (text < 0)).any():
             row, column = np.argwhere(beyond)[0]
             document, start = table[row, :2]
             raise InputError(
-                f"{dataset.prefix}.bin: token id {tokens[row, column]} at token {start + column} "
+                f"{dataset.prefix}.bin: token id {text[row, column]} at token {start + column} "
                 f"of document {document} is beyond the vocabulary of {self.checkpoint} "
                 f"({self.vocab_size} tokens); check the data with: python tools/inspect_data.py "
                 f"{dataset.prefix} --verify"
             )
+        tokens = text[:, :-1]
         if bos_id is not None:
             tokens[table[:, 1] > 0, 0] = bos_id
         return tokens, labels

@@ -36,12 +36,12 @@ class WindowIndex:
             if length < 1:
                 continue
             # The piece's tokens are its inputs and, one further, the label of the last of them.
-            for first, stop, score_start, score_end in windows(length + 1, window, stride)[1:]:
+            for first, _, score_start, score_end in windows(length + 1, window, stride)[1:]:
                 column = np.arange(window)
                 target = first + column + 1  # the token that position predicts
-                inside = target < stop
+                inside = target < score_end
                 positions.append(np.where(inside, start + first + column, -1))
-                scored.append((target >= score_start) & (target < score_end))
+                scored.append((target >= score_start) & inside)
         self.positions = np.array(positions, dtype=np.int64).reshape(-1, window)
         self.scored = np.array(scored, dtype=bool).reshape(-1, window)
 

@@ -24,7 +24,7 @@ import numpy as np
 from lctw_megatron.atomic import atomic_file
 from lctw_megatron.data.json_object import parse_json
 from lctw_megatron.errors import InputError
-from lctw_megatron.ownership import make_work_folder
+from lctw_megatron.work_folder import make_work_folder
 
 FORMAT = "lctw-megatron shard 1"
 MAGIC = b"LCTWSHRD"

@@ -14,6 +14,10 @@ So apart from the first window the context runs from K - D to K - 1 tokens: a sm
 with more context and costs K/D forward passes over the text. D = K leaves the first token of every
 later window unscored, as it has no context there.
 
+If only the last token is left, no window is run for it: the last input of a full window predicts
+it, with K tokens of context. So the S + 1 tokens of a sequence, S = 32,768, take four windows of
+8,192 after the first, 6,144 apart, not five.
+
 Windows run over *regions*: whole documents, or, with ``sequence_length`` S, the S + 1 tokens
 [mS, (m + 1)S] that training on S-token chunks reads as inputs and labels.
 """
@@ -26,6 +30,10 @@ from numpy.typing import ArrayLike, NDArray
 from lctw_megatron.errors import InputError
 
 Table = NDArray[np.int64]
+
+WINDOWS_VERSION = 2
+"""Of the rules above: scores of another version are others. 1: the last token may have a window of
+its own."""
 
 
 def check_windows(window: int, stride: int, sequence_length: int | None = None) -> None:
@@ -51,18 +59,20 @@ def windows(n: int, window: int, stride: int) -> Table:
     score_start, score_end.
 
     A window reads tokens [start, end) and scores the targets [score_start, score_end): its logits
-    at score_start - 1 … score_end - 2 predict them. Windows that score nothing are left out; a
-    region of fewer than 2 tokens has none. With stride < window every target 1 … n-1 is scored
-    exactly once.
+    at score_start - 1 … score_end - 2 predict them. score_end is end, or end + 1 = n in the last
+    window. A region of fewer than 2 tokens has none. With stride < window every target 1 … n-1 is
+    scored exactly once.
     """
     check_windows(window, stride)
-    count = 1 + max(0, -(-(n - window) // stride))
+    if n < 2:
+        return np.empty((0, 4), dtype=np.int64)
+    count = 1 + max(0, -(-(n - 1 - window) // stride))
     start = np.arange(count, dtype=np.int64) * stride
     end = np.minimum(start + window, n)
     previous_end = np.concatenate([start[:1], end[:-1]])
     score_start = np.maximum(previous_end, start + 1)
-    table = np.stack([start, end, score_start, end], axis=1)
-    return table[score_start < end]
+    score_end = np.append(end[:-1], n)
+    return np.stack([start, end, score_start, score_end], axis=1)
 
 
 def regions(length: int, sequence_length: int | None = None) -> Table:
@@ -133,18 +143,18 @@ def window_statistics(
     per document, so cheap for any corpus."""
     check_windows(window, stride, sequence_length)
     sizes, repeats = _region_sizes(np.asarray(lengths, dtype=np.int64), sequence_length)
-    later, last = _later_windows(sizes, window, stride)
+    later, rest = _later_windows(sizes, window, stride)
     least = max(window - stride, 1)  # fewest tokens of context in a later window
 
     full = np.maximum(later - 1, 0)  # later windows before the last
     count = later.copy()
-    tokens = full * window + last
-    scored = full * (window - least) + np.maximum(last - least, 0)
-    context = full * _sum_below(least, window) + _sum_below(least, np.maximum(last, least))
+    tokens = full * window + np.minimum(rest, window)
+    scored = full * (window - least) + np.maximum(rest - least, 0)
+    context = full * _sum_below(least, window) + _sum_below(least, np.maximum(rest, least))
     if score_first_window:
-        first = np.minimum(sizes, window)
+        first = np.where(later > 0, window, sizes)
         count += 1
-        tokens += first
+        tokens += np.minimum(first, window)
         scored += first - 1
         context += _sum_below(1, first)
     total = int((scored * repeats).sum())
@@ -169,8 +179,8 @@ def tokens_read(
     check_windows(window, stride, sequence_length)
 
     def in_region(sizes: Table) -> Table:
-        later, last = _later_windows(sizes, window, stride)
-        read = np.maximum(later - 1, 0) * window + last
+        later, rest = _later_windows(sizes, window, stride)
+        read = np.maximum(later - 1, 0) * window + np.minimum(rest, window)
         return np.where(sizes < 2, 0, read + score_first_window * np.minimum(sizes, window))
 
     lengths = np.asarray(lengths, dtype=np.int64)
@@ -181,13 +191,10 @@ def tokens_read(
 
 
 def _later_windows(sizes: Table, window: int, stride: int) -> tuple[Table, Table]:
-    """Of regions of ``sizes`` tokens: how many windows after the first score something, and the
-    length of the last of those (0 if there are none)."""
-    later = -(-np.maximum(sizes - window, 0) // stride)
-    last = np.where(later > 0, sizes - later * stride, 0)
-    # A single token after the last stride that has no context: nothing to score.
-    empty = (later > 0) & (last <= max(window - stride, 1))
-    return later - empty, np.where(empty, np.where(later > 1, window, 0), last)
+    """Of regions of ``sizes`` tokens: how many windows follow the first, and how many tokens there
+    are from the last of those on, up to window + 1 (0 if there are none)."""
+    later = -(-np.maximum(sizes - 1 - window, 0) // stride)
+    return later, np.where(later > 0, sizes - later * stride, 0)
 
 
 def _region_sizes(lengths: Table, sequence_length: int | None) -> tuple[Table, Table]:

@@ -17,7 +17,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint import CheckpointException
 
-from lctw_megatron.atomic import sync_directory, write_json
+from lctw_megatron.atomic import sync_directory
 from lctw_megatron.errors import InputError
 from lctw_megatron.model.checkpoint import (
     MANIFEST,
@@ -25,16 +25,18 @@ from lctw_megatron.model.checkpoint import (
     CheckpointManifest,
     check_files,
     complete_checkpoints,
-    load_model_state,
-    load_state,
+    load_shards,
     model_state,
     read_manifest,
     step_name,
+    write_manifest,
 )
-from lctw_megatron.model.initialize import sharding
-from lctw_megatron.ownership import remove
-from lctw_megatron.training.exit_status import end_with_parent
-from lctw_megatron.training.optimizer_state import keep_own_settings
+from lctw_megatron.model.checksums import check_sums_together
+from lctw_megatron.model.initialize import sharded_parameters
+from lctw_megatron.training.exit_status import serve_until_parent_ends
+from lctw_megatron.training.optimizer_state import keep_own_settings, optimizer_shards
+from lctw_megatron.training.shared_writing import collect_sums, sharing_strategy
+from lctw_megatron.work_folder import remove
 
 Result = TypeVar("Result")
 _LEFTOVER = re.compile(r"\.step_\d+\.[0-9a-f]{8}\.tmp")
@@ -62,6 +64,8 @@ class CheckpointWriter:
     tokenizer_files: Path | None = None
     before: Callable[[], None] = lambda: None
     """What the first rank does before a save: put on the disk what must not be older than it."""
+    _strategy: Any = field(default=None, init=False)
+    """megatron-core's. Kept, as it knows who writes what."""
     _queue: Any = field(default=None, init=False)
     _writing: tuple[Path, CheckpointManifest] | None = field(default=None, init=False)
     """What an asynchronous save is writing: its temporary folder and its manifest."""
@@ -72,9 +76,16 @@ class CheckpointWriter:
         name = step_name(manifest.step)
         temporary = self._on_first_rank(name, None, lambda: self._make_temporary(name))
         _start_results_queue()
+        first = self._strategy is None
+        self._strategy = self._strategy or sharing_strategy()
         try:
             request = dist_checkpointing.save(
-                state, str(temporary), async_sharded_save=self.asynchronous, **_SAVE_OPTIONS
+                state,
+                str(temporary),
+                self._strategy,
+                validate_access_integrity=first,  # asks all ranks for all that they have
+                async_sharded_save=self.asynchronous,
+                **_SAVE_OPTIONS,
             )
         except CheckpointException as error:
             self._fail(name, temporary, error)
@@ -130,9 +141,15 @@ class CheckpointWriter:
 
     def _publish(self, temporary: Path, manifest: CheckpointManifest) -> None:
         name = step_name(manifest.step)
-        self._on_first_rank(name, temporary, lambda: self._complete(temporary, name, manifest))
+        sums = collect_sums(temporary)
+        self._on_first_rank(
+            name, temporary, lambda: self._complete(temporary, name, manifest, sums)
+        )
 
-    def _complete(self, temporary: Path, name: str, manifest: CheckpointManifest) -> None:
+    def _complete(
+        self, temporary: Path, name: str, manifest: CheckpointManifest, sums: dict[str, str]
+    ) -> None:
+        """sums: of the files that the ranks wrote; the others are this rank's."""
         final = self.folder / name
         if self.tokenizer_files is not None:
             shutil.copytree(self.tokenizer_files, temporary / TOKENIZER)
@@ -140,7 +157,7 @@ class CheckpointWriter:
             if path.is_file():
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
-        write_json(temporary / MANIFEST, manifest.model_dump(mode="json"))
+        write_manifest(temporary, manifest, sums)
         self._make_room(final)
         os.replace(temporary, final)
         sync_directory(self.folder)
@@ -236,17 +253,16 @@ def _start_results_queue() -> None:
     """
     if getattr(filesystem_async, "_results_queue", None) is None:
         manager = SyncManager(ctx=get_context("spawn"))
-        manager.start(end_with_parent, (os.getpid(),))
+        manager.start(serve_until_parent_ends)
         filesystem_async._results_queue = manager.Queue()
 
 
-def run_state(chunks: list[Any], optimizer: Any, loading: bool = False) -> dict[str, Any]:
+def run_state(chunks: list[Any], optimizer: Any) -> dict[str, Any]:
     """Sharded state dict of weights and optimizer. chunks: not wrapped for data parallelism."""
-    state = model_state(chunks)
-    weights = {key: dict(value) for key, value in state.items()}
-    only = weights["model"] if len(chunks) == 1 else weights
-    state["optimizer"] = optimizer.sharded_state_dict(only, is_loading=loading, metadata=sharding())
-    return state
+    return model_state(chunks) | {
+        "optimizer": optimizer.state_dict(),
+        "optimizer_shards": optimizer_shards(chunks, optimizer),
+    }
 
 
 def newest_checkpoint(
@@ -257,30 +273,42 @@ def newest_checkpoint(
     A half-written or damaged one is skipped with a line through ``log``. The first rank chooses for
     all: on a network file system they need not see the same at the same moment.
     """
-    found: list[Any] = [None]
+    candidates: list[Path] = []
     if dist.get_rank() == 0:
         for leftover in sorted(folder.glob(".step_*.tmp")) if folder.is_dir() else []:
             log(f"{leftover}: half-written, not used")
-        for path in reversed(complete_checkpoints(folder)):
+        candidates = complete_checkpoints(folder)
+    while True:
+        found: list[Any] = [None]
+        while dist.get_rank() == 0 and candidates and found[0] is None:
+            path = candidates.pop()
             try:
                 check_files(path)
                 found = [(path, read_manifest(path))]
-                break
             except InputError as error:
                 log(f"{path} is skipped: {error}")
-    dist.broadcast_object_list(found, 0)
-    return found[0]
+        dist.broadcast_object_list(found, 0)
+        if found[0] is None:
+            return None
+        path, manifest = found[0]
+        try:
+            check_sums_together(path, manifest.checksums or {})
+            return path, manifest
+        except InputError as error:
+            log(f"{path} is skipped: {error}")
 
 
 def resume(checkpoint: Path, chunks: list[Any], optimizer: Any) -> None:
-    """Load weights and optimizer. All ranks call it. InputError if they do not fit."""
-    loaded = load_state(run_state(chunks, optimizer, True), checkpoint)
-    load_model_state(chunks, loaded, checkpoint)
-    try:
-        keep_own_settings(optimizer, loaded["optimizer"])
-    except KeyError as error:
+    """Load weights and optimizer of what ``newest_checkpoint`` gave. All ranks call it. InputError
+    if they do not fit."""
+    if not read_manifest(checkpoint).optimizer:
         raise InputError(
-            f"{checkpoint}: holds no {error} of an optimizer; to begin from its weights name it as "
+            f"{checkpoint}: holds no state of an optimizer; to begin from its weights name it as "
             "`start` of a new run_dir"
-        ) from None
+        )
+    index = check_files(checkpoint)
+    weights = [shard for _, shard in sharded_parameters(chunks)]
+    own = optimizer_shards(chunks, optimizer, index.state_dict_metadata)
+    loaded = load_shards(weights + own, checkpoint, index)
+    keep_own_settings(optimizer, loaded["optimizer"])
     optimizer.load_state_dict(loaded["optimizer"])

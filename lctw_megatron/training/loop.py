@@ -45,9 +45,11 @@ from lctw_megatron.training.loss_spike import SpikeWatch
 from lctw_megatron.training.metrics import MetricsLog, peak_memory_gib
 from lctw_megatron.training.nonfinite import NonFinite, describe_samples, write_nonfinite
 from lctw_megatron.training.optimizer import build_optimizer, wrap_data_parallel
+from lctw_megatron.training.recall import TrainingRecall
 from lctw_megatron.training.signals import StopRequest
 from lctw_megatron.training.step import Stepper
 from lctw_megatron.training.tokenizer_folder import TokenizerFolder
+from lctw_megatron.work_folder import remove_leftovers
 
 
 def train(run: RunConfig, allow_changes: bool = False) -> int:
@@ -76,6 +78,8 @@ def _one_run_in(run_dir: Path, world: World) -> Iterator[None]:
             try:
                 run_dir.mkdir(parents=True, exist_ok=True)
                 held.enter_context(owned(run_dir / ".lock", str(run_dir)))
+                for name in ("run.yaml", "metrics.jsonl", TOKENIZER):
+                    remove_leftovers(run_dir / name, lambda line: print(line, flush=True))
             except (InputError, OSError) as refusal:
                 error = refusal
         refused = [error is not None]
@@ -140,6 +144,7 @@ class Trainer:
         )
         if self.world.is_first and own is not None:
             self.writer.apply_retention(self.first_step)
+        self.recall = TrainingRecall(run, tokenizer) if run.training.recall else None
         self.stop = StopRequest(self.world.device)
         self.spikes = SpikeWatch()
         self.skipped = 0
@@ -163,6 +168,8 @@ class Trainer:
                 done = step + 1
                 if training.eval_interval and done % training.eval_interval == 0:
                     metrics |= self.evaluate()
+                if self.recall and done % self.recall.config.every == 0:
+                    metrics |= self.recall(self.wrapped, self.world)
                 self._watch(step, metrics)
                 self._write(step, metrics)
                 progress.update(1, tokens=self.tokens_per_step)
@@ -300,7 +307,7 @@ class Trainer:
         if self.log is not None and (
             step % training.log_interval == 0
             or step == training.steps - 1
-            or any(name.startswith("validation/") for name in metrics)
+            or any(name.startswith(("validation/", "recall/")) for name in metrics)
         ):
             self.log.write(step, metrics)
 

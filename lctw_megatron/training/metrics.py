@@ -136,12 +136,3 @@ class MetricsLog:
                 action(self._board)
             except OSError:
                 self._board = None
-
-
-def move(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """The batch on ``device``, except what only the host reads (piece boundaries, document ids)."""
-    on_host = ("boundaries", "document_ids")
-    return {
-        name: tensor if name in on_host else tensor.to(device, non_blocking=True)
-        for name, tensor in batch.items()
-    }

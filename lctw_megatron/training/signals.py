@@ -6,7 +6,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from lctw_megatron.training.exit_status import SIGNALS, ignore_signals
+from lctw_megatron.training.exit_status import SIGNALS, ignore_signals, listen_no_longer
 
 
 class StopRequest:
@@ -14,6 +14,7 @@ class StopRequest:
 
     def __init__(self, device: torch.device) -> None:
         self._asked, self._device = False, device
+        listen_no_longer()
         self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
         self._leaving = False
 

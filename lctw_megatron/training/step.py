@@ -17,9 +17,10 @@ from torch import Tensor
 
 from lctw_megatron.config.schema import RunConfig
 from lctw_megatron.data import zigzag
+from lctw_megatron.data.microbatch import move
 from lctw_megatron.scoring.self_scoring import SelfScorer
 from lctw_megatron.training.dropout_seed import seed_dropout
-from lctw_megatron.training.metrics import StepSums, move
+from lctw_megatron.training.metrics import StepSums
 from lctw_megatron.training.nonfinite import NonFinite
 from lctw_megatron.training.optimizer import clip_gradients, learning_rate, set_rates
 from lctw_megatron.weighting.compute import compute_weights_and_counts

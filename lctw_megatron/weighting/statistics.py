@@ -65,37 +65,41 @@ def weight_statistics(
     """
     live = mask != 0
     w = weights.double().where(live, 0.0)
-    spearman, sequences = 0.0, 0
     streams = [weights.double(), long_loss.double(), live.double()]
     whole_weights, whole_loss, whole_live = whole_sequences(streams, group)
-    if is_first(group):
-        for row_weights, row_loss, row_live in zip(
-            whole_weights, whole_loss, whole_live != 0, strict=True
-        ):
-            correlation = spearman_correlation(row_weights[row_live], row_loss[row_live])
-            if correlation is not None:
-                spearman, sequences = spearman + correlation, sequences + 1
-    counts = torch.tensor([spearman, sequences], dtype=torch.float64, device=w.device)
+    correlation = spearman_correlation(whole_weights, whole_loss, whole_live != 0)
+    defined = correlation.isfinite() & is_first(group)
+    counts = torch.stack([correlation.where(defined, 0.0).sum(), defined.sum().double()])
     parts = [live.sum(), (live & (weights == 0)).sum(), w.sum(), w.square().sum()]
     sums = torch.cat([torch.stack([part.double() for part in parts]), counts])
     return WeightStatistics(sums, w.max() if w.numel() else w.new_zeros(()))
 
 
-def spearman_correlation(x: Tensor, y: Tensor) -> float | None:
-    """Spearman's rank correlation of two 1-D tensors; equal values share their mean rank.
+def spearman_correlation(x: Tensor, y: Tensor, live: Tensor) -> Tensor:
+    """Spearman's rank correlation of x and y [sequences, values] where ``live`` (bool), float64
+    [sequences]; equal values share their mean rank.
 
-    None where it is not defined: fewer than two values, or all values of one equal.
+    NaN where it is not defined: fewer than two values, or all values of one equal. The host waits
+    for nothing.
     """
-    if x.numel() < 2:
-        return None
-    ranks_x, ranks_y = _mean_ranks(x), _mean_ranks(y)
-    ranks_x, ranks_y = ranks_x - ranks_x.mean(), ranks_y - ranks_y.mean()
-    norm = float(ranks_x.square().sum().sqrt() * ranks_y.square().sum().sqrt())
-    return float((ranks_x * ranks_y).sum()) / norm if norm else None
+    number = live.sum(1, keepdim=True).clamp(min=1)
+    centred = []
+    for values in (x, y):
+        ranks = _mean_ranks(values, live).where(live, 0.0)
+        centred.append((ranks - ranks.sum(1, keepdim=True) / number).where(live, 0.0))
+    products = (centred[0] * centred[1]).sum(1)
+    return products / (centred[0].square().sum(1).sqrt() * centred[1].square().sum(1).sqrt())
 
 
-def _mean_ranks(x: Tensor) -> Tensor:
-    """float64 ranks from 1; equal values get the mean of the ranks they span."""
-    _, which, size = x.unique(return_inverse=True, return_counts=True)
-    last = size.cumsum(0).double()
-    return (last - (size.double() - 1) / 2)[which]
+def _mean_ranks(x: Tensor, live: Tensor) -> Tensor:
+    """float64 ranks among the live values of each row; equal values get the mean of the ranks they
+    span. Anything where not live."""
+    values, order = x.masked_fill(~live, torch.inf).sort(dim=1)
+    place = torch.arange(x.shape[1], device=x.device).expand_as(order)
+    begins = torch.ones_like(live)
+    begins[:, 1:] = values[:, 1:] != values[:, :-1]
+    ends = begins.roll(-1, dims=1)  # the first begins a run, so the last ends one
+    first = place.where(begins, 0).cummax(1).values
+    last = place.where(ends, x.shape[1]).flip(1).cummin(1).values.flip(1)
+    ranks = (first + last).double() / 2 + 1
+    return torch.empty_like(ranks).scatter_(1, order, ranks)

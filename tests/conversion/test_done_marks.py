@@ -14,7 +14,8 @@ from lctw_megatron.conversion.checkpoint_reader import CheckpointReader
 from lctw_megatron.conversion.hf_export import export_hf
 from lctw_megatron.conversion.hf_import import import_hf
 from lctw_megatron.errors import InputError
-from lctw_megatron.model.checkpoint import find_checkpoint
+from lctw_megatron.model.checkpoint import find_checkpoint, read_manifest, write_manifest
+from lctw_megatron.ownership import sole_writer
 from tests.conversion.hf_models import assert_same_tensors, make_model
 
 ROOT = Path(__file__).parents[2]
@@ -86,18 +87,58 @@ def test_a_killed_conversion_leaves_nothing_of_the_outputs_name(verb, made, tmp_
     command = [sys.executable, "-c", program, str(source), str(output)]
     killed = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=100)
     assert killed.returncode == -signal.SIGKILL
-    left = os.listdir(tmp_path)
-    assert len(left) == 1 and left[0].startswith(".output.")  # half-written, under no such name
+    # Half-written, under no such name, and the lock.
+    left = sorted(name for name in os.listdir(tmp_path) if name != ".output.lock")
+    assert len(left) == 1 and left[0].startswith(".output.")
+    strangers = tmp_path / ".output.0123abcd.tmp"
+    strangers.mkdir()
+    (strangers / "thesis.tex").write_text("years of work")
+    (tmp_path / ".output.89abcdef.tmp").symlink_to(strangers)
     said: list[str] = []
     convert = import_hf if verb == "import" else export_hf
     convert(source, output, log=said.append)
     assert said == [
-        f"{tmp_path / left[0]}: left by a conversion that was interrupted; it can be deleted"
+        f"{tmp_path / left[0]}: left by a run that was killed, removed",
     ]
+    (tmp_path / ".output.89abcdef.tmp").unlink()
+    assert sorted(os.listdir(tmp_path)) == [strangers.name, "output"]
+    assert os.listdir(strangers) == ["thesis.tex"]
     if verb == "import":
         assert find_checkpoint(output) == output
     else:
         assert_same_tensors(made / "hf", output)
+
+
+@pytest.mark.parametrize("verb", ["import", "export"])
+def test_a_second_conversion_into_one_output_is_refused(verb, made, tmp_path):
+    source, output = made / ("hf" if verb == "import" else "checkpoint"), tmp_path / "output"
+    convert = import_hf if verb == "import" else export_hf
+    with sole_writer(output, print), pytest.raises(InputError, match="output: is being written by"):
+        convert(source, output)
+    assert os.listdir(tmp_path) == []
+    convert(source, output)
+    with sole_writer(output, print):  # of somebody who looks at it too
+        assert convert(source, output).bytes == 0
+    assert os.listdir(tmp_path) == ["output"]
+
+
+@pytest.mark.parametrize("how", ["cut", "lost"])
+def test_a_finished_folder_with_a_cut_or_lost_file_is_made_again(how, made, tmp_path):
+    said: list[str] = []
+    for convert, source, ending in (
+        (import_hf, made / "hf", "distcp"),
+        (export_hf, made / "checkpoint", "safetensors"),
+    ):
+        output = tmp_path / ending
+        convert(source, output)
+        (path,) = output.glob(f"*.{ending}")
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1]) if how == "cut" else path.unlink()
+        convert(source, output, log=said.append)
+        assert f"is damaged ({path.name} missing or of another size), is replaced" in said.pop()
+        assert path.stat().st_size == len(whole)
+    (output / "config.json").write_text("{}")  # edited by the user
+    assert convert(source, output).bytes == 0 and (output / "config.json").read_text() == "{}"
 
 
 def test_a_failing_conversion_leaves_nothing_at_all(made, tmp_path, monkeypatch):
@@ -138,6 +179,8 @@ def test_a_damaged_checkpoint_is_not_exported(spoil, made, tmp_path):
                 "decoder.final_layernorm.weight"
             )
         index.write_bytes(pickle.dumps(metadata))
+    # The checksums would find it: what is found without them?
+    write_manifest(tmp_path / "checkpoint", read_manifest(tmp_path / "checkpoint"))
     with pytest.raises(InputError) as caught:
         export_hf(tmp_path / "checkpoint", tmp_path / "out")
     said = {

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import shutil
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -15,6 +16,7 @@ from lctw_megatron.data.sequence_cache import cached_index
 from lctw_megatron.data.sequences import build_index
 from lctw_megatron.data.token_dataset import TokenDataset
 from lctw_megatron.errors import InputError
+from lctw_megatron.work_folder import make_work_folder, temporary_name
 from tests.data.small_data import count_up, write_tokens
 
 
@@ -128,6 +130,18 @@ def test_losing_the_race_to_write_an_entry_is_no_harm(tmp_path, reason, monkeypa
     dataset = write_tokens(tmp_path / "books", count_up([9, 17]))
     monkeypatch.setattr(sequence_cache, "atomic_directory", too_late)
     assert is_right(cached_index(dataset, 5, "chunk", "keep")[0], [9, 17], 5, "chunk", "keep")
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_what_a_killed_rank_has_left_goes(tmp_path, finished) -> None:
+    dataset = write_tokens(tmp_path / "books", count_up([9, 17]))
+    cached_index(dataset, 5, "chunk", "keep")
+    (entry,) = (tmp_path / "index_cache").glob("books-*")
+    if not finished:
+        shutil.rmtree(entry)
+    make_work_folder(temporary_name(entry))
+    cached_index(dataset, 5, "chunk", "keep")
+    assert entries(tmp_path / "index_cache") == [entry.name]
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch) -> None:

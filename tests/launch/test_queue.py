@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from lctw_megatron.config.schema import ClusterConfig
 from lctw_megatron.errors import InputError
 from lctw_megatron.launch import queue
 from lctw_megatron.launch.launch_request import LaunchRequest, read_request, run_request, status
+from lctw_megatron.launch.submission import Submission
+from tests.launch.conftest import RECIPE
 
 CPU = ClusterConfig(nodes=2, gpus_per_node=0, tasks_per_node=2)
 
@@ -65,6 +68,51 @@ def test_the_chain_is_submitted_with_its_dependencies(plan, slurm):
     assert said["score"] == after.format("3")
     assert said["train-dense"] == after.format("1:4:2")
     assert (made.folder / "train-dense.sbatch").read_text().startswith("#!/bin/bash")
+
+
+def test_submit_sh_by_hand_submits_what_dry_run_shows_and_launch_submitted(plan, slurm, capsys):
+    made = plan(RECIPE.replace("output_dir: out", "output_dir: 'out $1 \"of\" mine'"))
+    folder = Path('out $1 "of" mine/launch')
+    assert run_request(LaunchRequest("recipe.yaml", cluster="slurm"), dry_run=True) == 0
+    _, shown = capsys.readouterr().out.split(f"##### {folder}/submit.sh\n\n")
+    queue.submit(made, made.stages, made.recipe.cluster)
+    assert (folder / "submit.sh").read_text() == shown.removesuffix("\n")
+    launched = Path("said").read_text()
+    said = capsys.readouterr().out
+    assert f"{folder}/train-dense.sbatch" in launched
+    Path("said").unlink()
+    elsewhere = Path("elsewhere")
+    elsewhere.mkdir()
+    answer = subprocess.run(
+        ["bash", str(folder.absolute() / "submit.sh")], capture_output=True, text=True,
+        cwd=elsewhere,
+    )  # fmt: skip
+    assert answer.returncode == 0, answer.stderr
+    assert Path("said").read_text() == launched
+    assert [line.split()[0] + ":" for line in answer.stdout.splitlines()] == [
+        line.split()[0] for line in said.splitlines()
+    ]
+
+
+def test_names_of_datasets_need_no_manners(tmp_path, monkeypatch, slurm):
+    monkeypatch.chdir(tmp_path)
+    names = ["score-my books", "score-it's", "score-a]b", 'score-$HOME "x"', "score-`id`"]
+    made = Submission("recipe.yaml", tmp_path / "submit.sh")
+    made.queued("score-old [1]", "99")
+    for number, name in enumerate(names):
+        after = ["score-old [1]", *names[:number]]
+        made.submit(name, Path(f"{name}.sbatch"), after, [0, 2] if number else [])
+    assert list(queue._run(_written(made))) == [(n, str(i)) for i, n in enumerate(names, 1)]
+    last = Path("said").read_text().splitlines()[-1]
+    assert last == (
+        "--parsable --dependency=afterok:99:1:2:3:4 --kill-on-invalid-dep=yes --array=0,2 "
+        "score-`id`.sbatch"
+    )
+
+
+def _written(made: Submission) -> Path:
+    made.path.write_text(made.text)
+    return made.path
 
 
 def test_submitting_again_leaves_out_what_is_done_or_queued(plan, slurm, capsys):

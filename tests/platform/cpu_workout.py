@@ -45,6 +45,8 @@ class _TwoRanks:
 def workout(prefix: str, folder: Path) -> None:
     """What training does with megatron-core, on one rank."""
     from megatron.core import tensor_parallel
+    from megatron.core.dist_checkpointing import ShardedTensor
+    from megatron.core.dist_checkpointing.exchange_utils import _get_empty_tensor_for_exchange
     from megatron.core.models.common.embeddings.rope_utils import get_pos_emb_on_this_cp_rank
 
     from lctw_megatron.training import loop
@@ -62,8 +64,18 @@ def workout(prefix: str, folder: Path) -> None:
     finally:
         trainer.close()
     resumed = loop.Trainer(run)
+    resumed.stepper.step(1, list(resumed.loader.step(1)))
     resumed.close()
     assert resumed.first_step == 1
+    counts = {
+        float(state["step"])
+        for part in resumed.optimizer.chained_optimizers
+        for state in part.optimizer.state.values()
+    }
+    assert counts == {2.0}, f"the optimizer has counted {counts} steps"
+    part = torch.zeros(2)
+    shards = {("part",): ShardedTensor.from_rank_offsets("part", part)}
+    assert _get_empty_tensor_for_exchange(("part",), shards, {}, {})[0] is part
     assert get_pos_emb_on_this_cp_rank(torch.zeros(8, 1, 1, 2), 0, _TwoRanks()).shape[0] == 4
 
     def draw(inside: bool) -> tuple[Any, Any]:
@@ -95,14 +107,10 @@ def patches() -> dict[str, Callable[[], Any]]:
         "lctw_megatron.training.optimizer.prepare_torch_adam", lambda optimizer: None
     )
     found["prepare_torch_adam: loading"] = lambda: mock.patch.object(
-        torch_adam, "_set_states", lambda self, *args: _own_method(self)(self, *args)
+        torch_adam, "_load_state_dict", lambda self, *args: type(self).load_state_dict(self, *args)
     )
     found["complaint filter"] = lambda: mock.patch.object(COMPLAINTS, "filters", [])
     return found
-
-
-def _own_method(optimizer: Any) -> Any:
-    return type(optimizer)._set_main_param_and_optimizer_states
 
 
 @contextmanager

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 
 from lctw_megatron.evaluation.probes import Probes
+from lctw_megatron.evaluation.recall_result import FORMAT as RECALL
+from lctw_megatron.evaluation.recall_result import with_means
 from lctw_megatron.evaluation.result_file import FORMAT
 from lctw_megatron.evaluation.sequence_weights import weight_by_class, weight_histogram
 
@@ -87,3 +89,42 @@ def make_evaluation(better: float, weighted: bool) -> dict[str, Any]:
         if weighted
         else None,
     }
+
+
+TASKS, LENGTHS, DEPTHS, SAMPLES = ("one_key", "json", "frequent_words"), (1024, 4096), (0.0, 1.0), 4
+
+
+def write_recall(folder: Path, better: float = 0.0, seed: int = 0) -> Path:
+    """recall.json; ``better``: nats by which every answer token is likelier than in another run
+    with the same ``seed``, whose samples are the same."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    cells = []
+    for task in TASKS:
+        for length in LENGTHS:
+            for depth in [None] if task == "frequent_words" else DEPTHS:
+                tokens = rng.integers(2, 9, SAMPLES)
+                nats = rng.gamma(2, 1, SAMPLES) * tokens
+                long = length > LENGTHS[0]
+                cells.append(
+                    with_means(
+                        {
+                            "task": task,
+                            "length": length,
+                            "depth": depth,
+                            "samples_digest": f"{seed} {task} {length} {depth}",
+                            "nats": (nats - better * tokens).tolist(),
+                            "tokens": tokens.tolist(),
+                            "right": rng.integers(0, 2, SAMPLES).astype(float).tolist(),
+                            "short_nats": (nats + tokens).tolist() if long else None,
+                            "short_right": [0.0] * SAMPLES if long else None,
+                        }
+                    )
+                )
+    settings = {
+        "tasks": TASKS, "lengths": LENGTHS, "depths": DEPTHS, "samples": SAMPLES, "window": 1024,
+        "haystack": "sentences",
+    }  # fmt: skip
+    result = {"format": RECALL, "settings": settings, "seconds": {}, "cells": cells}
+    (folder / "recall.json").write_text(json.dumps(result))
+    return folder

@@ -6,8 +6,9 @@ from pathlib import Path
 import torch.distributed  # noqa: F401
 from megatron.core import dist_checkpointing  # noqa: F401
 
+from lctw_megatron.conversion import hf_export, hf_import  # noqa: F401
 from lctw_megatron.scoring import score_corpus, scorer  # noqa: F401
-from lctw_megatron.training import checkpoint  # noqa: F401
+from lctw_megatron.training import checkpoint, loop  # noqa: F401
 
 _PATH = Path(__file__).parents[2] / "tools" / "score.py"
 _SPEC = importlib.util.spec_from_file_location("score_tool", _PATH)

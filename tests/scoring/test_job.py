@@ -204,9 +204,10 @@ def test_the_merge_puts_every_loss_in_its_place(copy: Scene) -> None:
     sidecar = Sidecar(job.dataset)
     for document, length in enumerate(lengths):
         expected = 1000 * document + np.arange(length, dtype=np.float32)
-        expected[:64] = np.nan
+        # All that the one target beyond the window has seen is in the first window, too.
+        expected[: 65 if length == 65 else 64] = np.nan
         np.testing.assert_array_equal(sidecar[document], expected)
-    assert manifest.scored == sum(max(length - 64, 0) for length in lengths)
+    assert manifest.scored == sum(max(length - 64, 0) for length in lengths if length != 65)
     assert not job.folder.exists()
 
 

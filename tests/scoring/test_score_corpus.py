@@ -41,8 +41,8 @@ def losses_one_window_at_a_time(
     values = [np.full(length, np.nan, dtype=np.float32) for length in dataset.lengths]
     for document, length in enumerate(dataset.lengths):
         for start, end, first, stop in document_windows(int(length), *windowing):
-            tokens = torch.tensor(dataset[document][start:end].astype(np.int64))
-            targets = tokens[first - start : stop - start].clone()
+            text = torch.from_numpy(dataset[document].astype(np.int64))
+            tokens, targets = text[start:end].clone(), text[first:stop]
             if start > 0 and bos_id is not None:
                 tokens[0] = bos_id
             with torch.no_grad():

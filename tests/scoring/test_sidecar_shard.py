@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from lctw_megatron.errors import InputError
-from lctw_megatron.ownership import MARK
 from lctw_megatron.scoring.sidecar_shard import ShardReader, shard_files, write_shard
+from lctw_megatron.work_folder import MARK
 
 SETTINGS = {"window": 64, "scorer_digest": "1" * 32}
 LOSSES = [np.arange(5, dtype=np.float32), np.full(3, 0.5, dtype=np.float32)]

@@ -30,11 +30,20 @@ def test_hand_computed_windows() -> None:
     assert windows(9, 4, 3).tolist() == [[0, 4, 1, 4], [3, 7, 4, 7], [6, 9, 7, 9]]
     # stride == window: tokens 4 and 8 begin a window and have no context in it
     assert windows(10, 4, 4).tolist() == [[0, 4, 1, 4], [4, 8, 5, 8], [8, 10, 9, 10]]
-    # ... and a last window of one token scores nothing
-    assert windows(9, 4, 4).tolist() == [[0, 4, 1, 4], [4, 8, 5, 8]]
+    # a last token alone has no window of its own: the last input of the one before predicts it
+    assert windows(9, 4, 4).tolist() == [[0, 4, 1, 4], [4, 8, 5, 9]]
+    assert windows(9, 4, 2).tolist() == [[0, 4, 1, 4], [2, 6, 4, 6], [4, 8, 6, 9]]
+    assert windows(5, 4, 2).tolist() == [[0, 4, 1, 5]]
+    assert windows(6, 4, 2).tolist() == [[0, 4, 1, 4], [2, 6, 4, 6]]
     assert windows(3, 4, 2).tolist() == [[0, 3, 1, 3]]
     assert windows(4, 4, 2).tolist() == [[0, 4, 1, 4]]
     assert windows(1, 4, 2).tolist() == windows(0, 4, 2).tolist() == []
+
+
+def test_the_papers_sequence_takes_four_windows_after_the_first() -> None:
+    table = windows(32768 + 1, 8192, 6144)[1:]
+    assert table[:, 0].tolist() == [6144, 12288, 18432, 24576]
+    assert table[-1].tolist() == [24576, 32768, 26624, 32769]
 
 
 def test_regions_share_the_token_that_is_a_label_in_one_and_an_input_in_the_next() -> None:
@@ -45,22 +54,22 @@ def test_regions_share_the_token_that_is_a_label_in_one_and_an_input_in_the_next
 
 
 def test_windows_restart_at_every_multiple_of_the_sequence_length() -> None:
-    # regions [0, 7) [6, 13) [12, 15)
-    assert document_windows(15, 4, 2, sequence_length=6).tolist() == [
+    # regions [0, 8) [7, 15) [14, 17)
+    assert document_windows(17, 4, 2, sequence_length=7).tolist() == [
         [0, 4, 1, 4],
         [2, 6, 4, 6],
-        [4, 7, 6, 7],
-        [6, 10, 7, 10],
-        [8, 12, 10, 12],
-        [10, 13, 12, 13],
-        [12, 15, 13, 15],
+        [4, 8, 6, 8],
+        [7, 11, 8, 11],
+        [9, 13, 11, 13],
+        [11, 15, 13, 15],
+        [14, 17, 15, 17],
     ]
     # Without the first windows the last region needs none.
-    assert document_windows(15, 4, 2, 6, score_first_window=False).tolist() == [
+    assert document_windows(17, 4, 2, 7, score_first_window=False).tolist() == [
         [2, 6, 4, 6],
-        [4, 7, 6, 7],
-        [8, 12, 10, 12],
-        [10, 13, 12, 13],
+        [4, 8, 6, 8],
+        [9, 13, 11, 13],
+        [11, 15, 13, 15],
     ]
 
 
@@ -78,23 +87,27 @@ def test_every_target_is_scored_once_with_enough_context(
 ) -> None:
     length, window, stride, sequence_length = shape
     table = document_windows(length, window, stride, sequence_length, score_first_window)
+    region = sequence_length or max(length, 1)
     times = np.zeros(length, dtype=int)
     for start, end, score_start, score_end in table.tolist():
-        assert 0 <= start < score_start < score_end == end <= length and end - start <= window
+        assert 0 <= start < score_start < score_end <= length and end - start <= window
+        region_end = min(start // region * region + region + 1, length)  # of the window's region
+        assert score_end == end or (score_end == end + 1 == region_end and end - start == window)
         times[score_start:score_end] += 1
         context = score_start - start
-        if score_start % (sequence_length or length) == 1 and context == 1 and score_first_window:
+        if score_start % region == 1 and context == 1 and score_first_window:
             continue  # a region's first window
         assert context == max(window - stride, 1)
     assert times[:1].sum() == 0 and (times <= 1).all()
     assert (np.diff(table[:, 2]) > 0).all()
     target = np.arange(1, length)
-    in_region = (target - 1) % (sequence_length or length) + 1
+    in_region = (target - 1) % region + 1
+    is_last = (in_region == region) | (target == length - 1)  # an input before it predicts it
     expected = np.ones(len(target), dtype=int)
     if stride == window:
-        expected[in_region % window == 0] = 0
+        expected[(in_region % window == 0) & ~is_last] = 0
     if not score_first_window:
-        expected[in_region < window] = 0
+        expected[(in_region < window) | ((in_region == window) & is_last)] = 0
     assert times[1:].tolist() == expected.tolist()
 
 

@@ -188,6 +188,21 @@ def test_killed_and_run_again_gives_the_bytes_of_an_undisturbed_run(
     assert not work.exists()
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_workers_end_with_a_parent_that_ends_while_they_start(
+    large, prefix, sentencepiece_model, number
+):
+    process = start(
+        "preprocess.py", "--input", large, "--output-prefix", prefix, "--tokenizer",
+        sentencepiece_model, "--workers", 3,
+    )  # fmt: skip
+    wait_for_worker(process)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == -number and gone(workers)
+
+
 @pytest.mark.parametrize("moment", ["workers start", "workers work"])
 def test_ctrl_c_ends_all_processes_in_one_line(large, prefix, sentencepiece_model, moment):
     process = start(

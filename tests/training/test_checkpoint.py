@@ -422,15 +422,19 @@ def test_a_start_refuses_another_shape(data: str, stopped: Path, tmp_path: Path)
 
 # Saved under one layout, gone on with under others.
 def layout_run(data: str, folder: Path, layout: dict[str, Any]) -> RunConfig:
-    return make_run(data, str(folder), layout, "pack", "dense", "self", training=TRAINING)
+    model = {"tie_word_embeddings": True}
+    return make_run(
+        data, str(folder), layout, "pack", "dense", "self", training=TRAINING, model=model
+    )
 
 
 def save_and_go_on(data: str, folder: str) -> list[int]:
-    """Exit statuses of a run under TP2 x PP2, stopped by a signal to one rank, and of a copy that
-    goes on under CP2 x DP2; another copy is left for one process."""
+    """Exit statuses of a run under TP2+SP x PP2 x VPP2, stopped by a signal to one rank, and of a
+    copy that goes on under CP2 x DP2; another copy is left for one process."""
     statuses = []
     with sigterm_after(3 if dist.get_rank() == 2 else -1):
-        run = layout_run(data, Path(folder) / "saved", {"tensor": 2, "pipeline": 2})
+        split = {"tensor": 2, "sequence": True, "pipeline": 2, "virtual_pipeline": 2}
+        run = layout_run(data, Path(folder) / "saved", split)
         statuses.append(train(run))
     dist.barrier()
     if dist.get_rank() == 0:

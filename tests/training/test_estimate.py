@@ -15,6 +15,7 @@ from lctw_megatron.training.estimate import (
     layer_activations,
     stage_parameters,
 )
+from lctw_megatron.training.save_estimate import describe_save, estimate_save
 from tests.distributed import run_distributed
 
 
@@ -202,6 +203,25 @@ def test_parameters_and_activations_are_those_of_a_real_model():
     extra = 4 * (2 * 384 + 2 * 128) + 128
     expected = estimate(run, 4).largest.activations + 512 * 4 * extra
     assert saved == pytest.approx(expected, rel=0.02)
+
+
+def test_a_checkpoint_of_llama3_8b_on_64_ranks_by_hand():
+    # TP 2, CP 4, DP 8: bf16 weights, float32 master weights and two moments, over 32 ranks.
+    layout = {"tensor": 2, "sequence": True, "context": 4}
+    run = run_config("llama3_8b", layout, 32768)
+    attention = 4096 * (4096 + 1024 + 1024) + 4096 * 4096
+    layer = (attention + 3 * 4096 * 14336) // 2 + 2 * 4096
+    stage = 32 * layer + 2 * (128256 // 2) * 4096 + 4096
+    save = estimate_save(run, 64, write_speed=10.0)
+    assert save.total_bytes == 2 * stage * 14
+    assert save.total_bytes / 1e9 == pytest.approx(112.4, abs=0.1)
+    assert save.rank_bytes == stage * 14 // 32
+    assert save.write_seconds == pytest.approx(11.24, abs=0.01)
+    assert save.checksum_seconds == pytest.approx(1.757 / 2.3, abs=0.01)
+    whole, time, share = describe_save(run, 64, 10.0)
+    assert "112.43 GB in all" in whole and "1.76 GB" in whole
+    assert time.startswith("  12.0 s at 10 GB/s") and "0.8 s of them" in time
+    assert "every 1 steps" in share
 
 
 def test_the_description_shows_groups_batch_work_and_memory():

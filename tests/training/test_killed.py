@@ -47,6 +47,9 @@ def test_killed_at_random_moments_it_ends_with_the_same_weights(
     chance = random.Random(kills)
     while_saving = sum(kill_once(killed, 3 * number, number, chance) for number in range(kills))
     assert while_saving >= kills // 3
+    loading = Ranks(killed.with_suffix(".log"), 2, killed_while_loading, killed)
+    assert loading.join().status != 0
+    assert loading.processes[1].exitcode == -signal.SIGKILL
     outcome = train(killed, 2)
     assert outcome.status == 0, outcome.output
     run_dirs = [path.parent / "main" for path in (untouched, killed)]
@@ -81,6 +84,22 @@ def kill_once(recipe: Path, after: int, number: int, chance: random.Random) -> b
         time.sleep(chance.random() * 0.05)
     ranks.kill(chance.randrange(2))
     return bool(set(half_written.glob(".*.tmp")) - known)
+
+
+def killed_while_loading(recipe: Path) -> None:
+    """Train, but the last rank is killed when it has read its part and not got the others'."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    real = FileSystemReader.read_data
+
+    def read_data(*arguments: Any) -> Any:
+        answer = real(*arguments)
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return answer
+
+    FileSystemReader.read_data = read_data  # type: ignore[method-assign]
+    run_train(recipe)
 
 
 def processes_of(recipe: Path) -> list[str]:

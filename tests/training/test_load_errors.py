@@ -129,10 +129,10 @@ def test_a_broken_machine_is_not_taken_for_a_broken_checkpoint(
 ) -> None:
     from megatron.core import dist_checkpointing
 
-    def load(*_: object) -> None:
+    def load(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr(dist_checkpointing, "load", load)
     expected: type[Exception] = type(error) if again else InputError
     with pytest.raises(expected):
-        module.load_state({"model": {}}, saved[1])
+        module.load_shards([], saved[1], module.check_files(saved[1]))

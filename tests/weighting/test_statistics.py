@@ -1,5 +1,7 @@
 """Weight statistics against their definitions."""
 
+import math
+
 import pytest
 import scipy.stats
 import torch
@@ -52,12 +54,22 @@ def test_batches_add_up() -> None:
     assert (first + second).summary() == pytest.approx(whole.summary(), rel=1e-12)
 
 
-@given(st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=2, max_size=60))
+@given(
+    st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3), st.booleans()), max_size=60),
+    st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3), st.booleans()), max_size=60),
+)
 @settings(max_examples=100, deadline=None)
-def test_spearman_equals_scipys_with_ties(pairs: list[tuple[int, int]]) -> None:
-    x, y = zip(*pairs, strict=True)
-    ours = spearman_correlation(torch.tensor(x), torch.tensor(y))
-    if len(set(x)) == 1 or len(set(y)) == 1:
-        assert ours is None
-    else:
-        assert ours == pytest.approx(scipy.stats.spearmanr(x, y).statistic, abs=1e-12)
+def test_spearman_equals_scipys_with_ties(
+    row: list[tuple[int, int, bool]], other: list[tuple[int, int, bool]]
+) -> None:
+    # Two sequences at once, dead targets between the live ones.
+    length = max(len(row), len(other), 1)
+    rows = [pairs + [(9, 9, False)] * (length - len(pairs)) for pairs in (row, other)]
+    x, y, live = torch.tensor(rows, dtype=torch.float64).unbind(2)
+    ours = spearman_correlation(x, y, live != 0).tolist()
+    for pairs, found in zip(rows, ours, strict=True):
+        xs, ys = ([pair[i] for pair in pairs if pair[2]] for i in (0, 1))
+        if len(set(xs)) < 2 or len(set(ys)) < 2:
+            assert math.isnan(found)
+        else:
+            assert found == pytest.approx(scipy.stats.spearmanr(xs, ys).statistic, abs=1e-12)

@@ -37,8 +37,9 @@ from lctw_megatron.data.preprocessing.train_tokenizer import train_sentencepiece
 from lctw_megatron.data.token_dataset import TokenDataset
 from lctw_megatron.data.tokenizers import load_tokenizer
 from lctw_megatron.errors import InputError
-from lctw_megatron.ownership import MARK, make_work_folder, owned, remove, remove_work_folder
+from lctw_megatron.ownership import owned
 from lctw_megatron.progress import clock, human
+from lctw_megatron.work_folder import MARK, make_work_folder, remove, remove_work_folder
 
 _WORTH_KEEPING_SECONDS = 60.0
 """After an error, shards that took less time are made again rather than left lying about."""
@@ -67,6 +68,9 @@ def preprocess(config: PrepareConfig, window: int | None = None) -> TokenManifes
     if found is not None:
         print(f"{prefix}: already there, from the same corpus with the same settings")
         _say_if_all_shorter(prefix, window)
+        if _work_path(prefix).exists():  # a run was killed between the result and its end
+            with contextlib.suppress(InputError, OSError), _work_folder(prefix):
+                pass
         return found
     _refuse_foreign(prefix)
     settings = ShardSettings(
@@ -138,17 +142,21 @@ def _request(
 def _finished(config: PrepareConfig, wanted: str) -> TokenManifest | None:
     """The manifest of a whole result of the same request; None if there is none."""
     prefix = config.output_prefix
-    if config.train_sentencepiece and not os.path.exists(_model_path(prefix)):
-        return None
     try:
         manifest = TokenDataset(prefix).manifest
         if manifest.source.get("request") != wanted:
             return None
-        if manifest.source.get("held_out"):
-            held_out = TokenDataset(prefix + VALIDATION).manifest
-            if held_out.source.get("request") != wanted or not _held_out_text(prefix).exists():
+        if config.train_sentencepiece:
+            found = load_tokenizer(_model_path(prefix)).identity
+            if found.digest != manifest.tokenizer.digest:
                 return None
-    except InputError:
+        if count := manifest.source.get("held_out"):
+            held_out = TokenDataset(prefix + VALIDATION).manifest
+            with open(_held_out_text(prefix), "rb") as text:
+                whole = sum(line.endswith(b"\n") for line in text) == count
+            if held_out.source.get("request") != wanted or not whole:
+                return None
+    except (InputError, FileNotFoundError):
         return None
     return manifest
 
@@ -170,12 +178,16 @@ def _held_out_text(prefix: str) -> Path:
     return Path(prefix + VALIDATION + ".jsonl")
 
 
+def _work_path(prefix: str) -> Path:
+    return Path(os.path.abspath(prefix) + ".shards")
+
+
 @contextlib.contextmanager
 def _work_folder(prefix: str) -> Iterator[Path]:
     """PREFIX.shards, locked. It goes when all is done, and after an error too, unless it holds
     finished shards of a run that lasted a while."""
     start = time.monotonic()
-    work = Path(os.path.abspath(prefix) + ".shards")
+    work = _work_path(prefix)
     make_work_folder(work)
     with owned(work / "lock", prefix):
         try:

@@ -5,7 +5,6 @@ import math
 import multiprocessing
 import os
 import signal
-import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -23,6 +22,7 @@ from lctw_megatron.data.preprocessing.token_shard import (
     tokenise_shard,
 )
 from lctw_megatron.data.tokenizers import Tokenizer, load_tokenizer
+from lctw_megatron.end_with_parent import end_with_parent
 from lctw_megatron.errors import InputError
 from lctw_megatron.progress import Progress
 
@@ -166,17 +166,9 @@ def _start(tokenizer_path: str, settings: ShardSettings, counts: Any, stop: Even
     global _tokenizer, _settings, _counts, _stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a process; there are many
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     _tokenizer = load_tokenizer(tokenizer_path)
     _settings, _counts, _stop = settings, counts, stop
-
-
-def _end_with_parent() -> None:
-    """A killed parent cannot end its workers, and they would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def _work(shard: Shard, folder: Path) -> ShardResult:

@@ -20,7 +20,7 @@ from lctw_megatron.data.preprocessing import preprocess as module
 from lctw_megatron.data.preprocessing.preprocess import preprocess
 from lctw_megatron.data.tokenizers import load_tokenizer
 from lctw_megatron.errors import InputError
-from lctw_megatron.ownership import MARK, make_work_folder
+from lctw_megatron.work_folder import MARK, make_work_folder
 from tests.data.corpus_files import texts, write_corpus
 
 TEXTS = texts(60)
@@ -220,22 +220,31 @@ def test_a_corpus_without_a_document_longer_than_the_window_is_said(config, in_p
 @pytest.mark.parametrize(
     "lost", [".bin", ".idx", ".json", "-validation.json", "-validation.bin", "-validation.jsonl"]
 )
-def test_a_result_with_a_missing_part_is_made_again(config, in_process, lost):
+@pytest.mark.parametrize("how", ["lost", "cut"])
+def test_a_result_with_a_missing_or_cut_part_is_made_again(config, in_process, lost, how):
     config = changed(config, validation_documents=3)
     preprocess(config)
     before = result_bytes(config.output_prefix)
-    os.unlink(config.output_prefix + lost)
+    spoil(Path(config.output_prefix + lost), how)
     preprocess(config)
     assert result_bytes(config.output_prefix) == before
     assert len(stored_texts(config, "-validation")) == 3
 
 
-def test_a_lost_tokenizer_is_trained_again(config, in_process):
+def spoil(path, how):
+    content = path.read_bytes()
+    path.unlink()
+    if how == "cut":
+        path.write_bytes(content[:-2])
+
+
+@pytest.mark.parametrize("how", ["lost", "cut"])
+def test_a_lost_or_cut_tokenizer_is_trained_again(config, in_process, how):
     asked = changed(config, tokenizer=None, train_sentencepiece=300)
     preprocess(asked)
     model = Path(f"{config.output_prefix}.tokenizer.model")
     before = model.read_bytes()
-    model.unlink()
+    spoil(model, how)
     preprocess(asked)
     assert model.read_bytes() == before
 

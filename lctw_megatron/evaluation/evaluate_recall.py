@@ -1,0 +1,216 @@
+"""Measure the recall of a checkpoint and write recall.json."""
+
+import hashlib
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lctw_megatron.atomic import atomic_file, write_json
+from lctw_megatron.config.layout_rules import check_sequence
+from lctw_megatron.config.schema import LayoutConfig
+from lctw_megatron.errors import InputError
+from lctw_megatron.evaluation.evaluate import weights_identity
+from lctw_megatron.evaluation.recall import Cell, measure
+from lctw_megatron.evaluation.recall_result import FORMAT, read_recall, with_means
+from lctw_megatron.evaluation.recall_samples import (
+    RecallSample,
+    SampleMaker,
+    depths_of,
+    samples_of,
+)
+from lctw_megatron.model.checkpoint import CheckpointManifest, find_checkpoint, read_manifest
+from lctw_megatron.platform.capabilities import capabilities
+from lctw_megatron.progress import Progress
+
+WINDOW = 1024
+"""Tokens of the short context, unless the run has a window of its own."""
+
+
+@dataclass(frozen=True)
+class RecallSettings:
+    """What to measure."""
+
+    tasks: Sequence[str]
+    lengths: Sequence[int]
+    depths: int = 5
+    """Depths, evenly spaced from 0 to 1."""
+    samples: int = 20
+    """Of each task, length and depth."""
+    seed: int = 0
+    haystack: str | None = None
+    """See ``haystack.open_haystack``."""
+    window: int | None = None
+    """Tokens of the short context; None: what the run's weighting had, else WINDOW."""
+
+
+def recall_to_file(
+    checkpoint: str | Path,
+    output: str | Path,
+    settings: RecallSettings,
+    layout: LayoutConfig,
+    tokens_per_forward: int,
+    samples_file: str | Path | None = None,
+) -> dict[str, Any] | None:
+    """Measure, unless ``output`` holds the result already; write it there, and the samples as JSON
+    lines to ``samples_file``. The result, on the first rank. All ranks call it. InputError for
+    whatever does not fit."""
+    from lctw_megatron.evaluation.model_losses import ModelLosses, open_tokenizer
+
+    place = find_checkpoint(checkpoint)
+    manifest = read_manifest(place)
+    tokenizer = open_tokenizer(place, manifest)
+    maker = SampleMaker(tokenizer, settings.haystack, settings.seed, manifest.model.vocab_size or 0)
+    described = describe(settings, place, manifest, maker, tokenizer.identity.digest)
+    _check(settings, described["window"], layout, maker)
+    # Which rank this is was not asked for yet; torchrun and srun both say.
+    first = os.environ.get("RANK", "0") == "0"
+    if first:
+        for line in _notes(settings, manifest, maker):
+            print(line, flush=True)
+        if samples_file is not None:
+            _write_samples(samples_file, maker, settings, described["depths"])
+    found = read_recall(output)
+    if found is not None and found["settings"] == described:
+        return found if first else None
+    model = ModelLosses(place, layout, max(settings.lengths), tokens_per_forward)
+    if first:
+        print(capabilities().line(), flush=True)
+    result: dict[str, Any] = {"format": FORMAT, "settings": described, "seconds": {}, "cells": []}
+    for length in settings.lengths:
+        begin = time.perf_counter()
+        result["cells"] += list(_cells(model, maker, settings, described, length))
+        result["seconds"][str(length)] = round(time.perf_counter() - begin, 3)
+    model.free()
+
+    import torch.distributed as dist
+
+    if first:
+        write_json(output, result)
+    dist.barrier()
+    return result if first else None
+
+
+def describe(
+    settings: RecallSettings,
+    checkpoint: Path,
+    manifest: CheckpointManifest,
+    maker: SampleMaker,
+    tokenizer_digest: str,
+) -> dict[str, Any]:
+    """Everything the result depends on."""
+    own = manifest.run.weighting.window if manifest.run else None
+    return {
+        **asdict(settings),
+        "tasks": list(settings.tasks),
+        "lengths": list(settings.lengths),
+        "depths": np.linspace(0, 1, settings.depths).round(6).tolist()
+        if settings.depths > 1
+        else [0.5],
+        "window": settings.window or own or WINDOW,
+        "haystack": maker.haystack.name,
+        "haystack_identity": maker.haystack.identity,
+        "checkpoint": str(checkpoint),
+        "weights": weights_identity(checkpoint),
+        "tokenizer": tokenizer_digest,
+    }
+
+
+def _cells(
+    model: Any,
+    maker: SampleMaker,
+    settings: RecallSettings,
+    described: dict[str, Any],
+    length: int,
+) -> Iterator[dict[str, Any]]:
+    """The cells of one length."""
+    depths = described["depths"]
+    window = described["window"] if described["window"] < length else None
+    samples = samples_of(maker, settings.tasks, length, depths, settings.samples)
+    cells = {
+        (task, depth): (Cell(), hashlib.blake2b(digest_size=16))
+        for task in settings.tasks
+        for depth in depths_of(task, depths)
+    }
+    stream = sys.stderr if model.world.is_first else io.StringIO()
+    total = len(cells) * settings.samples
+    with Progress(f"recall at {length:,}", total, "samples", stream=stream) as progress:
+        for measured in measure(model, samples, length, window, maker.bos_id):
+            sample = measured.sample
+            cell, digest = cells[sample.task, sample.depth]
+            cell.add(measured)
+            digest.update(sample.digest)
+            if not np.isfinite(cell.nats[-1]):
+                raise InputError(
+                    f"{model.checkpoint}: its loss of an answer of task {sample.task} at "
+                    f"{length} tokens is not finite; evaluate an earlier checkpoint"
+                )
+            progress.update(1, tokens=length)
+    for (task, depth), (cell, digest) in cells.items():
+        values = {name: value or None for name, value in asdict(cell).items()}
+        yield with_means(
+            {
+                "task": task,
+                "length": length,
+                "depth": depth,
+                "samples_digest": digest.hexdigest(),
+                **values,
+            }
+        )
+
+
+def _check(settings: RecallSettings, window: int, layout: LayoutConfig, maker: SampleMaker) -> None:
+    """Make a sample of every kind and divide every length, before anything takes long."""
+    for length in settings.lengths:
+        check_sequence(length, f"{length} of --lengths", layout)
+        if window < length:
+            check_sequence(window, f"--window {window}", layout)
+        for task in settings.tasks:
+            sample = maker(task, length, 1.0, 0)
+            if sample.tail > window:
+                raise InputError(
+                    f"--window {window}: the question and answers of task {task} alone take "
+                    f"{sample.tail} tokens; give a greater one"
+                )
+
+
+def _notes(
+    settings: RecallSettings, manifest: CheckpointManifest, maker: SampleMaker
+) -> Iterator[str]:
+    positions = manifest.model.max_position_embeddings
+    beyond = [length for length in settings.lengths if positions and length > positions]
+    if beyond:
+        yield (
+            f"lengths {', '.join(map(str, beyond))} are beyond the model's max_position_embeddings "
+            f"{positions}: measured all the same"
+        )
+    if maker.bos_id is None:
+        yield "the tokenizer puts no BOS before a text: samples and short contexts have none either"
+
+
+def _write_samples(
+    path: str | Path, maker: SampleMaker, settings: RecallSettings, depths: Sequence[float]
+) -> None:
+    """JSON lines, as a person reads them."""
+    with atomic_file(path, "w") as file:
+        for length in settings.lengths:
+            for sample in samples_of(maker, settings.tasks, length, depths, settings.samples):
+                file.write(json.dumps(_readable(maker, sample), ensure_ascii=False) + "\n")
+
+
+def _readable(maker: SampleMaker, sample: RecallSample) -> dict[str, Any]:
+    return {
+        "task": sample.task,
+        "length": sample.length,
+        "depth": sample.depth,
+        "number": sample.number,
+        "text": maker.text(sample),
+        "answers": sample.answer_texts,
+    }

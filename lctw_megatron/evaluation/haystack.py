@@ -1,0 +1,163 @@
+"""What hidden facts are hidden in: repeated sentences, a text file or a token dataset.
+
+A haystack gives filler of an exact number of tokens, and says where in it something may be put.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from itertools import cycle, islice, pairwise
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from lctw_megatron.data.token_dataset import TokenDataset
+from lctw_megatron.data.tokenizers import Tokenizer
+from lctw_megatron.errors import InputError
+from lctw_megatron.evaluation.part_encoder import PartEncoder
+from lctw_megatron.evaluation.recall_tasks import SENTENCES
+
+SENTENCE_ENDS = (".", "!", "?", "\n")
+_BATCH = 64
+
+
+class Filler(NamedTuple):
+    """Tokens that fill a sample."""
+
+    ids: np.ndarray
+    """int32 [room]"""
+    joints: np.ndarray
+    """int64, ascending: places before which something may be put, 0 to room."""
+
+
+class Haystack(Protocol):
+    """Where filler comes from."""
+
+    name: str
+    identity: str
+    """Changes with the contents."""
+
+    def fill(self, room: int, rng: np.random.Generator, by_lines: bool) -> Filler:
+        """by_lines: joints between lines, where there are any, instead of between sentences."""
+        ...
+
+
+class Sentences:
+    """A few sentences again and again: as long as it must be."""
+
+    name = identity = "sentences"
+
+    def __init__(self, encode: PartEncoder) -> None:
+        self._units = encode(SENTENCES)
+
+    def fill(self, room: int, rng: np.random.Generator, by_lines: bool) -> Filler:
+        first = int(rng.integers(len(self._units)))
+        return fill_units(islice(cycle(self._units), first, None), room)
+
+    def end(self, room: int) -> np.ndarray:
+        """The last ``room`` tokens of some sentences."""
+        all_ids = np.concatenate(self._units)
+        return np.tile(all_ids, 1 + room // len(all_ids))[-room or len(all_ids) :][:room]
+
+
+class Stream:
+    """Documents as they are: every sample a stretch of one of them."""
+
+    def __init__(
+        self,
+        name: str,
+        identity: str,
+        documents: Sequence[np.ndarray] | TokenDataset,
+        lengths: np.ndarray,
+        first: int,
+        encode: PartEncoder,
+    ) -> None:
+        """lengths int64 [documents]: the tokens of each that may be used, from ``first`` on."""
+        self.name, self.identity = name, identity
+        self._documents, self._lengths, self._first = documents, lengths, first
+        self._texts = encode.texts
+
+    def fill(self, room: int, rng: np.random.Generator, by_lines: bool) -> Filler:
+        fitting = np.flatnonzero(self._lengths >= room)
+        if not len(fitting):
+            raise InputError(
+                f"--haystack {self.name}: its longest document has {max(self._lengths, default=0)} "
+                f"tokens, but a sample takes {room} of one; give longer documents or smaller "
+                "--lengths, or leave --haystack out (repeated sentences are always long enough)"
+            )
+        document = int(rng.choice(fitting))
+        begin = self._first + int(rng.integers(self._lengths[document] - room + 1))
+        ids, joints = self._read(document, begin, room, by_lines)
+        # Better an end of a sentence before the question too, if the document has so much before.
+        if len(joints) and 0 < (behind := room - int(joints[-1])) <= begin - self._first:
+            ids, joints = self._read(document, begin - behind, room, by_lines)
+        return Filler(ids, joints if len(joints) else np.arange(room + 1))
+
+    def _read(
+        self, document: int, begin: int, room: int, by_lines: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        ids = np.asarray(self._documents[document][begin : begin + room], dtype=np.int32)
+        ends = ("\n",) if by_lines else SENTENCE_ENDS
+        texts = [*self._texts(ids), "\n"]
+        return ids, np.array(
+            [
+                place
+                for place, (before, after) in enumerate(pairwise(texts), 1)
+                if before.endswith(ends) or (after.startswith("\n") and place < room)
+            ],
+            dtype=np.int64,
+        )
+
+
+def open_haystack(path: str | None, tokenizer: Tokenizer, encode: PartEncoder) -> Haystack:
+    """None: repeated sentences; a prefix of a token dataset; or a text file. InputError."""
+    if path is None:
+        return Sentences(encode)
+    if Path(f"{path}.idx").is_file():
+        dataset = TokenDataset(path)
+        theirs, ours = dataset.manifest.tokenizer.digest, tokenizer.identity.digest
+        if theirs != ours:
+            raise InputError(
+                f"--haystack {path}: tokenised with {dataset.manifest.tokenizer.path} (digest "
+                f"{theirs}), but the checkpoint's tokenizer is {ours}; give a text file instead"
+            )
+        known = tokenizer.identity
+        around = int(known.add_bos) + int(known.add_eos)
+        lengths = np.asarray(dataset.lengths, dtype=np.int64) - around
+        return Stream(path, dataset.fingerprint, dataset, lengths, int(known.add_bos), encode)
+    try:
+        content = Path(path).read_bytes()
+        text = content.decode()
+    except FileNotFoundError:
+        raise InputError(
+            f"--haystack {path}: neither a text file nor a token dataset ({path}.idx)"
+        ) from None
+    except IsADirectoryError:
+        raise InputError(
+            f"--haystack {path}: is a folder, not a text file or the prefix of a token dataset"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"--haystack {path}: not a text file in UTF-8 ({error})") from None
+    ids = tokenizer.encode_batch([text])[0]
+    identity = hashlib.blake2b(content, digest_size=16).hexdigest()
+    return Stream(path, identity, [ids], np.array([len(ids)]), 0, encode)
+
+
+def encoded(units: Iterator[str], encode: PartEncoder) -> Iterator[np.ndarray]:
+    """The ids of endless texts, many at a time."""
+    while True:
+        yield from encode(list(islice(units, _BATCH)))
+
+
+def fill_units(units: Iterator[np.ndarray], room: int, before: Sentences | None = None) -> Filler:
+    """Whole ``units`` as long as they fit. So that the length is exact, the end of the next one
+    stands before them, or the end of sentences; the first joint is behind it."""
+    parts: list[np.ndarray] = []
+    left = room
+    for ids in units:
+        if len(ids) > left:
+            rest = before.end(left) if before else ids[len(ids) - left :]
+            return Filler(np.concatenate([rest, *parts]), np.cumsum([left, *map(len, parts)]))
+        parts.append(ids)
+        left -= len(ids)
+    raise AssertionError("units are endless")

@@ -1,0 +1,135 @@
+"""recall.json: what is in it, reading it, and its means with their standard errors.
+
+Every sample's values are kept, so that two models measured on the same samples are compared in
+pairs: a question is easier or harder for both.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lctw_megatron.data.json_object import read_json
+from lctw_megatron.errors import InputError
+from lctw_megatron.evaluation.buckets import Difference, Pair, paired_difference
+
+FORMAT = "lctw-megatron recall 1"
+"""Of recall.json. Its keys:
+
+settings    what was asked for, with the identities of weights, tokenizer and haystack: the same
+            settings give the same file
+seconds     length: seconds of wall time
+cells       one of each task, length and depth (null: the task has none): `samples_digest`, equal
+            for equal samples; of each sample `nats` (Σ loss of the answers' tokens), `tokens`,
+            `right` (share of its answers right to the last token), `short_nats` and `short_right`
+            with the last `settings.window` tokens of context only (null where the sample is not
+            longer); and `mean`: of `nats` an answer token, `right` and both short ones, [mean,
+            standard error over samples]
+"""
+
+VALUES = ("nats", "right", "short_nats", "short_right")
+
+
+@dataclass(frozen=True)
+class Sums:
+    """One kind of value over the samples: its mean is Σ values / Σ units."""
+
+    values: np.ndarray
+    """float64 [samples]"""
+    units: np.ndarray
+    """int64 [samples]: answer tokens of nats, 1 of shares."""
+
+    def mean(self) -> Difference:
+        """With its standard error."""
+        found = paired_difference(Pair(self.values, np.zeros_like(self.values), self.units))
+        assert found is not None
+        return found
+
+    def minus(self, other: "Sums") -> Difference:
+        """The paired difference of two models over the same samples."""
+        found = paired_difference(Pair(self.values, other.values, self.units))
+        assert found is not None
+        return found
+
+
+def sums(cells: Sequence[dict[str, Any]], kind: str) -> Sums | None:
+    """``kind`` (one of VALUES) of cells that differ in depth only, a sample's depths taken
+    together, since they are the same story; None if it was not measured in all."""
+    if not cells or any(cell[kind] is None for cell in cells):
+        return None
+    values = np.array([cell[kind] for cell in cells], dtype=np.float64)
+    if kind.endswith("nats"):
+        units = np.array([cell["tokens"] for cell in cells], dtype=np.int64)
+    else:
+        units = np.ones(values.shape, dtype=np.int64)
+    return Sums(values.sum(0), units.sum(0))
+
+
+def with_means(cell: dict[str, Any]) -> dict[str, Any]:
+    """The cell with its `mean`."""
+    means: dict[str, Any] = {}
+    for kind in VALUES:
+        found = sums([cell], kind)
+        mean = found.mean() if found else None
+        means[kind] = [mean.mean, mean.error] if mean else None
+    return {**cell, "mean": means}
+
+
+def select(
+    result: dict[str, Any], task: str, length: int | None = None, depth: Any = ...
+) -> list[dict[str, Any]]:
+    """The cells of a task, of one length and of one depth if these are given."""
+    return [
+        cell
+        for cell in result["cells"]
+        if cell["task"] == task
+        and length in (None, cell["length"])
+        and (depth is ... or depth == cell["depth"])
+    ]
+
+
+def same_samples(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> bool:
+    """Whether two lists of cells were measured on the same samples."""
+    digests = [[cell["samples_digest"] for cell in cells] for cells in (ours, theirs)]
+    return bool(digests[0]) and digests[0] == digests[1]
+
+
+def read_recall(path: str | Path) -> dict[str, Any] | None:
+    """The contents of a recall.json; None if there is none. InputError if it is no such."""
+    try:
+        value = read_json(path)
+    except FileNotFoundError:
+        return None
+    except InputError as error:
+        raise InputError(f"{error}; measure recall again") from None
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        raise InputError(f"{path}: not a file of the format {FORMAT!r}; name another output")
+    return value
+
+
+def to_rows(result: dict[str, Any]) -> list[list[str]]:
+    """A table, a line of each task and length: heading first."""
+    settings = result["settings"]
+    depths = settings["depths"]
+    heading = ["task", "length", "right", "nats a token", f"right in {settings['window']}"]
+    heading += [f"nats in {settings['window']}", *(f"at {depth:g}" for depth in depths)]
+    rows = [heading]
+    for task in settings["tasks"]:
+        for length in settings["lengths"]:
+            cells = select(result, task, length)
+            row = [task, f"{length:,}"]
+            for kind in ("right", "nats", "short_right", "short_nats"):
+                found = sums(cells, kind)
+                row.append(show(found.mean()) if found else "-")
+            for depth in depths:
+                at = sums(select(result, task, length, depth), "right")
+                row.append(f"{at.mean().mean:.2f}" if at else "-")
+            rows.append(row)
+    return rows
+
+
+def show(value: Difference, sign: str = "") -> str:
+    """0.950 ±0.012; with ``sign`` "+" always a sign."""
+    return f"{value.mean:{sign}.3f}" + ("" if value.error is None else f" ±{value.error:.3f}")
