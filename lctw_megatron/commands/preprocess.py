@@ -77,6 +77,12 @@ def parser() -> argparse.ArgumentParser:
         "PREFIX-validation.jsonl",
     )
     parser.add_argument(
+        "--window",
+        type=positive,
+        metavar="K",
+        help="of the scoring to come: say so if no document is longer",
+    )
+    parser.add_argument(
         "--workers", type=positive, default=2, metavar="N", help="processes (default: 2)"
     )
     return parser
@@ -98,7 +104,8 @@ def main(arguments: list[str]) -> int | None:
             text_field=options.text_field,
             skip_bad=options.skip_bad,
             workers=options.workers,
-        )
+        ),
+        options.window,
     )
     return None
 

@@ -72,7 +72,9 @@ def all_stages(
 ) -> list[Stage]:
     """The stages of ``recipe``, whose runs are resolved in ``runs``, kind by kind."""
     scored = _scored_prefixes(recipe, runs)
-    stages = [_prepare_stage(recipe.prepare)] if recipe.prepare else []
+    stages = (
+        [_prepare_stage(recipe.prepare, _smallest_window(recipe, runs))] if recipe.prepare else []
+    )
     if recipe.scoring:
         for prefix, name in scored.items():
             stages.append(_score_stage(recipe, recipe.scoring, prefix, name))
@@ -123,7 +125,13 @@ def _scored_prefixes(recipe: Recipe, runs: Iterable[RunConfig]) -> dict[str, str
     return {prefix: f"score-{name}" for prefix, name in zip(prefixes, names, strict=True)}
 
 
-def _prepare_stage(prepare: PrepareConfig) -> Stage:
+def _smallest_window(recipe: Recipe, runs: Iterable[RunConfig]) -> int | None:
+    """Of all that the recipe compares a long context with."""
+    windows = [run.weighting.window for run in runs if run.weighting.window]
+    return min(windows + ([recipe.scoring.window] if recipe.scoring else []), default=None)
+
+
+def _prepare_stage(prepare: PrepareConfig, window: int | None) -> Stage:
     arguments = ["tools/preprocess.py", "--input", *prepare.inputs]
     arguments += ["--output-prefix", prepare.output_prefix]
     if prepare.tokenizer:
@@ -141,12 +149,16 @@ def _prepare_stage(prepare: PrepareConfig) -> Stage:
     if prepare.validation_documents:
         arguments += ["--validation-documents", str(prepare.validation_documents)]
     arguments += ["--workers", str(prepare.workers)]
+    decides = " ".join(arguments)
+    if window:  # for a line in the log; another window makes no other dataset
+        arguments += ["--window", str(window)]
     return Stage(
         "prepare",
         "prepare",
         tuple(arguments),
         f"{prepare.output_prefix}.json",
         cpus=prepare.workers,
+        configuration=decides,
     )
 
 

@@ -51,7 +51,7 @@ def test_commands_are_those_of_the_tools(plan):
     commands = {s.name: shlex.join(s.arguments) for s in plan(RECIPE, "training.lr=1e-4").stages}
     assert commands["prepare"] == (
         "tools/preprocess.py --input 'corpus/*.jsonl.gz' 'more texts' --output-prefix data/books "
-        "--train-sentencepiece 4096 --validation-documents 8 --workers 4"
+        "--train-sentencepiece 4096 --validation-documents 8 --workers 4 --window 256"
     )
     assert commands["train-dense"] == (
         "tools/train.py recipe.yaml --run dense --set training.lr=1e-4"

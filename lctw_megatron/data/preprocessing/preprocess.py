@@ -45,11 +45,12 @@ _WORTH_KEEPING_SECONDS = 60.0
 """After an error, shards that took less time are made again rather than left lying about."""
 
 
-def preprocess(config: PrepareConfig) -> TokenManifest:
+def preprocess(config: PrepareConfig, window: int | None = None) -> TokenManifest:
     """Make PREFIX.bin, .idx and .json, and what else ``config`` asks for; return the manifest.
 
     Does nothing if they are there already, from the same corpus with the same settings. Raises
-    InputError for what the user can mend; then nothing of the result is there.
+    InputError for what the user can mend; then nothing of the result is there. ``window``: of the
+    scoring to come; a line says if no document is longer.
     """
     start = time.monotonic()
     prefix = config.output_prefix
@@ -66,6 +67,7 @@ def preprocess(config: PrepareConfig) -> TokenManifest:
     found = _finished(config, wanted)
     if found is not None:
         print(f"{prefix}: already there, from the same corpus with the same settings")
+        _say_if_all_shorter(prefix, window)
         if _work_path(prefix).exists():  # a run was killed between the result and its end
             with contextlib.suppress(InputError, OSError), _work_folder(prefix):
                 pass
@@ -91,7 +93,18 @@ def preprocess(config: PrepareConfig) -> TokenManifest:
         publish(merged, prefix)
     manifest = TokenDataset(prefix).manifest
     print(_summary(prefix, manifest, held_out, time.monotonic() - start))
+    _say_if_all_shorter(prefix, window)
     return manifest
+
+
+def _say_if_all_shorter(prefix: str, window: int | None) -> None:
+    longest = int(TokenDataset(prefix).lengths.max()) if window else 0
+    if window and longest <= window:
+        print(
+            f"{prefix}: no document is longer than the window ({window} tokens, the longest has "
+            f"{longest}): none of it could be scored, and every scheme would train as uniform; "
+            "take longer documents or a smaller window"
+        )
 
 
 def _check(config: PrepareConfig) -> None:

@@ -204,6 +204,19 @@ def test_running_again_does_nothing(config, in_process, monkeypatch, capsys):
         assert times == {path: os.stat(config.output_prefix + path).st_mtime_ns for path in RESULT}
 
 
+def test_a_corpus_without_a_document_longer_than_the_window_is_said(config, in_process, capsys):
+    preprocess(config)
+    longest = int(TokenDataset(config.output_prefix).lengths.max())
+    assert "longer than the window" not in capsys.readouterr().out
+    preprocess(config, longest - 1)
+    assert "longer than the window" not in capsys.readouterr().out
+    preprocess(config, longest)
+    said = f"no document is longer than the window ({longest} tokens, the longest has {longest})"
+    assert said in capsys.readouterr().out
+    preprocess(changed(config, validation_documents=1), longest)
+    assert said in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "lost", [".bin", ".idx", ".json", "-validation.json", "-validation.bin", "-validation.jsonl"]
 )
