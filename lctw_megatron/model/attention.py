@@ -151,7 +151,7 @@ def _attend_varlen(parts: list[tuple[Tensor, Tensor, Tensor]], scale: float) -> 
     parts: q [rows, n, d] and k, v [keys, g, d] of every rectangle -> [all rows, n, d].
     """
     queries, keys, values = zip(*parts, strict=True)
-    q_lengths, k_lengths = ([x.shape[0] for x in own] for own in (queries, keys))
+    q_lengths, k_lengths = (tuple(x.shape[0] for x in own) for own in (queries, keys))
     out = _varlen_attention()(
         torch.cat(queries),
         torch.cat(keys),
@@ -166,7 +166,9 @@ def _attend_varlen(parts: list[tuple[Tensor, Tensor, Tensor]], scale: float) -> 
     return out
 
 
-def _cumulative(lengths: list[int], device: torch.device) -> Tensor:
+@functools.lru_cache(maxsize=64)
+def _cumulative(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Kept for the other layers of a micro batch: copying it to a GPU makes the host wait."""
     return torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32, device=device)
 
 
