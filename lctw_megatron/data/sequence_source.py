@@ -28,7 +28,8 @@ class SequenceSource:
     """Sequences of one token dataset, by number.
 
     ``scores`` is the name of the sidecar to read, None for none; ``window`` and ``stride`` are what
-    it must have been made with, None for anything. ``vocab_size`` is the model's, which must know
+    it must have been made with, None for anything. Without a sidecar ``window`` is that of a run
+    which scores itself. ``vocab_size`` is the model's, which must know
     every token; None takes the tokenizer's.
     """
 
@@ -55,6 +56,7 @@ class SequenceSource:
                     "be shorter; score with a smaller window or train longer sequences"
                 )
         self._sequence_length = data.sequence_length
+        self._own_window = window if scores is None else None
         self._vocab_size = vocab_size or self.tokenizer.vocab_size
         self.dataset.check_fits(self._vocab_size, "the model")
         self._bos_id = self.tokenizer.bos_id if self.tokenizer.add_bos else None
@@ -73,10 +75,17 @@ class SequenceSource:
         return len(self.index)
 
     def scores_line(self) -> str:
-        """How many targets have a short loss, and what follows if they are few; empty without a
-        sidecar."""
+        """How many targets have a short loss, and what follows if they are few; without a sidecar
+        only that none will have one, else empty."""
         if self.sidecar is None:
-            return ""
+            longest = int(self.dataset.lengths.max())
+            if self._own_window is None or longest > self._own_window:
+                return ""
+            return (
+                f"{self.prefix}: no document is longer than the window ({self._own_window} tokens, "
+                f"the longest has {longest}): every scheme trains as uniform; take a smaller "
+                "weighting.window, or longer documents"
+            )
         manifest = self.sidecar.manifest
         share = manifest.scored / max(self.dataset.num_tokens - len(self.dataset), 1)
         line = f"{self.prefix}: {100 * share:.3g} % of the targets have a short loss"

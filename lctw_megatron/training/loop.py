@@ -251,7 +251,7 @@ class Trainer:
             cp_rank=world.context_rank,
             cp_size=run.layout.context,
             scores=weighting.mode == "frozen" and needs_scores(run),
-            window=weighting.window,
+            window=weighting.window if needs_scores(run) else None,
             stride=weighting.stride,
             vocab_size=run.model.vocab_size,
         )

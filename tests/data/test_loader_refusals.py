@@ -108,6 +108,13 @@ def test_how_many_targets_have_scores_is_said(tmp_path, scored, said) -> None:
     assert loader(config(tmp_path, "c")).scores_lines() == []
 
 
+def test_a_run_that_scores_itself_says_if_no_document_is_longer_than_its_window(tmp_path) -> None:
+    write_tokens(tmp_path / "c", count_up([5, 40, 7]))
+    assert loader(config(tmp_path, "c"), window=39).scores_lines() == []
+    (line,) = loader(config(tmp_path, "c"), window=40).scores_lines()
+    assert "longer than the window (40 tokens, the longest has 40): every scheme trains as" in line
+
+
 def test_a_window_as_long_as_a_sequence(folder) -> None:
     with refused("short_loss: scored with window 3, but data.sequence_length is 3"):
         loader(config(folder, sequence_length=3), scores=True)
