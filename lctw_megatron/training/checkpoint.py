@@ -270,27 +270,35 @@ def newest_checkpoint(
 ) -> tuple[Path, CheckpointManifest] | None:
     """The newest complete checkpoint of ``folder``; None if there is none. All ranks call it.
 
-    A half-written or damaged one is skipped with a line through ``log``. The first rank chooses for
-    all: on a network file system they need not see the same at the same moment.
+    A half-written or damaged one is skipped with a line through ``log``; InputError if none is left
+    of those that there are, as training would begin anew and remove them. The first rank chooses
+    for all: on a network file system they need not see the same at the same moment.
     """
     candidates: list[Path] = []
     if dist.get_rank() == 0:
         for leftover in sorted(folder.glob(".step_*.tmp")) if folder.is_dir() else []:
             log(f"{leftover}: half-written, not used")
         candidates = complete_checkpoints(folder)
+    number = len(candidates)
     while True:
-        found: list[Any] = [None]
-        while dist.get_rank() == 0 and candidates and found[0] is None:
+        found: tuple[Path, CheckpointManifest] | None = None
+        while dist.get_rank() == 0 and candidates and found is None:
             path = candidates.pop()
             try:
                 check_files(path)
-                found = [(path, read_manifest(path))]
+                found = path, read_manifest(path)
             except InputError as error:
                 log(f"{path} is skipped: {error}")
-        dist.broadcast_object_list(found, 0)
-        if found[0] is None:
+        answer: list[Any] = [found, number]
+        dist.broadcast_object_list(answer, 0)
+        if answer[0] is None and answer[1]:
+            raise InputError(
+                f"{folder}: none of its checkpoints ({answer[1]}) can be read, for the reasons "
+                "above; put a whole one there, or move them away to begin anew"
+            )
+        if answer[0] is None:
             return None
-        path, manifest = found[0]
+        path, manifest = answer[0]
         try:
             check_sums_together(path, manifest.checksums or {})
             return path, manifest

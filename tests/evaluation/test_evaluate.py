@@ -120,8 +120,9 @@ def test_losses_are_those_of_the_logits(trained):
             by_class[kind].append(long_loss[i])
         # The first window has no shorter context; the later ones score what none before them did.
         previous_end = WINDOW
-        for start in range(STRIDE, SEQUENCE + 1 - WINDOW + STRIDE, STRIDE):
-            end = min(start + WINDOW, SEQUENCE + 1)
+        for start in range(STRIDE, SEQUENCE + 1 - WINDOW, STRIDE):
+            # The last window's last input predicts the last token, too.
+            end = start + WINDOW + (start + WINDOW == SEQUENCE)
             short_loss = losses([bos, *ids[start + 1 : end - 1]], ids[start + 1 : end])
             for target in range(previous_end, end):
                 gain = short_loss[target - start - 1] - long_loss[target - 1]

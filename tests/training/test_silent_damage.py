@@ -93,6 +93,20 @@ def test_resuming_passes_over_a_flipped_bit_and_older_checkpoints_have_no_sums(
     assert found is not None and found[1].step == 2 and len(lines) == 1
 
 
+def test_training_does_not_begin_anew_where_every_checkpoint_is_damaged(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert newest_checkpoint(tmp_path, print) is None
+    copy = Path(shutil.copytree(saved, tmp_path / "step_00000001"))
+    flip(copy / "tokenizer" / "tokenizer.json")
+    lines: list[str] = []
+    with pytest.raises(InputError, match=r"none of its checkpoints \(1\) can be read"):
+        newest_checkpoint(tmp_path, lines.append)
+    assert len(lines) == 1 and "LCTW_SKIP_CHECKSUMS=1" in lines[0]
+    monkeypatch.setenv("LCTW_SKIP_CHECKSUMS", "1")
+    assert newest_checkpoint(tmp_path, lines.append) is not None
+
+
 def test_a_checksum_for_which_there_was_no_room_is_made_again(
     data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
