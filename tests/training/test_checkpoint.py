@@ -296,11 +296,13 @@ def test_a_folder_that_cannot_be_made_is_one_line_on_all_ranks(tmp_path: Path) -
         CheckpointWriter(tmp_path / "file" / "checkpoints", 1).save({}, manifest)
 
 
-def test_without_a_whole_checkpoint_a_run_begins_anew(
+def test_a_run_without_a_whole_checkpoint_begins_anew_only_where_there_is_none(
     data: str, copy: Path, uninterrupted: list[Any]
 ) -> None:
     for path in (copy / "checkpoints").glob("step_*"):
         _evil_index(path)
+    assert "can be read, for the reasons above; put a whole one" in refusal(dense_run(data, copy))
+    shutil.rmtree(copy / "checkpoints")
     assert train(dense_run(data, copy)) == 0
     assert logged(copy) == uninterrupted
     assert not list(copy.rglob("executed"))
