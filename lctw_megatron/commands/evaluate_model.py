@@ -34,12 +34,7 @@ def _parser() -> argparse.ArgumentParser:
         "the version.",
     )
     add = verb.add_argument
-    add(
-        "--checkpoint",
-        metavar="DIR",
-        required=True,
-        help="a run folder, its checkpoints or one checkpoint, trained or imported",
-    )
+    _add_checkpoint(verb)
     add("--data", metavar="PREFIX", required=True, help="held-out token dataset")
     add(
         "--output",
@@ -105,12 +100,7 @@ def _add_recall(verb: argparse.ArgumentParser) -> None:
     from lctw_megatron.config.schema import RecallTask
 
     add = verb.add_argument
-    add(
-        "--checkpoint",
-        metavar="DIR",
-        required=True,
-        help="a run folder, its checkpoints or one checkpoint, trained or imported",
-    )
+    _add_checkpoint(verb)
     add(
         "--output",
         metavar="FILE",
@@ -162,6 +152,15 @@ def _add_recall(verb: argparse.ArgumentParser) -> None:
     )
     add("--write-samples", metavar="FILE", help="write the samples as JSON lines")
     _add_forward(verb)
+
+
+def _add_checkpoint(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--checkpoint",
+        metavar="DIR",
+        required=True,
+        help="a run folder, its checkpoints or one checkpoint, trained or imported",
+    )
 
 
 def _add_forward(verb: argparse.ArgumentParser) -> None:

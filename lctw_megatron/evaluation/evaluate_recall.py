@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from lctw_megatron.evaluation.recall_samples import (
     samples_of,
 )
 from lctw_megatron.model.checkpoint import CheckpointManifest, find_checkpoint, read_manifest
+from lctw_megatron.ownership import sole_writer
 from lctw_megatron.platform.capabilities import capabilities
 from lctw_megatron.progress import Progress
 
@@ -82,20 +84,26 @@ def recall_to_file(
     found = read_recall(output)
     if found is not None and found["settings"] == described:
         return found if first else None
-    model = ModelLosses(place, layout, max(settings.lengths), tokens_per_forward)
-    if first:
-        print(capabilities().line(), flush=True)
-    result: dict[str, Any] = {"format": FORMAT, "settings": described, "seconds": {}, "cells": []}
-    for length in settings.lengths:
-        begin = time.perf_counter()
-        result["cells"] += list(_cells(model, maker, settings, described, length))
-        result["seconds"][str(length)] = round(time.perf_counter() - begin, 3)
-    model.free()
+    with sole_writer(Path(output), print) if first else nullcontext():
+        model = ModelLosses(place, layout, max(settings.lengths), tokens_per_forward)
+        if first:
+            print(capabilities().line(), flush=True)
+        result: dict[str, Any] = {
+            "format": FORMAT,
+            "settings": described,
+            "seconds": {},
+            "cells": [],
+        }
+        for length in settings.lengths:
+            begin = time.perf_counter()
+            result["cells"] += list(_cells(model, maker, settings, described, length))
+            result["seconds"][str(length)] = round(time.perf_counter() - begin, 3)
+        model.free()
+        if first:
+            write_json(output, result)
 
     import torch.distributed as dist
 
-    if first:
-        write_json(output, result)
     dist.barrier()
     return result if first else None
 

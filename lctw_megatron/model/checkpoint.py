@@ -185,13 +185,6 @@ def _check_pickled(path: Path, offset: int = 0, length: int = -1) -> Any:
         ) from None
 
 
-def check_files_together(checkpoint: Path) -> Any:
-    """``check_files``, and the checksums of all files, shared over the ranks. All ranks call it and
-    get the same InputError."""
-    check_sums_together(checkpoint, read_manifest(checkpoint).checksums or {})
-    return check_files(checkpoint)
-
-
 def load_weights(chunks: list[Any], checkpoint: str | Path) -> None:
     """Load the weights into this rank's model chunks, whatever layout wrote them. All ranks call
     it.
@@ -199,7 +192,8 @@ def load_weights(chunks: list[Any], checkpoint: str | Path) -> None:
     Raises InputError if the checkpoint is damaged or names or shapes differ.
     """
     checkpoint = Path(checkpoint)
-    index = check_files_together(checkpoint)
+    check_sums_together(checkpoint, read_manifest(checkpoint).checksums or {})
+    index = check_files(checkpoint)
     load_shards([shard for _, shard in sharded_parameters(chunks)], checkpoint, index)
 
 

@@ -9,8 +9,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 
-import torch.distributed as dist
-
 from lctw_megatron.atomic import atomic_file, write_json
 from lctw_megatron.config.layout_rules import check_layout
 from lctw_megatron.config.load import dump_yaml
@@ -59,8 +57,8 @@ def train(run: RunConfig, allow_changes: bool = False) -> int:
     checkpoint's. Returns the exit status: 0, or REQUEUE_STATUS after a signal.
     """
     use_deterministic_kernels(run.training.deterministic)
-    world = initialize(run.layout, run.seed, run.training.distributed_timeout_minutes)
-    with _one_run_in(Path(run.run_dir), world):
+    initialize(run.layout, run.seed, run.training.distributed_timeout_minutes)
+    with _one_run_in(Path(run.run_dir)):
         trainer = Trainer(run, allow_changes)
         try:
             return trainer.run_to_end()
@@ -69,23 +67,18 @@ def train(run: RunConfig, allow_changes: bool = False) -> int:
 
 
 @contextmanager
-def _one_run_in(run_dir: Path, world: World) -> Iterator[None]:
+def _one_run_in(run_dir: Path) -> Iterator[None]:
     """Own the run folder while this run lasts; InputError on the first rank if another run does,
     SystemExit on the others, before anything in it is touched."""
     with ExitStack() as held:
-        error: InputError | OSError | None = None
-        if world.is_first:
-            try:
-                run_dir.mkdir(parents=True, exist_ok=True)
-                held.enter_context(owned(run_dir / ".lock", str(run_dir)))
-                for name in ("run.yaml", "metrics.jsonl", TOKENIZER):
-                    remove_leftovers(run_dir / name, lambda line: print(line, flush=True))
-            except (InputError, OSError) as refusal:
-                error = refusal
-        refused = [error is not None]
-        dist.broadcast_object_list(refused, 0)
-        if refused[0]:
-            raise error or SystemExit(2)
+
+        def enter() -> None:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            held.enter_context(owned(run_dir / ".lock", str(run_dir)))
+            for name in ("run.yaml", "metrics.jsonl", TOKENIZER):
+                remove_leftovers(run_dir / name, lambda line: print(line, flush=True))
+
+        on_first_rank(enter)
         yield
 
 
