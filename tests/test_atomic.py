@@ -92,5 +92,6 @@ def test_a_file_system_without_locks_lets_all_in(tmp_path, monkeypatch, number):
         with pytest.raises(OSError, match="no locks here"), atomic.locked(tmp_path / "lock"):
             pytest.fail("in")
         return
-    with atomic.locked(tmp_path / "lock", wait=False), atomic.locked(tmp_path / "lock"):
-        pass
+    lock = tmp_path / "lock"
+    with atomic.locked(lock, wait=False) as alone, atomic.locked(lock) as second:
+        assert not alone and not second  # and they know it

@@ -68,8 +68,9 @@ def cached_index(
         return found
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder / ".lock"):
-            remove_leftovers(entry, lambda line: None)  # of ranks killed while they built it
+        with locked(folder / ".lock") as alone:
+            if alone:  # else they may be of ranks that build at this moment
+                remove_leftovers(entry, lambda line: None)  # of ranks killed while they built it
             found = _read(entry)
             if found:
                 return found

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lctw_megatron import atomic
 from lctw_megatron.data import sequence_cache
 from lctw_megatron.data.sequence_cache import cached_index
 from lctw_megatron.data.sequences import build_index
@@ -130,6 +131,21 @@ def test_losing_the_race_to_write_an_entry_is_no_harm(tmp_path, reason, monkeypa
     dataset = write_tokens(tmp_path / "books", count_up([9, 17]))
     monkeypatch.setattr(sequence_cache, "atomic_directory", too_late)
     assert is_right(cached_index(dataset, 5, "chunk", "keep")[0], [9, 17], 5, "chunk", "keep")
+
+
+def test_without_locks_what_another_rank_builds_stays(tmp_path, monkeypatch) -> None:
+    def refuse(*_, **__) -> None:
+        raise OSError(errno.ENOLCK, "no locks here")
+
+    dataset = write_tokens(tmp_path / "books", count_up([9, 17]))
+    cached_index(dataset, 5, "chunk", "keep")
+    (entry,) = (tmp_path / "index_cache").glob("books-*")
+    other = temporary_name(entry)
+    make_work_folder(other)
+    shutil.rmtree(entry)
+    monkeypatch.setattr(atomic, "lock_descriptor", refuse)
+    cached_index(dataset, 5, "chunk", "keep")
+    assert other.is_dir() and entry.is_dir()
 
 
 @pytest.mark.parametrize("finished", [True, False])
