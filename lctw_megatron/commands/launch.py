@@ -10,7 +10,7 @@ again:
   launch.py resume RUN     run, or submit, what is missing there, as it was launched
 
 Stages are prepare, train-RUN, score (score-PREFIX with several datasets), export-RUN, verify-RUN,
-evaluate-RUN and report. Finished ones are skipped; their marks, scripts and logs are in
+evaluate-RUN, recall-RUN and report. Finished ones are skipped; their marks, scripts and logs are in
 OUTPUT_DIR/launch. --debug shows tracebacks, --version the version.
 
 examples:

@@ -8,6 +8,8 @@ A recipe file is YAML with the fields of ``schema.RecipeFile``. Short forms:
 - ``data.train: PREFIX`` is one token dataset of weight 1; a list of prefixes is a blend.
 - ``runs`` maps run names to changes of the shared sections. A mapping changes the fields it names;
   a fragment (a name, or a mapping with ``base``) takes the place of the shared section.
+- ``seeds: [1, 2, 3]`` makes the run NAME three times, as NAME-seed1 and so on. ``--set
+  runs.NAME.section.field=value`` reaches all of them.
 - ``start`` names another run, whose newest checkpoint is taken when this one begins, or a
   checkpoint folder.
 
@@ -36,6 +38,7 @@ from lctw_megatron.config.schema import (
     check_text,
 )
 from lctw_megatron.config.schemes import needs_short_loss
+from lctw_megatron.config.seeds import one_a_seed, replace_seeds
 from lctw_megatron.config.shipped import CONFIGS, find_recipe
 from lctw_megatron.config.validation_errors import build, check_values, nearest
 from lctw_megatron.config.yaml_text import parse_yaml, parse_yaml_mapping, to_yaml
@@ -79,10 +82,11 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         own, whole = _expand(changes or {}, where)
         check_values(RunSections, own, where, f"runs.{name}")
         base = {key: value for key, value in shared_run.items() if key not in whole}
+        replace_seeds(base, own)
         complete[name] = _merge(base, own)
     for text in overrides:
         _override(shared, complete, text)
-    recipe = build(Recipe, {**shared, "runs": complete}, where)
+    recipe = build(Recipe, {**shared, "runs": one_a_seed(complete, where)}, where)
     _check_recipe(recipe, where)
     return recipe
 
@@ -211,6 +215,7 @@ def _override(shared: dict[str, Any], runs: dict[str, dict[str, Any]], text: str
     for target in targets:
         for section in whole:
             target.pop(section, None)
+        replace_seeds(target, nested)
         target.update(_merge(target, nested))
 
 
@@ -243,6 +248,8 @@ def _check_recipe(recipe: Recipe, where: str) -> None:
                 key = recipe.evaluation.key_checkpoint
                 _check_source(recipe, key, "evaluation.key_checkpoint")
             check_evaluation(recipe.evaluation)
+            if recipe.evaluation.verify_exports and not recipe.export:
+                raise InputError("evaluation.verify_exports is on, but export is off; choose one")
         for name in recipe.runs:
             try:
                 _model_values(recipe, name, None)

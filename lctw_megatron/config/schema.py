@@ -8,7 +8,7 @@ training reads, what ``--dry-run`` prints and what is saved with every run and c
 Longer than 350 lines: a reader of recipes finds every field in one file.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 from unicodedata import category
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
@@ -18,6 +18,7 @@ Bytes = Annotated[int, Field(gt=0, le=2**62)]
 Width = Annotated[int, Field(gt=0, le=2**24)]
 """Sizes of matrices, and tokens: products of two stay far below what torch and numpy count with."""
 Fraction = Annotated[float, Field(gt=0, le=1)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 MOST_DOCUMENT_BYTES = 1 << 28
 """Of one document, unless another limit is given: a broken file may be one line of terabytes."""
 
@@ -307,8 +308,26 @@ class ScoringConfig(Section):
     """Independent jobs the work is split into on a cluster."""
 
 
+class RecallProbes(Section):
+    """Recall of facts hidden in long texts, after training (``evaluate_model.py recall``)."""
+
+    lengths: Annotated[list[Width], Field(min_length=1)]
+    """Tokens of the samples."""
+    tasks: Annotated[list[RecallTask], Field(min_length=1)] = list(get_args(RecallTask))
+    depths: Positive = 5
+    """Places of the fact, evenly spaced from beginning to end."""
+    samples: Positive = 20
+    """Of each task, length and depth."""
+    haystack: str | None = None
+    """A text file or the prefix of a token dataset, better a held-out one, in which facts are
+    hidden; default: repeated sentences, for code functions."""
+    window: Positive | None = None
+    """Tokens of the short context; default: the window of the run's weighting, else 1,024. Give
+    one to compare runs whose weightings differ."""
+
+
 class EvaluationConfig(Section):
-    """Held-out probes of every exported run (``tools/evaluate_model.py``), and their report."""
+    """Held-out probes of every final run (``tools/evaluate_model.py``), and their report."""
 
     data: str
     """Prefix of the held-out token dataset."""
@@ -328,6 +347,7 @@ class EvaluationConfig(Section):
     runs; default: each run for itself."""
     note: str | None = None
     """What a reader of the report must know."""
+    recall: RecallProbes | None = None
     verify_exports: bool = False
     """Compare every exported folder with its checkpoint: all tensors, and the logits of
     transformers in float32. Takes the memory of two such models.
@@ -377,7 +397,7 @@ class RunConfig(Section):
     """Checkpoints, metrics and the resolved config go here."""
     start: str | None = None
     """Weights to start from: a checkpoint folder of ours (imported or trained); default: random."""
-    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 1234
+    seed: Seed = 1234
     data: DataConfig
     model: ModelConfig
     layout: LayoutConfig = LayoutConfig()
@@ -390,7 +410,10 @@ class RunSections(Section):
 
     start: str | None = None
     """A run of the recipe, whose newest checkpoint is taken, or a checkpoint folder."""
-    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 1234
+    seed: Seed = 1234
+    """Of the order of the data, and of random weights and dropout."""
+    seeds: Annotated[list[Seed], Field(min_length=1)] | None = None
+    """Instead of `seed`: the run is made once with each, as NAME-seed1, NAME-seed2, ..."""
     data: DataConfig | None = None
     model: ModelConfig | None = None
     """May be missing or partial in a run that starts from a checkpoint, which carries its own."""
@@ -408,6 +431,8 @@ class RecipeFile(RunSections):
     prepare: PrepareConfig | None = None
     scoring: ScoringConfig | None = None
     evaluation: EvaluationConfig | None = None
+    export: bool = True
+    """Whether the final runs, from which no other starts, become Hugging Face folders."""
     cluster: ClusterConfig | None = None
     runs: dict[str, RunSections] = {}
     """Run name to what this run changes in the sections that all runs share. Without `runs` there
@@ -422,6 +447,7 @@ class Recipe(Section):
     prepare: PrepareConfig | None = None
     scoring: ScoringConfig | None = None
     evaluation: EvaluationConfig | None = None
+    export: bool = True
     cluster: ClusterConfig | None = None
     runs: dict[str, dict[str, Any]]
     """Run name to all its sections as plain values; ``resolve_run`` makes a RunConfig of one."""

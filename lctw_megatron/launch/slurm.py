@@ -33,7 +33,7 @@ _TEMPLATE = jinja2.Environment(
     undefined=jinja2.StrictUndefined,
 ).get_template("job.sbatch.j2")
 
-GPU_KINDS = {"train", "score", "evaluate"}
+GPU_KINDS = {"train", "score", "evaluate", "recall"}
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ prepare                    the corpus to a token dataset
 train-RUN                  after the run it starts from, and after score if it needs the sidecar
 score                      after the run that is the scorer (score-PREFIX for several datasets)
 export-RUN evaluate-RUN    after train-RUN
+recall-RUN                 after train-RUN, with evaluation.recall
 verify-RUN                 after export-RUN, with evaluation.verify_exports
 report                     after every evaluation; without an evaluation section after training
 
@@ -20,13 +21,14 @@ from lctw_megatron.config.schema import (
     MOST_DOCUMENT_BYTES,
     EvaluationConfig,
     PrepareConfig,
+    RecallProbes,
     Recipe,
     RunConfig,
     ScoringConfig,
 )
 from lctw_megatron.weighting.parse import parse_weighting
 
-KINDS = ("prepare", "score", "train", "export", "verify", "evaluate", "report")
+KINDS = ("prepare", "score", "train", "export", "verify", "evaluate", "recall", "report")
 
 
 @dataclass(frozen=True)
@@ -81,11 +83,14 @@ def all_stages(
     for run in runs:
         stages.append(_train_stage(recipe, run, scored, recipe_path, tuple(overrides)))
     final = final_runs(recipe, runs)
-    stages += [_export_stage(run) for run in final]
+    if recipe.export:
+        stages += [_export_stage(run) for run in final]
     if recipe.evaluation and recipe.evaluation.verify_exports:
         stages += [_verify_stage(run) for run in final]
     if recipe.evaluation:
         stages += [_evaluate_stage(recipe, recipe.evaluation, run) for run in final]
+        if recipe.evaluation.recall:
+            stages += [_recall_stage(recipe, recipe.evaluation.recall, run) for run in final]
     return [*stages, _report_stage(recipe, final)]
 
 
@@ -269,12 +274,43 @@ def _evaluate_stage(recipe: Recipe, evaluation: EvaluationConfig, run: RunConfig
     )
 
 
+def _recall_stage(recipe: Recipe, recall: RecallProbes, run: RunConfig) -> Stage:
+    layout = run.layout
+    arguments = ["tools/evaluate_model.py", "recall"]
+    arguments += ["--checkpoint", f"{run.run_dir}/checkpoints"]
+    output = f"{run.run_dir}/recall.json"
+    arguments += ["--output", output, "--lengths", *map(str, recall.lengths)]
+    arguments += ["--tasks", *recall.tasks]
+    arguments += ["--depths", str(recall.depths), "--samples", str(recall.samples)]
+    for option, value, default in [
+        ("--haystack", recall.haystack, None),
+        ("--window", recall.window, None),
+        ("--tensor", layout.tensor, 1),
+        ("--pipeline", layout.pipeline, 1),
+        ("--context", layout.context, 1),
+    ]:
+        if value != default:
+            arguments += [option, str(value)]
+    haystack = [recall.haystack] if recall.haystack else []
+    return Stage(
+        f"recall-{run.name}",
+        "recall",
+        tuple(arguments),
+        output,
+        needs=(*_data_needs(recipe, haystack), f"train-{run.name}"),
+        model_ranks=layout.tensor * layout.pipeline * layout.context,
+        scales=True,
+    )
+
+
 def _report_stage(recipe: Recipe, runs: list[RunConfig]) -> Stage:
     arguments = ["tools/report.py", *(run.run_dir for run in runs)]
     output = f"{recipe.output_dir}/report"
     arguments += ["--output", output]
     if recipe.evaluation and recipe.evaluation.note:
         arguments += ["--note", recipe.evaluation.note]
-    last = "evaluate" if recipe.evaluation else "train"
-    needs = tuple(f"{last}-{run.name}" for run in runs)
+    last = ["train"]
+    if recipe.evaluation:
+        last = ["evaluate", "recall"] if recipe.evaluation.recall else ["evaluate"]
+    needs = tuple(f"{kind}-{run.name}" for kind in last for run in runs)
     return Stage("report", "report", tuple(arguments), output, needs)

@@ -74,6 +74,30 @@ def test_commands_are_those_of_the_tools(plan):
     )
 
 
+RECALL = "evaluation.recall={lengths: [512, 1024], tasks: [one_key], haystack: data/books}"
+
+
+def test_recall_is_measured_of_every_final_run_and_before_the_report(plan):
+    made = plan(RECIPE, RECALL)
+    recall = stage(made, "recall-dense")
+    assert shlex.join(recall.arguments) == (
+        "tools/evaluate_model.py recall --checkpoint out/dense/checkpoints --output "
+        "out/dense/recall.json --lengths 512 1024 --tasks one_key --depths 5 --samples 20 "
+        "--haystack data/books --tensor 2"
+    )
+    assert set(recall.needs) == {"prepare", "train-dense"}
+    kinds = ("evaluate", "recall")
+    expected = {f"{kind}-{run}" for kind in kinds for run in ("uniform", "dense")}
+    assert set(stage(made, "report").needs) == expected
+
+
+def test_nothing_is_exported_where_nobody_wants_it(plan):
+    made = plan(RECIPE, "export=false")
+    assert not [s.name for s in made.stages if s.kind == "export"]
+    with pytest.raises(InputError, match="verify_exports is on, but export is off"):
+        plan(RECIPE, "export=false", "evaluation.verify_exports=true")
+
+
 def test_the_tools_accept_the_commands(plan, monkeypatch):
     """Every option that a stage uses exists: argparse of each tool reads its command."""
     import argparse
@@ -95,7 +119,8 @@ def test_the_tools_accept_the_commands(plan, monkeypatch):
         "scoring.tensor=2", "scoring.pipeline=2", "data.scores=other", "layout.pipeline=2",
         "layout.context=2", "evaluation.stride=64", "evaluation.near=32", "prepare.max_bytes=9",
         "prepare.skip_bad=true", "prepare.text_field=body", "runs.base.layout.sequence=false",
-        "runs.base.layout.tensor=1",
+        "runs.base.layout.tensor=1", "evaluation.recall.lengths=[64, 128]",
+        "evaluation.recall.haystack=a.txt", "evaluation.recall.window=32",
     ]  # fmt: skip
     for s in (*plan().stages, *plan(RECIPE, *everything).stages):
         tool, *arguments = s.arguments
