@@ -37,7 +37,7 @@ def program(words: list[str]) -> tuple[Callable[[list[str]], object], list[str]]
         module, _, _ = project["scripts"][words[0]].partition(":")
         return importlib.import_module(module).main, words[1:]
     assert words[0] in ("python", "torchrun"), words
-    tool = next(place for place, word in enumerate(words) if word.startswith("tools/"))
+    tool = next(place for place, word in enumerate(words) if word.endswith(".py"))
     specification = importlib.util.spec_from_file_location("tool", ROOT / words[tool])
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
