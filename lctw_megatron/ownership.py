@@ -76,6 +76,17 @@ def check_free(lock: Path, what: str) -> None:
             pass
 
 
+def holder(lock: Path) -> tuple[str, bool] | None:
+    """Who owns ``lock``, for a person, and whether that process has ended, as far as can be told.
+    None if nobody does. It is not taken, not even for a moment: for who only looks on."""
+    try:
+        with open(lock) as file:
+            owner = _read(file, lock)
+    except (FileNotFoundError, InputError):
+        return None
+    return (_named(owner), _has_ended(owner, False)) if owner else None
+
+
 @contextlib.contextmanager
 def _entered(lock: Path, what: str) -> Iterator[IO[str]]:
     """The lock file, as the last owner left it, and nobody else's while the context lasts."""

@@ -6,8 +6,13 @@ from lctw_megatron.cli import run_command
 
 EPILOG = """\
 again:
-  launch.py status RUN     where every stage of the output folder RUN stands
-  launch.py resume RUN     run, or submit, what is missing there, as it was launched
+  launch.py status WHERE   where every stage and run stands: step, tokens/s, time left, last
+                           checkpoint and error, whether it is alive
+  launch.py watch WHERE    the same, again and again, until everything is done (status 0) or
+                           nothing is under way any more (1)
+  launch.py resume FOLDER  run, or submit, what is missing in an output folder, as it was launched
+
+WHERE is a recipe, its output folder or the folder of one run.
 
 Stages are prepare, train-RUN, score (score-PREFIX with several datasets), export-RUN, verify-RUN,
 evaluate-RUN, recall-RUN and report. Finished ones are skipped; their marks, scripts and logs are in
@@ -23,7 +28,7 @@ examples:
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         usage="%(prog)s RECIPE.yaml [options]\n"
-        "       %(prog)s status RUN\n       %(prog)s resume RUN",
+        "       %(prog)s status|watch WHERE\n       %(prog)s resume FOLDER",
         description=__doc__,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -62,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str]) -> int:
-    if arguments and arguments[0] in ("status", "resume") and "--help" not in arguments:
+    if arguments and arguments[0] in ("status", "watch", "resume") and "--help" not in arguments:
         return again(*arguments)
     options = parser().parse_args(arguments)
 
@@ -80,11 +85,15 @@ def main(arguments: list[str]) -> int:
 
 def again(verb: str, *arguments: str) -> int:
     if len(arguments) != 1:
-        parser().error(f"{verb}: give the output folder of a recipe")
+        what = "" if verb == "resume" else ", its recipe, or the folder of a run"
+        parser().error(f"{verb}: give the output folder of a recipe{what}")
 
-    from lctw_megatron.launch.launch_request import read_request, run_request, status
+    from lctw_megatron.launch.launch_request import read_request, run_request
+    from lctw_megatron.launch.status import status, watch
 
-    return status(arguments[0]) if verb == "status" else run_request(read_request(arguments[0]))
+    if verb == "resume":
+        return run_request(read_request(arguments[0]))
+    return status(arguments[0]) if verb == "status" else watch(arguments[0])
 
 
 def run() -> None:

@@ -281,6 +281,10 @@ class TrainingConfig(Section):
     bit for bit, at the price of a slower backward of attention. A CPU always does."""
     distributed_timeout_minutes: Annotated[int, Field(gt=0, le=24 * 24 * 60)] = 30
     """A collective that hangs longer ends the job; 24 days are 2^31 milliseconds."""
+    hang_minutes: Annotated[float, Field(ge=0, le=24 * 24 * 60)] | None = 20.0
+    """A step, an evaluation or a save that takes longer ends the job, with every rank's Python
+    stack in its log, and batch scripts start it again. 0 or null: never. Less than
+    `distributed_timeout_minutes`, or that one ends it first, without the stacks."""
 
 
 class ScoringConfig(Section):

@@ -1,5 +1,6 @@
 """Reading a run's metrics.jsonl, which a kill, a full disk or a copy may have damaged."""
 
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,24 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         numbers = few(sorted(left_out))
         print(f"{path}: {len(left_out)} lines left out, broken or written twice: {numbers}")
     return [steps[step][1] for step in sorted(steps)]
+
+
+def last_metrics(path: Path, most_bytes: int = 1 << 16) -> list[dict[str, Any]]:
+    """The whole lines in the last ``most_bytes`` of a metrics.jsonl that may be being written;
+    nothing else is said of the others."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - most_bytes))
+            text = file.read()
+    except FileNotFoundError:
+        return []
+    lines = []
+    for line in text.split(b"\n"):
+        with suppress(InputError):
+            value = parse_json(line)
+            if isinstance(value, dict) and _is_step(value):
+                lines.append(value)
+    return lines
 
 
 def _is_step(line: dict[str, Any]) -> bool:

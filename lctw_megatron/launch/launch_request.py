@@ -33,7 +33,7 @@ class LaunchRequest:
 
 def run_request(request: LaunchRequest, dry_run: bool = False) -> int:
     """Run or submit what ``request`` asks for and is not done; with ``dry_run`` only print it."""
-    graph = _stage_graph(request)
+    graph = stage_graph(request)
     stages = graph.select(request.stages)
     if request.cluster is None:
         if dry_run:
@@ -41,7 +41,7 @@ def run_request(request: LaunchRequest, dry_run: bool = False) -> int:
             return 0
         write_json(graph.folder / "order.json", asdict(request))
         return local.run_stages(graph, stages, request.ranks)
-    cluster = _cluster(graph, request.cluster)
+    cluster = cluster_of(graph, request.cluster)
     if dry_run:
         jobs = queue.plan_jobs(graph, stages, cluster)
         for job in jobs:
@@ -61,23 +61,13 @@ def run_request(request: LaunchRequest, dry_run: bool = False) -> int:
     return 0
 
 
-def status(output_dir: str) -> int:
-    """Print where every stage of the last request of ``output_dir`` stands."""
-    request = read_request(output_dir)
-    graph = _stage_graph(request)
-    stages = graph.select(request.stages)
-    if request.cluster is None:
-        for stage in stages:
-            print(f"{stage.name:24} {'done' if graph.is_done(stage) else 'not done'}")
-        return 0
-    jobs = queue.plan_jobs(graph, stages, _cluster(graph, request.cluster))
-    print("\n".join(queue.status_lines(graph, jobs)))
-    return 0
+def order_path(output_dir: str) -> Path:
+    return Path(output_dir) / "launch" / "order.json"
 
 
 def read_request(output_dir: str) -> LaunchRequest:
     """The last request of ``output_dir``. InputError if there was none."""
-    path = Path(output_dir) / "launch" / "order.json"
+    path = order_path(output_dir)
     if not path.is_file():
         raise InputError(
             f"{path}: no such file, so nothing was launched into {output_dir}; give the output "
@@ -91,7 +81,7 @@ def read_request(output_dir: str) -> LaunchRequest:
         raise InputError(f"{path}: damaged ({error}); launch the recipe again") from None
 
 
-def _stage_graph(request: LaunchRequest) -> StageGraph:
+def stage_graph(request: LaunchRequest) -> StageGraph:
     def checkpoint_model(path: str):  # type: ignore[no-untyped-def]
         # Only a run whose model comes from a checkpoint pays for importing torch's checkpoints.
         from lctw_megatron.model.checkpoint import checkpoint_model
@@ -101,7 +91,7 @@ def _stage_graph(request: LaunchRequest) -> StageGraph:
     return build_stage_graph(request.recipe, request.overrides, checkpoint_model)
 
 
-def _cluster(graph: StageGraph, name: str) -> ClusterConfig:
+def cluster_of(graph: StageGraph, name: str) -> ClusterConfig:
     if name == "slurm":
         name = "slurm_generic"
         if graph.recipe.cluster:

@@ -7,11 +7,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from lctw_megatron.config.shipped import PROJECT
 from lctw_megatron.errors import InputError
 from lctw_megatron.launch.stage_graph import StageGraph
-from lctw_megatron.launch.stages import Stage, runnable
+from lctw_megatron.launch.stages import Stage, StageState, runnable
+from lctw_megatron.ownership import holder, owned
 
 
 def run_stages(graph: StageGraph, stages: Sequence[Stage], ranks: int | None = None) -> int:
@@ -29,13 +31,32 @@ def run_stages(graph: StageGraph, stages: Sequence[Stage], ranks: int | None = N
         command = local_command(graph, stage, ranks)
         print(f"{title}: {shlex.join(_shortened(command))}", flush=True)
         started = time.monotonic()
-        status = _run(command)
+        with owned(running_mark(graph, stage), stage.name):
+            status = _run(command)
         if status:
             print(f"{stage.name} ended with status {status}; start again to go on", file=sys.stderr)
             return status
         graph.set_done(stage)
         print(f"{title}: done in {time.monotonic() - started:.0f} s", flush=True)
     return 0
+
+
+def running_mark(graph: StageGraph, stage: Stage) -> Path:
+    """The lock file that is there while ``stage`` runs here."""
+    graph.folder.mkdir(parents=True, exist_ok=True)
+    return graph.folder / f".{stage.name}.lock"
+
+
+def stage_states(graph: StageGraph, stages: Sequence[Stage]) -> list[StageState]:
+    """Where each of ``stages`` stands that was started here."""
+    states = []
+    for stage in stages:
+        found = holder(running_mark(graph, stage))
+        runs = found is not None and not found[1]
+        done = graph.is_done(stage)
+        text = "done" if done else f"running, {found[0]}" if found and runs else "not done"
+        states.append(StageState(stage.name, text, done, runs and not done))
+    return states
 
 
 def command_lines(

@@ -18,7 +18,7 @@ from lctw_megatron.errors import InputError
 from lctw_megatron.launch.local import check_needs
 from lctw_megatron.launch.slurm import Job, stage_jobs
 from lctw_megatron.launch.stage_graph import StageGraph
-from lctw_megatron.launch.stages import Stage
+from lctw_megatron.launch.stages import Stage, StageState
 from lctw_megatron.launch.submission import Submission
 
 
@@ -101,15 +101,15 @@ def _queued(graph: StageGraph) -> dict[str, str]:
     return {name: id for name, id in ids.items() if id in in_queue}
 
 
-def status_lines(graph: StageGraph, jobs: Sequence[Job]) -> list[str]:
-    """A line for each job: its name, where it stands, its log."""
+def stage_states(graph: StageGraph, jobs: Sequence[Job]) -> list[StageState]:
+    """Where each job stands."""
     ids = _read_ids(graph)
     states = _queue(list(ids.values()))
-    lines = []
+    found = []
     for job in jobs:
         id = ids.get(job.name)
-        missing = _missing_parts(graph, job)
-        if _is_done(graph, job):
+        missing, done = _missing_parts(graph, job), _is_done(graph, job)
+        if done:
             state = "done"
         elif id in states:
             state = f"{' and '.join(states[id])}, job {id}"
@@ -117,11 +117,14 @@ def status_lines(graph: StageGraph, jobs: Sequence[Job]) -> list[str]:
             state = f"failed or cancelled, job {id}"
         else:
             state = "not submitted"
-        if job.parts and not _is_done(graph, job):
+        if job.parts and not done:
             state += f", {job.parts - len(missing)} of {job.parts} parts done"
-        log = graph.folder / f"{job.name}{'-*' if job.parts else ''}.log"
-        lines.append(f"{job.name:24} {state:40} {log if id else ''}".rstrip())
-    return lines
+        parts = [f"-{part}" for part in range(job.parts)] if job.parts else [""]
+        logs = [graph.folder / f"{job.name}{part}.log" for part in parts]
+        found.append(
+            StageState(job.name, state, done, id in states and not done, tuple(logs if id else ()))
+        )
+    return found
 
 
 def _is_done(graph: StageGraph, job: Job) -> bool:

@@ -58,6 +58,18 @@ class Stage:
     """What decides the result, if it is not the arguments."""
 
 
+@dataclass(frozen=True)
+class StageState:
+    """Where a stage, or one of its jobs, stands."""
+
+    name: str
+    text: str
+    done: bool
+    under_way: bool
+    """Whether it runs or waits in a queue."""
+    logs: tuple[Path, ...] = ()
+
+
 def runnable(arguments: Sequence[str], project: Path | None) -> tuple[list[str], list[str]]:
     """How Python (or torchrun) runs a stage's ``arguments``: its own options and what follows them.
 

@@ -5,18 +5,19 @@ Read `train` first; everything else in this folder is one of its lines.
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 
-from lctw_megatron.atomic import atomic_file, write_json
+from lctw_megatron.atomic import atomic_file
 from lctw_megatron.config.layout_rules import check_layout
 from lctw_megatron.config.load import dump_yaml
 from lctw_megatron.config.schema import RunConfig
+from lctw_megatron.config.schemes import needs_short_loss
 from lctw_megatron.data.loader import TokenLoader
 from lctw_megatron.data.sequence_source import check_one_tokenizer
 from lctw_megatron.data.validation import ValidationLoader
-from lctw_megatron.errors import InputError, few
+from lctw_megatron.errors import InputError
 from lctw_megatron.model import spec
 from lctw_megatron.model.checkpoint import (
     TOKENIZER,
@@ -27,6 +28,7 @@ from lctw_megatron.model.checkpoint import (
 from lctw_megatron.model.gpt import build_model
 from lctw_megatron.ownership import owned
 from lctw_megatron.platform.capabilities import capabilities
+from lctw_megatron.platform.flight_recorder import record_into, write_record
 from lctw_megatron.platform.gpu import use_deterministic_kernels
 from lctw_megatron.platform.world import World, initialize, on_first_rank
 from lctw_megatron.progress import Progress
@@ -39,9 +41,12 @@ from lctw_megatron.training.checkpoint import (
 )
 from lctw_megatron.training.compatibility import check_unchanged, complete_run
 from lctw_megatron.training.exit_status import REQUEUE_STATUS
+from lctw_megatron.training.first_lines import first_lines
+from lctw_megatron.training.hang_watch import HangWatch
+from lctw_megatron.training.heartbeat import Heartbeat
 from lctw_megatron.training.loss_spike import SpikeWatch
 from lctw_megatron.training.metrics import MetricsLog, peak_memory_gib
-from lctw_megatron.training.nonfinite import NonFinite, describe_samples, write_nonfinite
+from lctw_megatron.training.nonfinite import NonFinite, write_nonfinite
 from lctw_megatron.training.optimizer import build_optimizer, wrap_data_parallel
 from lctw_megatron.training.recall import TrainingRecall
 from lctw_megatron.training.signals import StopRequest
@@ -57,6 +62,7 @@ def train(run: RunConfig, allow_changes: bool = False) -> int:
     checkpoint's. Returns the exit status: 0, or REQUEUE_STATUS after a signal.
     """
     use_deterministic_kernels(run.training.deterministic)
+    record_into(Path(run.run_dir))
     initialize(run.layout, run.seed, run.training.distributed_timeout_minutes)
     with _one_run_in(Path(run.run_dir)):
         trainer = Trainer(run, allow_changes)
@@ -75,7 +81,7 @@ def _one_run_in(run_dir: Path) -> Iterator[None]:
         def enter() -> None:
             run_dir.mkdir(parents=True, exist_ok=True)
             held.enter_context(owned(run_dir / ".lock", str(run_dir)))
-            for name in ("run.yaml", "metrics.jsonl", TOKENIZER):
+            for name in ("run.yaml", "metrics.jsonl", "heartbeat.json", TOKENIZER):
                 remove_leftovers(run_dir / name, lambda line: print(line, flush=True))
 
         on_first_rank(enter)
@@ -90,6 +96,11 @@ class Trainer:
             run.layout, run.seed, run.training.distributed_timeout_minutes
         )
         check_layout(run, self.world.size)
+        self.heart = Heartbeat(Path(run.run_dir)) if self.world.is_first else None
+        self.hang = HangWatch(
+            run.training.hang_minutes, self.world.rank, lambda: write_record(self.world.rank)
+        )
+        self._now("starting", 0)
         self.loader = self._open_data(run)
         source = self.loader.sources[0]
         self.config = run = complete_run(run, source.tokenizer, source.prefix)
@@ -146,12 +157,14 @@ class Trainer:
         """Steps until the last one (0) or a signal (REQUEUE_STATUS)."""
         training = self.config.training
         done = self.first_step
-        self._announce(done)
+        for line in first_lines(self.config, self.world, self.loader, done):
+            self.print_rank_0(line)
         if done > training.steps:
             self.print_rank_0(f"already past training.steps {training.steps}: at step {done}")
             return 0
         with Progress(self.config.name, training.steps, "steps", initial=done) as progress:
             for step in range(done, training.steps):
+                self._now("training", step)
                 started = time.perf_counter()
                 try:
                     metrics = self.stepper.step(step, list(self.loader.step(step)))
@@ -160,14 +173,17 @@ class Trainer:
                 metrics |= self._speed(time.perf_counter() - started)
                 done = step + 1
                 if training.eval_interval and done % training.eval_interval == 0:
+                    self._now("evaluating", done)
                     metrics |= self.evaluate()
                 if self.recall and done % self.recall.config.every == 0:
+                    self._now("evaluating", done)
                     metrics |= self.recall(self.wrapped, self.world)
                 self._watch(step, metrics)
                 self._write(step, metrics)
                 progress.update(1, tokens=self.tokens_per_step)
                 leave = self.stop.agreed()
                 if leave or done == training.steps or self._saves_after(done):
+                    self._now("saving", done)
                     self.save(done)
                 self.writer.finish(blocking=False)
                 if leave and done < training.steps:
@@ -217,11 +233,19 @@ class Trainer:
         self.writer.save(run_state(self.chunks, self.optimizer), manifest)
 
     def close(self) -> None:
+        self.hang.close()
         self.writer.close()
         self.loader.close()
         self.stop.close()
         if self.log is not None:
             self.log.close()
+
+    def _now(self, stage: str, step: int) -> None:
+        """The run begins with ``stage`` of training.heartbeat, ``step`` steps being done."""
+        if stage != "starting":  # which takes as long as the data and the disk need
+            self.hang.progress(f"{stage}, {step} steps done")
+        if self.heart is not None:
+            self.heart.beat(stage, step)
 
     def print_rank_0(self, line: str) -> None:
         """A line for the log, from the first rank only."""
@@ -243,8 +267,8 @@ class Trainer:
             dp_size=world.data_size,
             cp_rank=world.context_rank,
             cp_size=run.layout.context,
-            scores=weighting.mode == "frozen" and needs_scores(run),
-            window=weighting.window if needs_scores(run) else None,
+            scores=weighting.mode == "frozen" and needs_short_loss(run.weighting.scheme),
+            window=weighting.window if needs_short_loss(run.weighting.scheme) else None,
             stride=weighting.stride,
             vocab_size=run.model.vocab_size,
         )
@@ -257,29 +281,6 @@ class Trainer:
             file.write(dump_yaml(self.config))
         return MetricsLog(
             run_dir, self.first_step, self.config.training.tensorboard, capabilities().line()
-        )
-
-    def _announce(self, done: int) -> None:
-        run = self.config
-        self.print_rank_0(capabilities().line())
-        packed, dtype = run.data.packing == "pack", spec.DTYPES[run.training.precision]
-        if spec.recomputes(run.model, run.layout, dtype, packed) != run.layout.recompute:
-            self.print_rank_0(
-                f"layout.recompute {run.layout.recompute}: left out, as TransformerEngine's "
-                "attention keeps nothing that it would free"
-            )
-        if run.model.attention == "te" and run.training.precision == "fp32":
-            self.print_rank_0(
-                "model.attention te: float32 takes our layers, as TransformerEngine multiplies it "
-                "in TF32"
-            )
-        for line in self.loader.packing_cost_lines() + self.loader.scores_lines():
-            self.print_rank_0(line)
-        self.print_rank_0(
-            f"{run.name}: steps {done}..{run.training.steps}, {self.world.size} ranks, "
-            f"{self.loader.microbatches} micro batches of {run.training.micro_batch_size} x "
-            f"{run.data.sequence_length} tokens a step and rank, weighting {run.weighting.scheme}"
-            + (f" ({run.weighting.mode})" if needs_scores(run) else "")
         )
 
     def _saves_after(self, done: int) -> bool:
@@ -321,22 +322,7 @@ class Trainer:
 
     def _watch(self, step: int, metrics: dict[str, float]) -> None:
         """Report a loss spike with the documents of its batch."""
-        loss = metrics.get("loss/plain")
-        if loss is not None and self.spikes.is_spike(loss) and self.world.is_first:
-            samples = describe_samples(self.loader, step)
-            documents = sorted({p["document"] for s in samples for p in s["pieces"]})
-            with suppress(OSError):  # a full disk ends the run at its next save, on all ranks
-                write_json(
-                    Path(self.config.run_dir) / f"spike_step_{step:08d}.json",
-                    {"step": step, "loss": loss, "sequences": samples},
-                )
-            self.print_rank_0(
-                f"step {step}: loss spike to {loss:.3f}, documents [{few(documents)}]"
-            )
-
-
-def needs_scores(run: RunConfig) -> bool:
-    """Whether the run's scheme compares short with long losses."""
-    from lctw_megatron.weighting.parse import parse_weighting
-
-    return parse_weighting(run.weighting).scheme.needs_short_loss
+        if self.world.is_first:
+            line = self.spikes.seen(step, metrics, self.loader, Path(self.config.run_dir))
+            if line is not None:
+                self.print_rank_0(line)

@@ -2,6 +2,13 @@
 
 import statistics
 from collections import deque
+from contextlib import suppress
+from pathlib import Path
+
+from lctw_megatron.atomic import write_json
+from lctw_megatron.data.loader import TokenLoader
+from lctw_megatron.errors import few
+from lctw_megatron.training.nonfinite import describe_samples
 
 
 class SpikeWatch:
@@ -25,3 +32,20 @@ class SpikeWatch:
         middle = statistics.median(known)
         spread = 1.48 * statistics.median(abs(value - middle) for value in known)
         return loss - middle > max(self._times * spread, self._least)
+
+    def seen(
+        self, step: int, metrics: dict[str, float], loader: TokenLoader, run_dir: Path
+    ) -> str | None:
+        """The line for the log if the loss of ``step`` is a spike; the documents of its batch are
+        written to RUN_DIR/spike_step_N.json. First rank only."""
+        loss = metrics.get("loss/plain")
+        if loss is None or not self.is_spike(loss):
+            return None
+        samples = describe_samples(loader, step)
+        documents = sorted({p["document"] for s in samples for p in s["pieces"]})
+        with suppress(OSError):  # a full disk ends the run at its next save, on all ranks
+            write_json(
+                run_dir / f"spike_step_{step:08d}.json",
+                {"step": step, "loss": loss, "sequences": samples},
+            )
+        return f"step {step}: loss spike to {loss:.3f}, documents [{few(documents)}]"

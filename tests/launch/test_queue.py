@@ -10,7 +10,8 @@ import pytest
 from lctw_megatron.config.schema import ClusterConfig
 from lctw_megatron.errors import InputError
 from lctw_megatron.launch import queue
-from lctw_megatron.launch.launch_request import LaunchRequest, read_request, run_request, status
+from lctw_megatron.launch.launch_request import LaunchRequest, read_request, run_request
+from lctw_megatron.launch.status import status
 from lctw_megatron.launch.submission import Submission
 from tests.launch.conftest import RECIPE
 
@@ -142,17 +143,21 @@ def test_submitting_again_leaves_out_what_is_done_or_queued(plan, slurm, capsys)
 def test_status_says_where_every_job_stands(plan, slurm):
     made = plan()
     jobs = queue.plan_jobs(made, made.stages, CPU)
-    assert all("not submitted" in line for line in queue.status_lines(made, jobs))
+    assert {state.text for state in queue.stage_states(made, jobs)} == {
+        "not submitted", "not submitted, 0 of 4 parts done"
+    }  # fmt: skip
     queue.submit(made, made.stages, CPU)
     finish(made, "prepare")
     made.mark(made.select(["score"])[0], 1).write_text(made.fingerprints["score"])
     slurm.waiting("3 PENDING\n3 RUNNING\n3 PENDING\n6 PENDING\n")
-    lines = {line.split()[0]: line for line in queue.status_lines(made, jobs)}
-    assert lines["prepare"].split()[1] == "done"
-    assert "failed or cancelled, job 2 " in lines["train-base"]
-    assert lines["train-base"].endswith("out/launch/train-base.log")
-    assert "pending and running, job 3, 1 of 4 parts done" in lines["score-parts"]
-    assert "pending, job 6" in lines["train-dense"]
+    states = {state.name: state for state in queue.stage_states(made, jobs)}
+    assert states["prepare"].text == "done" and not states["prepare"].under_way
+    assert states["train-base"].text == "failed or cancelled, job 2"
+    assert not states["train-base"].under_way
+    assert states["train-base"].logs == (Path("out/launch/train-base.log"),)
+    assert states["score-parts"].text == "pending and running, job 3, 1 of 4 parts done"
+    assert len(states["score-parts"].logs) == 4 and states["score-parts"].under_way
+    assert states["train-dense"].text == "pending, job 6" and states["train-dense"].under_way
 
 
 def test_an_order_is_kept_for_status_and_resume(plan, slurm, capsys):
@@ -187,7 +192,7 @@ def test_a_banner_is_no_job_id_and_odd_lines_are_no_jobs(plan, slurm):
     assert json.loads((made.folder / "jobs.json").read_text()) == {"prepare": "7"}
     slurm.waiting("\nCLUSTER: main\nodd\n7 RUNNING\n")
     jobs = queue.plan_jobs(made, made.select(["prepare"]), CPU)
-    assert "running, job 7" in queue.status_lines(made, jobs)[0]
+    assert queue.stage_states(made, jobs)[0].text == "running, job 7"
     stub.write_text("#!/bin/bash\necho Welcome to the cluster\n")
     with pytest.raises(InputError, match="no line with a job's id"):
         queue.submit(made, made.select(["train-base"]), CPU)

@@ -109,9 +109,9 @@ def one_pass(
         finalize_model_grads,
     )
 
+    from lctw_megatron.config.schemes import needs_short_loss
     from lctw_megatron.model.gpt import build_model
     from lctw_megatron.platform.world import initialize
-    from lctw_megatron.training.loop import needs_scores
     from lctw_megatron.training.step import Stepper
 
     world = initialize(run.layout, run.seed)
@@ -130,7 +130,7 @@ def one_pass(
         run.data, seed=run.seed, global_batch_size=run.training.global_batch_size,
         micro_batch_size=run.training.micro_batch_size, dp_rank=world.data_rank,
         dp_size=world.data_size, cp_rank=world.context_rank, cp_size=run.layout.context,
-        scores=run.weighting.mode == "frozen" and needs_scores(run),
+        scores=run.weighting.mode == "frozen" and needs_short_loss(run.weighting.scheme),
     )  # fmt: skip
     stepper = Stepper(run, wrapped, None, bos_id=1)
     batches = list(loader.step(0))

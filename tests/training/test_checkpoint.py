@@ -20,6 +20,7 @@ from lctw_megatron.data.token_dataset import TokenDataset, TokenWriter
 from lctw_megatron.errors import InputError
 from lctw_megatron.model.checkpoint import check_files, find_checkpoint, read_manifest, step_name
 from lctw_megatron.ownership import owned
+from lctw_megatron.training.heartbeat import read_beat
 from tests.distributed import run_distributed
 from tests.training.layouts import SCHEMES, STRIDE, WINDOW, make_data, make_run
 from tests.training.runs import checkpoints, logged, sigterm_after
@@ -95,6 +96,11 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     assert "already past training.steps 2: at step 6" in capsys.readouterr().out
     assert logged(tmp_path) == uninterrupted
     assert checkpoints(tmp_path) == [4, 6]
+
+
+def test_a_run_has_said_what_it_is_at(stopped: Path) -> None:
+    beat = read_beat(stopped)
+    assert beat is not None and (beat.stage, beat.step) == ("saving", STOP)
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

@@ -1,0 +1,37 @@
+"""What a run says of itself before its first step."""
+
+from collections.abc import Iterator
+
+from lctw_megatron.config.schema import RunConfig
+from lctw_megatron.config.schemes import needs_short_loss
+from lctw_megatron.data.loader import TokenLoader
+from lctw_megatron.model import spec
+from lctw_megatron.platform.capabilities import capabilities
+from lctw_megatron.platform.flight_recorder import recorder_line
+from lctw_megatron.platform.world import World
+
+
+def first_lines(run: RunConfig, world: World, loader: TokenLoader, done: int) -> Iterator[str]:
+    """The machine, what of the recipe does not act, and what is about to be trained, ``done`` steps
+    being behind it."""
+    yield capabilities().line()
+    if line := recorder_line():
+        yield line
+    packed, dtype = run.data.packing == "pack", spec.DTYPES[run.training.precision]
+    if spec.recomputes(run.model, run.layout, dtype, packed) != run.layout.recompute:
+        yield (
+            f"layout.recompute {run.layout.recompute}: left out, as TransformerEngine's attention "
+            "keeps nothing that it would free"
+        )
+    if run.model.attention == "te" and run.training.precision == "fp32":
+        yield (
+            "model.attention te: float32 takes our layers, as TransformerEngine multiplies it in "
+            "TF32"
+        )
+    yield from loader.packing_cost_lines() + loader.scores_lines()
+    yield (
+        f"{run.name}: steps {done}..{run.training.steps}, {world.size} ranks, "
+        f"{loader.microbatches} micro batches of {run.training.micro_batch_size} x "
+        f"{run.data.sequence_length} tokens a step and rank, weighting {run.weighting.scheme}"
+        + (f" ({run.weighting.mode})" if needs_short_loss(run.weighting.scheme) else "")
+    )

@@ -1,0 +1,56 @@
+"""RUN_DIR/heartbeat.json: what a run is at and when it last said so, for who looks on from outside.
+
+It holds only what nothing else in the run folder does: speeds and losses are in metrics.jsonl, what
+is saved in `checkpoints`, and who runs in .lock. Without torch: tools/launch.py reads it.
+"""
+
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from lctw_megatron.atomic import write_json
+from lctw_megatron.data.json_object import read_json_object
+from lctw_megatron.errors import InputError
+
+INTERVAL_SECONDS = 10.0
+"""Between two beats of one stage."""
+
+
+@dataclass(frozen=True)
+class Beat:
+    stage: str
+    """What the run is at: starting, training, evaluating or saving."""
+    step: int
+    """Steps done."""
+    time: float
+    """Seconds since 1970."""
+
+
+class Heartbeat:
+    """Writes the file: when the stage changes, else every INTERVAL_SECONDS. First rank only."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = path_in(run_dir)
+        self._last = Beat("", 0, 0.0)
+
+    def beat(self, stage: str, step: int) -> None:
+        now = time.time()
+        if stage == self._last.stage and 0 <= now - self._last.time < INTERVAL_SECONDS:
+            return
+        self._last = Beat(stage, step, now)
+        with suppress(OSError):  # a full disk ends the run at its next save, on all ranks
+            write_json(self._path, asdict(self._last))
+
+
+def path_in(run_dir: Path) -> Path:
+    return run_dir / "heartbeat.json"
+
+
+def read_beat(run_dir: Path) -> Beat | None:
+    """The last one; None if there is none that can be read."""
+    try:
+        values = read_json_object(path_in(run_dir))
+        return Beat(str(values["stage"]), int(values["step"]), float(values["time"]))
+    except (OSError, InputError, KeyError, TypeError, ValueError):
+        return None

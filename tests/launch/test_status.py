@@ -1,0 +1,170 @@
+"""What `launch.py status` and `watch` say of runs and their logs, from the files these leave."""
+
+import json
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lctw_megatron.atomic import write_json
+from lctw_megatron.config.load import dump_yaml
+from lctw_megatron.launch import local, status
+from lctw_megatron.launch.launch_request import LaunchRequest, run_request
+from lctw_megatron.launch.run_status import last_error, run_status
+from lctw_megatron.launch.stage_graph import StageGraph
+from lctw_megatron.model.checkpoint import MANIFEST, step_name
+from lctw_megatron.ownership import FORMAT, holder, owned
+from lctw_megatron.training.heartbeat import Heartbeat, path_in, read_beat
+
+Plan = Callable[..., StageGraph]
+
+
+def write_run(run_dir: Path, steps: int, saved: int | None, stage: str, age: float = 0.0) -> None:
+    """What a run leaves that has done ``steps`` steps of a second each."""
+    Heartbeat(run_dir).beat(stage, steps)
+    beat = json.loads(path_in(run_dir).read_text())
+    write_json(path_in(run_dir), beat | {"time": beat["time"] - age})
+    lines = [{"step": step, "speed/seconds": 1.0} for step in range(steps)]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if saved is not None:
+        write_json(run_dir / "checkpoints" / step_name(saved) / MANIFEST, {})
+
+
+def test_beats_are_few_but_every_stage_is_said(tmp_path: Path, monkeypatch: Any) -> None:
+    heart, now = Heartbeat(tmp_path), [1000.0]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    heart.beat("training", 1)
+    for step in range(2, 9):
+        now[0] += 1
+        heart.beat("training", step)
+    assert read_beat(tmp_path) and read_beat(tmp_path).step == 1
+    heart.beat("saving", 9)
+    assert (read_beat(tmp_path).stage, read_beat(tmp_path).step) == ("saving", 9)
+    now[0] += 10
+    heart.beat("saving", 10)
+    assert read_beat(tmp_path).step == 10
+    path_in(tmp_path).write_text('{"stage": "saving", "step"')
+    assert read_beat(tmp_path) is None
+    (tmp_path / "file").touch()
+    Heartbeat(tmp_path / "file").beat("starting", 0)  # no folder: nothing is raised
+
+
+def test_a_run_is_alive_stale_dead_or_finished(plan: Plan) -> None:
+    run = next(run for run in plan().runs if run.name == "base")  # 100 steps of 8 x 256 tokens
+    folder = Path(run.run_dir)
+    assert run_status(run).text == "step 0/100 (0 %), no checkpoint, not started"
+    folder.mkdir(parents=True)
+    with owned(folder / ".lock", "the run"):
+        assert "no checkpoint, starting (process " in run_status(run).text
+        write_run(folder, 40, 30, "training", age=5)
+        found = run_status(run)
+        assert found.alive and not found.finished
+        assert found.text.startswith(
+            "step 40/100 (40 %), 2.05k tokens/s, 0:01:00 left, checkpoint of step 30, training, "
+            "alive 5 s ago (process "
+        )
+        write_run(folder, 40, 30, "training", age=100)
+        assert "stale: no sign of life for 0:01:40 while training" in run_status(run).text
+        write_run(folder, 40, 30, "saving", age=100)  # which may take minutes
+        assert "saving, alive 100 s ago" in run_status(run).text
+        # Looking on takes nothing from the owner.
+        assert holder(folder / ".lock") is not None
+    assert run_status(run).text.endswith("checkpoint of step 30, not running")
+    dead = {"format": FORMAT, "host": socket.gethostname(), "process": 2**22 + 1, "started": 0.0}
+    write_json(folder / ".lock", dead)
+    assert "died without a word: process 4194305" in run_status(run).text
+    (folder / ".lock").unlink()
+    write_run(folder, 100, 100, "saving")
+    found = run_status(run)
+    assert found.finished and found.text == "step 100/100 (100 %), checkpoint of step 100, finished"
+
+
+def test_a_torn_line_of_metrics_that_are_being_written_is_no_matter(plan: Plan, capsys) -> None:
+    run = plan().runs[0]
+    write_run(Path(run.run_dir), 40, None, "training")
+    with open(Path(run.run_dir) / "metrics.jsonl", "a") as file:
+        file.write('{"step": 40, "speed/se')
+    assert run_status(run).text.startswith("step 40/100")
+    assert capsys.readouterr().out == ""
+
+
+START = "lctw-megatron 0.1.0, megatron-core 0.16.1, torch 2.8, CPU\n"
+
+
+@pytest.mark.parametrize(
+    ("log", "expected"),
+    [
+        (START + "main: 10/100 steps (10 %)\nthe loss is 3.0, error rates are low\n", None),
+        ("error: recipe.yaml: no such file\n", "error: recipe.yaml: no such file"),
+        (
+            START + "Traceback (most recent call last):\n  File x\nValueError: bad\n"
+            "srun: error: n1: task 0: Exited with exit code 1\n",
+            "ValueError: bad",
+        ),
+        (
+            START + "[rank3]: torch.OutOfMemoryError: CUDA\n",
+            "[rank3]: torch.OutOfMemoryError: CUDA",
+        ),
+        (
+            "ValueError: old\n" + START + "slurmstepd: error: *** JOB 5 ON n1 CANCELLED ***\n",
+            "slurmstepd: error: *** JOB 5 ON n1 CANCELLED ***",
+        ),
+        ("ValueError: old\n" + START + "on it goes\n", "ValueError: old (before the last start)"),
+    ],
+)
+def test_the_last_error_of_a_log_is_its_cause(tmp_path: Path, log: str, expected: Any) -> None:
+    (tmp_path / "a.log").write_bytes(b"\xff\n" + log.encode())
+    assert last_error([tmp_path / "a.log", tmp_path / "missing.log"]) == expected
+
+
+def test_status_takes_a_recipe_its_folder_or_a_run(plan: Plan, monkeypatch: Any, capsys) -> None:
+    made = plan()
+    write_run(Path("out/base"), 40, 30, "training")
+    Path("out/base/run.yaml").write_text(dump_yaml(made.runs[0]))
+    expected = "  step 40/100 (40 %), checkpoint of step 30, not running"
+    assert status.status("recipe.yaml") == 0  # trained without tools/launch.py
+    said = capsys.readouterr().out.splitlines()
+    assert said[:3] == [
+        "prepare                  not done",
+        "train-base               not done",
+        expected,
+    ]
+    monkeypatch.setattr(local, "run_stages", lambda *arguments: 0)
+    run_request(LaunchRequest("recipe.yaml", stages=("train",)))
+    with owned(local.running_mark(made, made.select(["train-base"])[0]), "train-base"):
+        for where in ("recipe.yaml", "out"):
+            status.status(where)
+            said = capsys.readouterr().out.splitlines()
+            assert len(said) == 6 and said[0].startswith(
+                "train-base               running, process "
+            )
+            assert said[1] == expected
+    made.folder.joinpath("train-base.log").write_text("error: no GPU\n")
+    status.status("out/base")
+    assert capsys.readouterr().out.splitlines() == [
+        f"base: {expected.strip()}", "  last error in the log: error: no GPU"
+    ]  # fmt: skip
+
+
+def test_watch_ends_with_what_it_watches(monkeypatch: Any, capsys) -> None:
+    moments = iter(["running", "between two stages", "running", "failed"])
+    now = ["running"]
+
+    def sleep(seconds: float) -> None:
+        now[0] = next(moments, "failed")
+
+    monkeypatch.setattr(status.time, "sleep", sleep)
+
+    def look(where: str) -> status.Look:
+        return status.Look([now[0]], now[0] == "running", now[0] == "done")
+
+    monkeypatch.setattr(status, "look", look)
+    assert status.watch("out") == 1
+    said = [line for line in capsys.readouterr().out.splitlines() if line[:2] != "20"]
+    assert said[:-1] == ["running", "running", "between two stages", "running", "failed", "failed"]
+    assert "resume" in said[-1]
+    now[0] = "done"
+    assert status.watch("out") == 0
