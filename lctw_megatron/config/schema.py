@@ -187,15 +187,22 @@ class WeightingConfig(Section):
     """Scores (a scheme and where the short losses come from) and post-processing: weighting/."""
 
     scheme: str = "uniform"
-    """uniform, dense, sparse, longce, ppmi, npmi, rho, position or custom."""
+    """uniform, dense, sparse, longce, longppl, ppmi, npmi, rho, eslm, position or custom."""
     mode: Literal["frozen", "self"] = "frozen"
     """frozen: short losses from the sidecar. self: the training model scores its own windows."""
     interpolation: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Lambda: the final weight is lambda + (1 - lambda) * weight."""
     keep_fraction: Fraction | None = None
-    """Kappa: the share of the targets of a sequence that sparse, ppmi, npmi and rho keep."""
+    """Kappa: the share of the targets of a sequence that sparse, ppmi, npmi, rho and eslm keep."""
     max_weight: Annotated[float, Field(gt=0, le=1e30)] | None = None
     """Gamma: longce's upper bound."""
+    normalise: Literal["none", "sequence"] | None = None
+    """longce and custom: none, the default, takes their weights as they are; sequence scales those
+    of every sequence to mean 1, which the other schemes always do."""
+    min_difference: float | None = None
+    """Alpha: a key token of longppl has a short less long loss above this, in nats; default: 2."""
+    min_log_probability: Annotated[float, Field(le=0)] | None = None
+    """Beta: and a log-probability above this with long context; default: -2."""
     shift: Annotated[float, Field(gt=0, le=1e30)] | None = None
     """s: ppmi and npmi subtract log s."""
     unscored: Literal["zero", "one"] = "zero"

@@ -10,20 +10,26 @@ from dataclasses import dataclass
 class SchemeNeeds:
     short_loss: bool = True
     """Whether training must provide short losses (a sidecar, or self-scoring) at all."""
+    long_loss: bool = True
+    """Whether the weights depend on the long losses, which training always has."""
     parameters: tuple[str, ...] = ()
     """Fields of the `weighting` section that this scheme must have and most others refuse."""
+    optional: tuple[str, ...] = ()
+    """Those that it may have and most others refuse."""
 
 
 SCHEME_NEEDS: dict[str, SchemeNeeds] = {
-    "uniform": SchemeNeeds(short_loss=False),
+    "uniform": SchemeNeeds(short_loss=False, long_loss=False),
     "dense": SchemeNeeds(),
     "sparse": SchemeNeeds(parameters=("keep_fraction",)),
-    "longce": SchemeNeeds(parameters=("max_weight",)),
+    "longce": SchemeNeeds(parameters=("max_weight",), optional=("normalise",)),
+    "longppl": SchemeNeeds(optional=("min_difference", "min_log_probability")),
     "ppmi": SchemeNeeds(parameters=("keep_fraction", "shift")),
     "npmi": SchemeNeeds(parameters=("keep_fraction", "shift")),
     "rho": SchemeNeeds(parameters=("keep_fraction",)),
-    "position": SchemeNeeds(short_loss=False),
-    "custom": SchemeNeeds(parameters=("function",)),
+    "eslm": SchemeNeeds(short_loss=False, parameters=("keep_fraction",)),
+    "position": SchemeNeeds(short_loss=False, long_loss=False),
+    "custom": SchemeNeeds(parameters=("function",), optional=("normalise",)),
 }
 
 

@@ -18,13 +18,14 @@ from lctw_megatron.data.batch import Sample
 from lctw_megatron.data.sequence_source import SequenceSource
 from lctw_megatron.data.token_dataset import TokenDataset
 from lctw_megatron.errors import InputError
-from lctw_megatron.evaluation.longppl import ALPHA, BETA, STRIDE, WINDOW, key_tokens, perplexity
+from lctw_megatron.evaluation.longppl import STRIDE, WINDOW, key_tokens, perplexity
 from lctw_megatron.evaluation.probes import Probes, context_of, distance_of
 from lctw_megatron.evaluation.result_file import FORMAT, read_evaluation
 from lctw_megatron.ownership import sole_writer
 from lctw_megatron.platform.capabilities import capabilities
 from lctw_megatron.progress import Progress
 from lctw_megatron.scoring.windows import check_windows
+from lctw_megatron.weighting.schemes import KEY_ALPHA, KEY_BETA
 
 if TYPE_CHECKING:
     from lctw_megatron.evaluation.model_losses import ModelLosses
@@ -46,8 +47,8 @@ class EvaluationSettings:
     """Largest distance called near; None: the window, else a quarter of S."""
     key_checkpoint: str | None = None
     """The evaluator that picks LongPPL's key tokens; None: the measured model itself."""
-    alpha: float = ALPHA
-    beta: float = BETA
+    alpha: float = KEY_ALPHA
+    beta: float = KEY_BETA
     tokens_per_forward: int = 16384
 
 

@@ -19,14 +19,14 @@ import math
 
 import numpy as np
 
-ALPHA = 2.0
-BETA = -2.0
+from lctw_megatron.weighting.schemes import KEY_ALPHA, KEY_BETA
+
 WINDOW = 5120
 STRIDE = 1024
 
 
 def key_tokens(
-    long_loss: np.ndarray, short_loss: np.ndarray, alpha: float = ALPHA, beta: float = BETA
+    long_loss: np.ndarray, short_loss: np.ndarray, alpha: float = KEY_ALPHA, beta: float = KEY_BETA
 ) -> np.ndarray:
     """bool: the targets with LSD > ``alpha`` and LCL > ``beta`` under the evaluator's losses.
 

@@ -110,9 +110,9 @@ class ScoredTokens:
         self.settings = settings
         self.model = model
         self.windows = windows
-        needed = weighting.scheme.needs_short_loss
-        self.long = None if model else self._open(long_name, needed)
-        self.short = None if windows else self._open(short_name, needed)
+        scheme = weighting.scheme
+        self.long = None if model else self._open(long_name, scheme.needs_long_loss)
+        self.short = None if windows else self._open(short_name, scheme.needs_short_loss)
         if self.short is not None:
             self.short.check(sequence_length=settings.sequence_length, packing=settings.packing)
         tokenizer = dataset.manifest.tokenizer

@@ -39,7 +39,7 @@ def compute_weights(
         long_loss: [sequences, targets], nats, each row one sequence, or with ``group`` this rank's
             part of it.
         short_loss: likewise; NaN (or infinite) where a target has no short loss. May be None for
-            schemes that need none (uniform, position).
+            schemes that need none (uniform, eslm, position).
         mask: likewise, non-zero on live targets; None: all are live. Losses elsewhere may be
             anything.
         group: the context-parallel process group whose ranks hold the parts of the same sequences,

@@ -35,11 +35,12 @@ def parse_weighting(values: Mapping[str, Any] | WeightingConfig) -> Weighting:
         raise InputError(f"weighting.scheme {name!r}: no such scheme; {nearest(name, SCHEMES)}")
     scheme = SCHEMES[name]
     takes = {field.name: field.default is MISSING for field in fields(scheme)}  # type: ignore[arg-type]
-    for parameter in {p: None for needs in SCHEME_NEEDS.values() for p in needs.parameters}:
+    takers_of: dict[str, list[str]] = {}
+    for other, needs in SCHEME_NEEDS.items():
+        for parameter in (*needs.parameters, *needs.optional):
+            takers_of.setdefault(parameter, []).append(other)
+    for parameter, takers in takers_of.items():
         if parameter not in takes and getattr(config, parameter) is not None:
-            takers = [
-                other for other, needs in SCHEME_NEEDS.items() if parameter in needs.parameters
-            ]
             raise InputError(
                 f"weighting.{parameter}: scheme {name} does not take it (only "
                 f"{', '.join(takers)}); remove it"

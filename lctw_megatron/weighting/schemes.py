@@ -13,24 +13,24 @@ falls back to uniform weights where a sequence's scores are all zero. What a sch
 one; longce, whose weight is a ratio of probabilities, gives it 1.
 
 A new scheme is one class here (its lower-case name is what recipes write, its dataclass fields are
-the `weighting` parameters it takes), one line in config/schemes.py, which says whether it needs
-short losses, and its name in ``WeightingConfig.scheme``'s docstring.
+the `weighting` parameters it takes), one line in config/schemes.py, which says which losses it
+needs, and its name in ``WeightingConfig.scheme``'s docstring.
 """
 
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import cache
-from importlib import import_module
-from inspect import signature
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lctw_megatron.config.schemes import SCHEME_NEEDS
-from lctw_megatron.errors import InputError
+from lctw_megatron.weighting.custom_function import call, import_function
 from lctw_megatron.weighting.selection import keep_largest, normalise
+
+KEY_ALPHA, KEY_BETA = 2.0, -2.0
+"""LongPPL's published bounds of a key token, nats: of d and of the long log-probability."""
 
 SCHEMES: dict[str, type["Scheme"]] = {}
 """Name in a recipe -> class. Classes enter themselves."""
@@ -74,11 +74,14 @@ class Scheme(ABC):
 
     needs_short_loss: ClassVar[bool] = True
     """Whether training must provide short losses; config/schemes.py says it of the schemes here."""
+    needs_long_loss: ClassVar[bool] = True
+    """Whether the long losses, which training always has, matter; likewise."""
 
     def __init_subclass__(cls) -> None:
         name = cls.__name__.lower()
         if name in SCHEME_NEEDS:
             cls.needs_short_loss = SCHEME_NEEDS[name].short_loss
+            cls.needs_long_loss = SCHEME_NEEDS[name].long_loss
         SCHEMES[name] = cls
 
     @abstractmethod
@@ -130,20 +133,45 @@ class Sparse(Scheme):
 
 @dataclass(frozen=True)
 class LongCE(Scheme):
-    """w_i = min(exp(d_i), γ), not normalised: p_long / p_short, bounded.
+    """w_i = min(exp(d_i), γ): p_long / p_short, bounded.
 
     Fang et al., "What is Wrong with Perplexity for Long-context Language Modeling?", ICLR 2025
-    (arXiv:2410.23771).
+    (arXiv:2410.23771), who do not normalise: their weights change the effective step size too.
     """
 
     max_weight: float
     """γ"""
+    normalise: str | None = None
+    """`none`, the default: as published. `sequence`: then scaled to mean 1."""
 
     def scores(self, targets: Targets) -> Tensor:
         return targets.difference.exp().clamp(max=self.max_weight)
 
     def weights(self, scores: Tensor, targets: Targets) -> Tensor:
-        return scores
+        return _as_asked(scores, targets, self.normalise)
+
+
+@dataclass(frozen=True)
+class LongPPL(Scheme):
+    """w_i = n/k on the k key tokens of LongPPL, where d_i > α and log p_long > β; else 0.
+
+    Fang et al. (as longce) pick by this rule what LongPPL measures; here it is what trains. Where a
+    sequence has no key token its weights are uniform. α = 2, β = -2 as published unless given.
+    """
+
+    min_difference: float | None = None
+    """α"""
+    min_log_probability: float | None = None
+    """β"""
+
+    def scores(self, targets: Targets) -> Tensor:
+        alpha = KEY_ALPHA if self.min_difference is None else self.min_difference
+        beta = KEY_BETA if self.min_log_probability is None else self.min_log_probability
+        key = (targets.difference > alpha) & (-targets.long_loss > beta) & targets.scored
+        return key.to(targets.long_loss.dtype)
+
+    def weights(self, scores: Tensor, targets: Targets) -> Tensor:
+        return normalise(scores, targets.live)
 
 
 @dataclass(frozen=True)
@@ -206,6 +234,27 @@ class Rho(Scheme):
 
 
 @dataclass(frozen=True)
+class ESLM(Scheme):
+    """No scorer: w_i = n/k on the k = max(1, ⌊κn⌋) largest long losses, else 0.
+
+    These are the losses from the value at risk up, the empirical quantile of level α = 1 - κ; their
+    mean, which is then the objective, is the conditional value at risk. Bal, Cevher, Muehlebach,
+    "ESLM: Risk-Averse Selective Language Modeling for Efficient Pretraining", 2025
+    (arXiv:2505.19893), the loss-based variant, which takes the quantile over a batch; here, over a
+    sequence, and equal losses at the threshold are not all kept.
+    """
+
+    keep_fraction: float
+    """κ = 1 - α"""
+
+    def scores(self, targets: Targets) -> Tensor:
+        return targets.long_loss
+
+    def weights(self, scores: Tensor, targets: Targets) -> Tensor:
+        return _equal_weights(scores, targets, self.keep_fraction)
+
+
+@dataclass(frozen=True)
 class Position(Scheme):
     """No scorer: targets with a long left context, rare context lengths first.
 
@@ -248,35 +297,23 @@ class Custom(Scheme):
     """
 
     function: str
+    normalise: str | None = None
+    """As longce's."""
 
     def __post_init__(self) -> None:
-        _import_function(self.function)  # a wrong path is an error now, not in the first step
+        import_function(self.function)  # a wrong path is an error now, not in the first step
 
     def scores(self, targets: Targets) -> Tensor:
-        function = _import_function(self.function)
-        try:
-            result = function(targets.long_loss, targets.short_loss, targets.live)
-        except Exception as error:
-            raise InputError(
-                f"weighting.function {self.function} failed: {type(error).__name__}: {error}; "
-                "--debug shows where"
-            ) from error
-        shape = tuple(targets.live.shape)
-        if not isinstance(result, Tensor) or tuple(result.shape) != shape:
-            found = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
-            raise InputError(
-                f"weighting.function {self.function} returned {found}, expected a tensor of shape "
-                f"{shape}: one weight a target"
-            )
-        if not (~targets.live | ((result >= 0) & result.isfinite())).all():
-            raise InputError(
-                f"weighting.function {self.function} returned a weight that is negative, infinite "
-                "or NaN; weights are finite and at least 0"
-            )
+        result = call(self.function, targets.long_loss, targets.short_loss, targets.live)
         return result.to(targets.long_loss.dtype)
 
     def weights(self, scores: Tensor, targets: Targets) -> Tensor:
-        return scores
+        return _as_asked(scores, targets, self.normalise)
+
+
+def _as_asked(scores: Tensor, targets: Targets, how: str | None) -> Tensor:
+    """The scores themselves, or with mean 1 (`normalise: sequence`)."""
+    return normalise(scores, targets.live) if how == "sequence" else scores
 
 
 def _above(scores: Tensor, targets: Targets) -> Tensor:
@@ -290,32 +327,3 @@ def _equal_weights(
     """The kept of the largest ``scores`` alike, with mean 1: those above ``least``."""
     kept = keep_largest(scores, targets.live, fraction, targets.scored) & (scores > least)
     return normalise(kept.to(scores.dtype), targets.live)
-
-
-@cache
-def _import_function(path: str) -> Any:
-    module, _, name = path.partition(":")
-    if not all(part.isidentifier() for part in [*module.split("."), name]):
-        raise InputError(f"weighting.function is {path!r}, expected `package.module:function`")
-    try:
-        function = getattr(import_module(module), name)
-    except ImportError as error:
-        raise InputError(
-            f"weighting.function {path}: {error}; is its folder on PYTHONPATH?"
-        ) from error
-    except AttributeError as error:
-        raise InputError(f"weighting.function {path}: {module} has no {name}") from error
-    except Exception as error:  # whatever a module does while it is imported
-        raise InputError(
-            f"weighting.function {path}: importing {module} failed: {type(error).__name__}: {error}"
-        ) from error
-    if not callable(function):
-        raise InputError(f"weighting.function {path}: {name} is not a function")
-    try:
-        signature(function).bind(None, None, None)
-    except (TypeError, ValueError) as error:  # ValueError: some builtins tell no signature
-        raise InputError(
-            f"weighting.function {path}: cannot be called as {name}(long_loss, short_loss, mask): "
-            f"{error}"
-        ) from error
-    return function

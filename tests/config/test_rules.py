@@ -35,6 +35,7 @@ def test_windows_that_fit_are_accepted():
     check_run(weighted(scheme="dense", mode="self", window=1023, stride=1023))
     check_run(weighted(scheme="uniform", mode="self"))
     check_run(weighted(scheme="position", mode="self"))
+    check_run(weighted(scheme="eslm", keep_fraction=0.5, mode="self"))
     check_run(weighted(scheme="dense"))
 
 

@@ -85,8 +85,10 @@ def test_schemes_without_short_losses_need_no_sidecar(tmp_path):
     position = parse_weighting({"scheme": "position", "window": 4})
     (targets,) = all_targets(ScoredTokens(dataset, position, SequenceSettings(None)))
     assert (targets.weight[:4] == 0).all() and targets.weight.mean() == pytest.approx(1)
-    with pytest.raises(InputError, match=r"long_loss\.idx: no such file"):
-        ScoredTokens(dataset, DENSE, SequenceSettings(None))
+    eslm = parse_weighting({"scheme": "eslm", "keep_fraction": 0.5})
+    for needs_long_losses in (DENSE, eslm):
+        with pytest.raises(InputError, match=r"long_loss\.idx: no such file"):
+            ScoredTokens(dataset, needs_long_losses, SequenceSettings(None))
 
 
 def test_what_does_not_exist_is_refused(prefix):

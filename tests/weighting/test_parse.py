@@ -31,7 +31,7 @@ def test_a_dict_and_the_config_give_the_same_weighting() -> None:
     "values, message",
     [
         ({"scheme": "densse"}, "weighting.scheme 'densse': no such scheme; did you mean dense?"),
-        ({"scheme": "x"}, "there are: custom, dense, longce, npmi, position, ppmi, rho, sparse"),
+        ({"scheme": "x"}, "there are: custom, dense, eslm, longce, longppl, npmi, position"),
         ({"scheme": "sparse", "keep_fracton": 0.1}, "keep_fracton: .*did you mean keep_fraction?"),
         ({"scheme": "sparse"}, "weighting.keep_fraction is missing; scheme sparse needs it"),
         ({"scheme": "longce"}, "weighting.max_weight is missing; scheme longce needs it"),
@@ -40,8 +40,16 @@ def test_a_dict_and_the_config_give_the_same_weighting() -> None:
         (
             {"scheme": "dense", "keep_fraction": 0.1},
             "weighting.keep_fraction: scheme dense does not take it "
-            r"\(only sparse, ppmi, npmi, rho\); remove it",
+            r"\(only sparse, ppmi, npmi, rho, eslm\); remove it",
         ),
+        ({"scheme": "eslm"}, "weighting.keep_fraction is missing; scheme eslm needs it"),
+        (
+            {"scheme": "dense", "normalise": "none"},
+            r"weighting.normalise: scheme dense does not take it \(only longce, custom\); remove",
+        ),
+        ({"scheme": "longce", "max_weight": 5, "normalise": "batch"}, "'none' or 'sequence'"),
+        ({"scheme": "sparse", "min_difference": 2}, r"does not take it \(only longppl\)"),
+        ({"scheme": "longppl", "min_log_probability": 2}, "is 2, expected less than or equal"),
         ({"scheme": "uniform", "max_weight": 2}, "scheme uniform does not take it .only longce"),
         ({"scheme": "sparse", "keep_fraction": 0}, "keep_fraction is 0, expected greater than 0"),
         ({"scheme": "sparse", "keep_fraction": 1.5}, "keep_fraction is 1.5, expected less than"),

@@ -4,12 +4,12 @@ import math
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from lctw_megatron.config.schemes import SCHEME_NEEDS, needs_short_loss
-from lctw_megatron.errors import InputError
 from lctw_megatron.weighting import compute_weights, parse_weighting
 from lctw_megatron.weighting.compute import WeightCounts, compute_weights_and_counts
 from lctw_megatron.weighting.schemes import SCHEMES, Dense, Scheme, Targets
@@ -20,14 +20,20 @@ NAN, INF = math.nan, math.inf
 LONG = [2.0, 3.0, 1.0, 1.0, 4.0]
 SHORT = [3.0, 1.0, 1.0, 4.0, 2.0]
 
+LONGCE_SUM = math.e + 1 + 4 + 2 * math.exp(-2)
+"""Of the weights under γ = 4."""
+
 ALL_SETTINGS: list[dict[str, Any]] = [
     {"scheme": "uniform"},
     {"scheme": "dense"},
     {"scheme": "sparse", "keep_fraction": 0.4},
     {"scheme": "longce", "max_weight": 5.0},
+    {"scheme": "longce", "max_weight": 5.0, "normalise": "sequence"},
+    {"scheme": "longppl", "min_difference": 0.5, "min_log_probability": -4.0},
     {"scheme": "ppmi", "keep_fraction": 0.4, "shift": 0.9},
     {"scheme": "npmi", "keep_fraction": 0.4, "shift": 0.9},
     {"scheme": "rho", "keep_fraction": 0.4},
+    {"scheme": "eslm", "keep_fraction": 0.4},
     {"scheme": "position"},
     {"scheme": "custom", "function": f"{__name__}:long_loss_as_weight"},
 ]
@@ -39,14 +45,6 @@ def long_loss_as_weight(long_loss: Tensor, short_loss: Tensor, mask: Tensor) -> 
 
 def short_loss_as_weight(long_loss: Tensor, short_loss: Tensor, mask: Tensor) -> Tensor:
     return short_loss
-
-
-def minus_one(long_loss: Tensor, short_loss: Tensor, mask: Tensor) -> Tensor:
-    return -torch.ones_like(long_loss)
-
-
-def too_few(long_loss: Tensor, short_loss: Tensor, mask: Tensor) -> Tensor:
-    return long_loss[:, 1:]
 
 
 def weigh(
@@ -93,6 +91,24 @@ def weigh(
             {"scheme": "longce", "max_weight": 4.0, "interpolation": 0.5},
             [(1 + math.e) / 2, (1 + math.exp(-2)) / 2, 1, 2.5, (1 + math.exp(-2)) / 2],
         ),
+        # 5 / (e + 1 + 4 + 2·exp(-2)) times them
+        (
+            {"scheme": "longce", "max_weight": 4.0, "normalise": "sequence"},
+            [w * 5 / LONGCE_SUM for w in (math.e, math.exp(-2), 1, 4, math.exp(-2))],
+        ),
+        # Key tokens: d > 2 and long loss < 2 is only the fourth
+        ({"scheme": "longppl"}, [0, 0, 0, 5, 0]),
+        # d > 0.9: the first and the fourth; their long losses are 2 and 1
+        (
+            {"scheme": "longppl", "min_difference": 0.9, "min_log_probability": -2.1},
+            [2.5, 0, 0, 2.5, 0],
+        ),
+        ({"scheme": "longppl", "min_difference": 0.9}, [0, 0, 0, 5, 0]),
+        # The bounds themselves are outside.
+        ({"scheme": "longppl", "min_difference": 1, "min_log_probability": -9}, [0, 0, 0, 5, 0]),
+        # The ⌊0.4·5⌋ = 2 largest long losses: 4 and 3
+        ({"scheme": "eslm", "keep_fraction": 0.4}, [0, 2.5, 0, 0, 2.5]),
+        ({"scheme": "eslm", "keep_fraction": 0.6}, [5 / 3, 5 / 3, 0, 0, 5 / 3]),
         # d - log 2: 0.31, -, -, 2.31, -: only two are positive, of the four that κ allows
         ({"scheme": "ppmi", "keep_fraction": 0.8, "shift": 2.0}, [2.5, 0, 0, 2.5, 0]),
         ({"scheme": "ppmi", "keep_fraction": 0.2, "shift": 2.0}, [0, 0, 0, 5, 0]),
@@ -106,6 +122,14 @@ def weigh(
         (
             {"scheme": "custom", "function": f"{__name__}:long_loss_as_weight"},
             [2, 3, 1, 1, 4],
+        ),
+        (
+            {
+                "scheme": "custom",
+                "function": f"{__name__}:long_loss_as_weight",
+                "normalise": "sequence",
+            },
+            [10 / 11, 15 / 11, 5 / 11, 5 / 11, 20 / 11],
         ),
     ],
     ids=str,
@@ -185,7 +209,9 @@ def test_a_fully_masked_sequence_has_zero_weights_and_changes_no_other(
 
 
 @pytest.mark.parametrize(
-    "setting", [s for s in ALL_SETTINGS if s["scheme"] in ("dense", "sparse", "rho")], ids=str
+    "setting",
+    [s for s in ALL_SETTINGS if s["scheme"] in ("dense", "sparse", "rho", "longppl")],
+    ids=str,
 )
 def test_all_zero_scores_fall_back_to_uniform_and_are_counted(setting: dict[str, Any]) -> None:
     weights, counts = weigh({**setting, "interpolation": 0.3}, LONG, LONG, [1, 1, 1, 0, 1])
@@ -198,6 +224,23 @@ def test_ppmi_without_any_positive_score_falls_back_to_uniform() -> None:
     weights, counts = weigh(setting, [3.0, 2.0], [1.0, 1.0])
     assert weights == [1, 1]
     assert int(counts.fallback_sequences) == 1
+
+
+def test_longppl_without_any_key_token_falls_back_to_uniform_and_is_counted() -> None:
+    weights, counts = weigh({"scheme": "longppl"}, [3.0, 1.0], [9.0, 2.0])  # unlikely; too little
+    assert weights == [1, 1]
+    assert int(counts.fallback_sequences) == 1
+
+
+def test_eslm_keeps_what_is_at_least_the_value_at_risk() -> None:
+    # The empirical quantile of level 1 - κ of 100 different losses, by numpy's definition of it.
+    loss = torch.rand(1, 100, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    weights = compute_weights(parse_weighting({"scheme": "eslm", "keep_fraction": 0.3}), loss, None)
+    value_at_risk = np.quantile(loss[0].numpy(), 0.7, method="higher")
+    assert ((weights[0] > 0) == (loss[0] >= value_at_risk)).all()
+    # The objective is then the conditional value at risk.
+    tail = loss[0][loss[0] >= value_at_risk]
+    assert float((weights * loss).mean()) == pytest.approx(float(tail.mean()))
 
 
 def test_all_scores_equal() -> None:
@@ -225,10 +268,14 @@ def test_low_precision_losses_are_compared_in_float32() -> None:
         assert not weights.requires_grad
 
 
-def test_uniform_and_position_need_no_short_loss() -> None:
+def test_uniform_position_and_eslm_need_no_short_loss() -> None:
     loss = torch.ones(2, 8)
-    for scheme in ("uniform", "position"):
-        weighting = parse_weighting({"scheme": scheme})
+    for setting in (
+        {"scheme": "uniform"},
+        {"scheme": "position"},
+        {"scheme": "eslm", "keep_fraction": 0.5},
+    ):
+        weighting = parse_weighting(setting)
         assert not weighting.scheme.needs_short_loss
         assert compute_weights(weighting, loss, None).shape == loss.shape
     with pytest.raises(ValueError, match="short_loss is None"):
@@ -242,13 +289,16 @@ def test_every_scheme_takes_the_parameters_that_config_says() -> None:
         needs = SCHEME_NEEDS[name]
         required = [field for field in default if default[field] is MISSING]
         assert required == list(needs.parameters), name
-        # What is optional is a field of all schemes: position's window.
         assert all(default[field] is None for field in default if field not in required), name
+        # position's window is a field of all schemes.
+        optional = [field for field in default if field not in (*required, "window")]
+        assert optional == list(needs.optional), name
         assert scheme.needs_short_loss == needs.short_loss, name
+        assert scheme.needs_long_loss == needs.long_loss, name
 
 
 @pytest.mark.parametrize("setting", ALL_SETTINGS, ids=lambda s: s["scheme"])
-def test_the_short_losses_matter_where_config_says_that_they_are_needed(
+def test_the_losses_matter_where_config_says_that_they_are_needed(
     setting: dict[str, Any],
 ) -> None:
     if setting["scheme"] == "custom":
@@ -256,6 +306,10 @@ def test_the_short_losses_matter_where_config_says_that_they_are_needed(
     before, _ = weigh(setting, LONG, SHORT)
     after, _ = weigh(setting, LONG, SHORT[::-1])
     assert (before != after) == needs_short_loss(setting["scheme"])
+    after, _ = weigh(setting, LONG[::-1], SHORT)
+    assert (before != after or setting["scheme"] == "custom") == SCHEME_NEEDS[
+        setting["scheme"]
+    ].long_loss
 
 
 def test_a_scheme_that_config_does_not_know_needs_short_losses() -> None:
@@ -278,12 +332,3 @@ def test_streams_of_different_shapes_are_refused() -> None:
         compute_weights(weighting, torch.ones(2, 8), torch.ones(2, 8), torch.ones(2, 7))
     with pytest.raises(ValueError, match=r"expected \[sequences, targets\]"):
         compute_weights(weighting, torch.ones(8), torch.ones(8))
-
-
-@pytest.mark.parametrize(
-    "name, message",
-    [("minus_one", "negative, infinite or NaN"), ("too_few", r"returned \(1, 4\), expected")],
-)
-def test_custom_weights_are_checked(name: str, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        weigh({"scheme": "custom", "function": f"{__name__}:{name}"}, LONG, SHORT)

@@ -29,6 +29,9 @@ SELECTIONS: list[tuple[dict[str, Any], list[float]]] = [
     ({"scheme": "rho", "keep_fraction": 0.6}, [5 / 3, 5 / 3, 0, 5 / 3, 0]),
     ({"scheme": "rho", "keep_fraction": 0.4}, [5 / 2, 5 / 2, 0, 0, 0]),
     ({"scheme": "rho", "keep_fraction": 0.4, "unscored": "one"}, [0, 3, 1, 0, 1]),
+    # an unscored target's d is no 0 that a bound below it would let in
+    ({"scheme": "longppl", "min_difference": -0.5, "min_log_probability": -9.0},
+     [5 / 2, 0, 0, 5 / 2, 0]),
     ({"scheme": "ppmi", "keep_fraction": 1.0, "shift": 0.5, "unscored": "one"},
      [3 / 2, 0, 1, 3 / 2, 1]),
 ]  # fmt: skip
