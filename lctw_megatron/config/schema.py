@@ -282,6 +282,18 @@ class TrainingConfig(Section):
     """A collective that hangs longer ends the job; 24 days are 2^31 milliseconds."""
 
 
+class MegatronConfig(Section):
+    """Fields of megatron-core's own configs, under its own names, for training. What may be set,
+    and why the rest may not: model/megatron_fields.py."""
+
+    transformer: dict[str, Any] = {}
+    """Of TransformerConfig, e.g. `{gradient_accumulation_fusion: true}`."""
+    ddp: dict[str, Any] = {}
+    """Of DistributedDataParallelConfig, e.g. `{overlap_param_gather: true}`."""
+    optimizer: dict[str, Any] = {}
+    """Of OptimizerConfig, e.g. `{decoupled_weight_decay: false}`."""
+
+
 class ScoringConfig(Section):
     """From a token dataset and a scorer to a sidecar (``tools/score.py``)."""
 
@@ -383,6 +395,7 @@ class RunConfig(Section):
     layout: LayoutConfig = LayoutConfig()
     weighting: WeightingConfig = WeightingConfig()
     training: TrainingConfig
+    megatron: MegatronConfig = MegatronConfig()
 
 
 class RunSections(Section):
@@ -397,6 +410,7 @@ class RunSections(Section):
     layout: LayoutConfig = LayoutConfig()
     weighting: WeightingConfig = WeightingConfig()
     training: TrainingConfig | None = None
+    megatron: MegatronConfig = MegatronConfig()
 
 
 class RecipeFile(RunSections):
