@@ -1,5 +1,6 @@
 """On one GPU: how fast. What must be right there is tested by tests/gpu."""
 
+import os
 import time
 import traceback
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from lctw_megatron.benchmarks.attention import attention_benchmark
 from lctw_megatron.benchmarks.chip import matmul_tflops
 from lctw_megatron.benchmarks.head import head_benchmark
 from lctw_megatron.benchmarks.large_model import profile_step, time_deterministic, time_steps
+from lctw_megatron.benchmarks.overlap import time_overlap
 from lctw_megatron.benchmarks.results import print_results, write_results
 from lctw_megatron.benchmarks.scoring_gpu import time_scoring
 from lctw_megatron.errors import InputError
@@ -36,6 +38,7 @@ def time_attention(results: dict[str, Any]) -> None:
 PARTS: dict[str, Callable[[dict[str, Any]], None]] = {
     "steps": time_steps,
     "deterministic": time_deterministic,
+    "overlap": time_overlap,
     "profile": profile_step,
     "head": time_head,
     "documents": time_attention,
@@ -45,7 +48,8 @@ PARTS: dict[str, Callable[[dict[str, Any]], None]] = {
 
 
 def gpu_benchmark(output: Path, only: list[str]) -> int:
-    """Measure all PARTS (or ``only`` those named), print them, write all numbers to ``output``.
+    """Measure all PARTS (or ``only`` those named), print them, write all numbers to ``output``; of
+    several ranks (`overlap`) the first prints and writes.
 
     A part that fails does not keep the others from running; the exit status is then 1.
     """
@@ -57,7 +61,7 @@ def gpu_benchmark(output: Path, only: list[str]) -> int:
         "machine": capabilities().line(),
         "bf16 matmul TFLOP/s": matmul_tflops(),
     }
-    failed = False
+    failed, first = False, os.environ.get("RANK", "0") == "0"
     for name in only or PARTS:
         start = time.perf_counter()
         try:
@@ -66,8 +70,10 @@ def gpu_benchmark(output: Path, only: list[str]) -> int:
             traceback.print_exc()
             results[name] = {"error": f"{type(error).__name__}: {error}"[:500]}
             failed = True
-        print(f"[{name}: {time.perf_counter() - start:.1f} s]", flush=True)
         torch.cuda.empty_cache()
-        write_results(results, output)
-    print_results(results)
+        if first:
+            print(f"[{name}: {time.perf_counter() - start:.1f} s]", flush=True)
+            write_results(results, output)
+    if first:
+        print_results(results)
     return int(failed)

@@ -54,9 +54,10 @@ class StepBench:
             dtype=spec.DTYPES[run.training.precision],
             device=self.device,
             seed=run.seed,
+            fields=run.megatron.transformer,
         )
-        self.wrapped = wrap_data_parallel(self.chunks)
-        self.optimizer = build_optimizer(self.wrapped, run.training)
+        self.wrapped = wrap_data_parallel(self.chunks, run.megatron.ddp)
+        self.optimizer = build_optimizer(self.wrapped, run.training, run.megatron.optimizer)
 
     def stepper(self, weighting: dict[str, Any]) -> Any:
         from lctw_megatron.training.step import Stepper

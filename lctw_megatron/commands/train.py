@@ -56,11 +56,13 @@ def _train(options: argparse.Namespace) -> int:
     from lctw_megatron.config.load import dump_yaml, load_recipe, resolve_run
     from lctw_megatron.errors import InputError
     from lctw_megatron.model.checkpoint import checkpoint_model
+    from lctw_megatron.model.megatron_fields import check_megatron_fields
     from lctw_megatron.weighting import parse_weighting
 
     recipe = load_recipe(options.recipe, options.overrides)
     run = resolve_run(recipe, options.run, checkpoint_model)
     parse_weighting(run.weighting)
+    check_megatron_fields(run)
     if options.dry_run:
         from lctw_megatron.training.estimate import describe_layout
         from lctw_megatron.training.save_estimate import describe_save

@@ -294,6 +294,18 @@ class TrainingConfig(Section):
     `distributed_timeout_minutes`, or that one ends it first, without the stacks."""
 
 
+class MegatronConfig(Section):
+    """Fields of megatron-core's own configs, under its own names, for training. What may be set,
+    and why the rest may not: model/megatron_fields.py."""
+
+    transformer: dict[str, Any] = {}
+    """Of TransformerConfig, e.g. `{gradient_accumulation_fusion: true}`."""
+    ddp: dict[str, Any] = {}
+    """Of DistributedDataParallelConfig, e.g. `{overlap_param_gather: true}`."""
+    optimizer: dict[str, Any] = {}
+    """Of OptimizerConfig, e.g. `{decoupled_weight_decay: false}`."""
+
+
 class ScoringConfig(Section):
     """From a token dataset and a scorer to a sidecar (``tools/score.py``)."""
 
@@ -414,6 +426,7 @@ class RunConfig(Section):
     layout: LayoutConfig = LayoutConfig()
     weighting: WeightingConfig = WeightingConfig()
     training: TrainingConfig
+    megatron: MegatronConfig = MegatronConfig()
 
 
 class RunSections(Section):
@@ -431,6 +444,7 @@ class RunSections(Section):
     layout: LayoutConfig = LayoutConfig()
     weighting: WeightingConfig = WeightingConfig()
     training: TrainingConfig | None = None
+    megatron: MegatronConfig = MegatronConfig()
 
 
 class RecipeFile(RunSections):

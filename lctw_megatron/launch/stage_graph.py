@@ -19,6 +19,7 @@ from lctw_megatron.config.schema import ModelConfig, Recipe, RunConfig
 from lctw_megatron.config.validation_errors import nearest
 from lctw_megatron.errors import InputError
 from lctw_megatron.launch.stages import KINDS, Stage, all_stages
+from lctw_megatron.model.megatron_fields import check_megatron_fields
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,8 @@ def build_stage_graph(
     overrides = tuple(overrides)
     recipe = load_recipe(recipe_path, overrides)
     runs = [resolve_run(recipe, name, checkpoint_model) for name in recipe.runs]
+    for run in runs:
+        check_megatron_fields(run)
     try:
         stages = _in_order(all_stages(recipe, runs, recipe_path, overrides))
     except InputError as error:

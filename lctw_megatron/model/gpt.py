@@ -1,7 +1,8 @@
 """megatron-core's GPTModel with a per-token loss that never holds the logits."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -170,17 +171,18 @@ def build_model(
     device: torch.device,
     seed: int | None,
     packed: bool = True,
+    fields: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[TokenWeightedGPT]:
     """This rank's model chunks (one, or `virtual_pipeline` of them), on ``device``.
 
     seed: fills the weights, the same under every layout; None leaves them unset, for loading.
     packed: whether forwards will be given piece boundaries. False lets TransformerEngine's own
-    attention run, where it is there.
+    attention run, where it is there. fields: a recipe's `megatron.transformer`.
     The process groups must exist (platform.world.initialize).
     """
     if model.vocab_size is None:
         raise InputError("model.vocab_size: not set and no tokenizer gives it; set it")
-    config = spec.transformer_config(model, layout, dtype, packed)
+    config = spec.transformer_config(model, layout, dtype, packed, fields)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     stages = range(layout.virtual_pipeline) if layout.virtual_pipeline else [None]
     chunks = []

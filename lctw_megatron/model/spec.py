@@ -1,6 +1,8 @@
 """From our config to megatron-core's: TransformerConfig and layer specification."""
 
 import os
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -52,11 +54,16 @@ def recomputes(model: ModelConfig, layout: LayoutConfig, dtype: torch.dtype, pac
 
 
 def transformer_config(
-    model: ModelConfig, layout: LayoutConfig, dtype: torch.dtype, packed: bool
+    model: ModelConfig,
+    layout: LayoutConfig,
+    dtype: torch.dtype,
+    packed: bool,
+    fields: Mapping[str, Any] = MappingProxyType({}),
 ) -> Any:
     """The megatron-core TransformerConfig of a model under a layout, parameters in ``dtype``.
 
-    packed: as in ``block_spec``.
+    packed: as in ``block_spec``. fields: a recipe's `megatron.transformer`, over what is set here;
+    InputError if megatron-core refuses them.
     """
     from megatron.core.transformer import TransformerConfig
 
@@ -72,7 +79,8 @@ def transformer_config(
     elif acting != "none":
         modules = {"selective": ["core_attn"], "mlp": ["mlp"]}[acting]
         recompute = {"recompute_granularity": "selective", "recompute_modules": modules}
-    return TransformerConfig(
+    _check_fields(model, dtype, packed, fields)
+    settings = dict(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
@@ -113,6 +121,45 @@ def transformer_config(
         **point_to_point(layout, on_gpu),
         **recompute,
     )
+    return with_fields(TransformerConfig, settings, fields, "transformer")
+
+
+def with_fields(
+    config: type[Any], settings: dict[str, Any], fields: Mapping[str, Any], section: str
+) -> Any:
+    """megatron-core's ``config`` of our ``settings`` and, over them, the ``fields`` of a recipe's
+    `megatron.<section>`. InputError if it refuses them together."""
+    try:
+        return config(**{**settings, **fields})
+    except (AssertionError, RuntimeError, ValueError) as error:
+        if not fields:
+            raise
+        raise InputError(
+            f"megatron.{section}: {fields} is refused by megatron-core ({error}); leave it out"
+        ) from None
+
+
+def _check_fields(
+    model: ModelConfig, dtype: torch.dtype, packed: bool, fields: Mapping[str, Any]
+) -> None:
+    """Refuse what needs a kernel or layers that this run has not."""
+    engine = "TransformerEngine's layers (model.attention te, training.precision bf16)"
+    needs = {
+        "apply_rope_fusion": (uses_transformer_engine(model, dtype), engine),
+        "cp_comm_type": (
+            not has_own_core_attention(model, dtype, packed),
+            f"{engine} and data.packing chunk",
+        ),
+        "gradient_accumulation_fusion": (
+            capabilities().fused_weight_gradients,
+            "NVIDIA's apex with its CUDA extensions",
+        ),
+    }
+    for name, (there, what) in needs.items():
+        if fields.get(name) and not there:
+            raise InputError(
+                f"megatron.transformer.{name} needs {what}, which this run has not; leave it out"
+            )
 
 
 def point_to_point(layout: LayoutConfig, on_gpu: bool) -> dict[str, bool]:

@@ -61,6 +61,11 @@ def started_together() -> bool:
     return False
 
 
+def started_ranks() -> int:
+    """How many ranks there are, before they have joined."""
+    return int(os.environ["WORLD_SIZE"]) if started_together() else 1
+
+
 def initialize(layout: LayoutConfig, seed: int, timeout_minutes: float = 30) -> World:
     """Join the ranks started by torchrun or srun (or be alone) and form megatron-core's groups.
 

@@ -47,7 +47,7 @@ from lctw_megatron.training.heartbeat import Heartbeat
 from lctw_megatron.training.loss_spike import SpikeWatch
 from lctw_megatron.training.metrics import MetricsLog, peak_memory_gib
 from lctw_megatron.training.nonfinite import NonFinite, write_nonfinite
-from lctw_megatron.training.optimizer import build_optimizer, wrap_data_parallel
+from lctw_megatron.training.optimizer import build_optimizer, gather_weights, wrap_data_parallel
 from lctw_megatron.training.recall import TrainingRecall
 from lctw_megatron.training.signals import StopRequest
 from lctw_megatron.training.step import Stepper
@@ -117,13 +117,14 @@ class Trainer:
             device=self.world.device,
             seed=None if run.start else run.seed,
             packed=run.data.packing == "pack",
+            fields=run.megatron.transformer,
         )
-        self.wrapped = wrap_data_parallel(self.chunks)
+        self.wrapped = wrap_data_parallel(self.chunks, run.megatron.ddp)
         folder = Path(run.run_dir) / "checkpoints"
         own = newest_checkpoint(folder, self.print_rank_0)
         if run.start and own is None:
             load_weights(self.chunks, find_checkpoint(run.start))
-        self.optimizer = build_optimizer(self.wrapped, run.training)
+        self.optimizer = build_optimizer(self.wrapped, run.training, run.megatron.optimizer)
         self.first_step = 0
         if own is not None:
             path, manifest = own
@@ -220,6 +221,7 @@ class Trainer:
 
     def save(self, step: int) -> None:
         """Write the checkpoint after ``step`` steps."""
+        gather_weights(self.wrapped)
         manifest = CheckpointManifest(
             step=step,
             model=self.config.model,

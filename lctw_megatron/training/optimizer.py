@@ -1,6 +1,8 @@
 """megatron-core's data parallelism and distributed optimizer around our model."""
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,25 +15,30 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer import get_standard_config_overrides as weight_decay_rules
 
 from lctw_megatron.config.schema import TrainingConfig
+from lctw_megatron.model.spec import with_fields
 from lctw_megatron.platform.capabilities import capabilities
 from lctw_megatron.platform.cpu import optimizer_construction
 from lctw_megatron.platform.torch_adam import prepare_torch_adam
 
 
-def wrap_data_parallel(chunks: list[Any]) -> list[Any]:
+def wrap_data_parallel(
+    chunks: list[Any], fields: Mapping[str, Any] = MappingProxyType({})
+) -> list[Any]:
     """The chunks with gradient buffers sharded for the distributed optimizer.
 
     Gradients are summed, never averaged: the schedule divides them once by the number of targets of
-    the global batch (calculate_per_token_loss). bf16 gradients are accumulated in float32.
+    the global batch (calculate_per_token_loss). bf16 gradients are accumulated in float32. fields:
+    a recipe's `megatron.ddp`.
     """
     config = chunks[0].config
     on_gpu = capabilities().gpu
-    ddp_config = DistributedDataParallelConfig(
+    settings = dict(
         grad_reduce_in_fp32=config.params_dtype == torch.bfloat16,
         use_distributed_optimizer=True,
         overlap_grad_reduce=on_gpu,
         overlap_param_gather=False,
     )
+    ddp_config = with_fields(DistributedDataParallelConfig, settings, fields, "ddp")
     wrapped = [
         DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
@@ -44,13 +51,25 @@ def wrap_data_parallel(chunks: list[Any]) -> list[Any]:
     return wrapped
 
 
-def build_optimizer(wrapped: list[Any], training: TrainingConfig) -> Any:
+def gather_weights(wrapped: list[Any]) -> None:
+    """Make the weights of the last step whole before they are saved. Under `overlap_param_gather`
+    only a forward pass would do it. All ranks call it."""
+    for chunk in wrapped:
+        if chunk.use_forward_hook:
+            chunk.start_param_sync(force_sync=True)
+
+
+def build_optimizer(
+    wrapped: list[Any],
+    training: TrainingConfig,
+    fields: Mapping[str, Any] = MappingProxyType({}),
+) -> Any:
     """AdamW (apex's or TransformerEngine's if present) sharded over the data-parallel ranks.
 
     Biases and norms are not decayed (Megatron-LM's rule). Clipping is ours (``clip_gradients``),
-    after the gradient norm was seen to be finite.
+    after the gradient norm was seen to be finite. fields: a recipe's `megatron.optimizer`.
     """
-    config = OptimizerConfig(
+    settings = dict(
         optimizer="adam",
         lr=training.lr,
         min_lr=training.min_lr,
@@ -63,6 +82,7 @@ def build_optimizer(wrapped: list[Any], training: TrainingConfig) -> Any:
         use_distributed_optimizer=True,
         clip_grad=0.0,
     )
+    config = with_fields(OptimizerConfig, settings, fields, "optimizer")
     with optimizer_construction():
         optimizer = get_megatron_optimizer(
             config, wrapped, config_overrides=weight_decay_rules(config)

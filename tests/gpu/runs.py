@@ -64,6 +64,8 @@ def make_run(
     **training: Any,
 ) -> RunConfig:
     attention, precision = ENGINES[engine]
+    layout = dict(layout)
+    megatron = layout.pop("megatron", {})
     weights = dict(WEIGHTINGS[weighting])
     if weighting != "uniform":
         weights |= {"window": WINDOW, "stride": STRIDE, "tokens_per_forward": 1024}
@@ -80,6 +82,7 @@ def make_run(
             "data": data | {"packing": packing},
             "model": MODEL | {"attention": attention},
             "layout": layout,
+            "megatron": megatron,
             "weighting": weights,
             "training": values | training,
         }

@@ -20,8 +20,17 @@ from lctw_megatron.platform.capabilities import capabilities
 from tests.distributed import run_distributed
 from tests.gpu.runs import ENGINES, WEIGHTINGS, Case, make_data, trainings
 
+# Buckets of about a layer, so that there is something to overlap.
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_size": 500_000}
+
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "DP2": (2, {}),
+    "DP2 overlapped": (2, {"megatron": {"ddp": OVERLAP}}),
+    "CP2 overlapped": (2, {"context": 2, "megatron": {"ddp": OVERLAP}}),
+    "PP2+VPP2 overlapped": (
+        2,
+        {"pipeline": 2, "virtual_pipeline": 2, "megatron": {"ddp": OVERLAP}},
+    ),
     "TP2": (2, {"tensor": 2}),
     "TP2+SP": (2, {"tensor": 2, "sequence": True}),
     "PP2": (2, {"pipeline": 2}),
@@ -125,6 +134,6 @@ def allowed_differences(engine: str, layout: str, sparse: bool) -> dict[str, flo
         allowed = {"loss/weighted": 2e-3, "loss/plain": 2e-3, "validation": 2e-3, "grad_norm": 2e-2}
         if sparse:
             allowed |= {"loss/weighted": 1e-2, "grad_norm": 5e-2}
-    if layout in ("PP2", "PP2+VPP2", "PP4"):
+    if layout in ("PP2", "PP2+VPP2", "PP2+VPP2 overlapped", "PP4"):
         allowed["first loss"] = 0.0
     return allowed
