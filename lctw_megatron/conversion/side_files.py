@@ -1,5 +1,6 @@
 """What travels beside the weights: tokenizer files and generation settings."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ def take_out(checkpoint: Path, manifest: CheckpointManifest, folder: Path) -> di
     """
     source = checkpoint / TOKENIZER
     copy_tokenizer_files(source, folder)
+    _name_for_all_versions(folder / "tokenizer_config.json")
     path = source / GENERATION_CONFIG
     if not path.is_file() and (checkpoint / GENERATION_CONFIG).is_file():
         path = checkpoint / GENERATION_CONFIG  # an import without a tokenizer, of earlier versions
@@ -54,3 +56,18 @@ def take_out(checkpoint: Path, manifest: CheckpointManifest, folder: Path) -> di
     if not (folder / GENERATION_CONFIG).is_file() and (settings or ids):
         write_json(folder / GENERATION_CONFIG, settings or ids)
     return ids
+
+
+def _name_for_all_versions(path: Path) -> None:
+    """Say with the names of transformers 4, which version 5 reads as well, what version 5 alone
+    knows: the class, without which 4.48 to 4.57 load no tokenizer, and a list of special tokens."""
+    if not path.is_file():
+        return
+    settings = read_json_object(path)
+    named = dict(settings)
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        named["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):
+        named["additional_special_tokens"] = named.pop("extra_special_tokens")
+    if named != settings:
+        path.write_text(json.dumps(named, indent=2, ensure_ascii=False) + "\n")

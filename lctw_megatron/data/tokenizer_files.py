@@ -1,6 +1,7 @@
 """The files of a Hugging Face folder that make its tokenizer and that go with its model: one list.
 
-They leave as they came, byte for byte. Of config.json only what concerns tokens is kept: the type
+They leave as they came, byte for byte, but for names that only transformers 5 knows
+(conversion/side_files.py). Of config.json only what concerns tokens is kept: the type
 of the model, from which AutoTokenizer knows the tokenizer's class, and the ids of special tokens.
 """
 

@@ -2,6 +2,8 @@
 
 import os
 
+import numpy as np
+
 from lctw_megatron.config.schema import RunConfig
 from lctw_megatron.data.manifest import TokenizerIdentity
 from lctw_megatron.errors import InputError, few
@@ -37,7 +39,10 @@ def complete_run(run: RunConfig, tokenizer: TokenizerIdentity, prefix: str) -> R
         for name in type(model).model_fields:
             ours, theirs = getattr(model, name), getattr(manifest.model, name)
             derived = ours is None and name in ("num_query_groups", "kv_channels")
-            if ours != theirs and not derived and name not in _FREE_OF_THE_START:
+            if isinstance(ours, float) and np.float32(ours) == np.float32(theirs):
+                # 1e-05 went through float32 on its way into some configs; it leaves as it came.
+                model = model.model_copy(update={name: theirs})
+            elif ours != theirs and not derived and name not in _FREE_OF_THE_START:
                 raise InputError(
                     f"model.{name} is {ours}, but {start} has {theirs}; leave the model section "
                     "out to take the checkpoint's"

@@ -3,10 +3,12 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from lctw_megatron.conversion import side_files
 from lctw_megatron.conversion.hf_export import export_hf
 from lctw_megatron.conversion.hf_import import import_hf
 from lctw_megatron.errors import InputError
@@ -110,3 +112,36 @@ def test_padding_that_transformers_takes_is_not_spoken_of(
     lines: list[str] = []
     import_hf(hf, tmp_path / "checkpoint", log=lines.append)
     assert lines == []
+
+
+def settings_that_leave(folder: Path, text: str) -> str:
+    """What becomes of the tokenizer_config.json ``text`` of a checkpoint in an export."""
+    source = folder / "checkpoint" / "tokenizer"
+    source.mkdir(parents=True)
+    (source / "tokenizer_config.json").write_text(text)
+    side_files.take_out(source.parent, SimpleNamespace(tokenizer=None), folder / "hf")
+    return (folder / "hf" / "tokenizer_config.json").read_text()
+
+
+def test_names_that_only_transformers_5_knows_leave_as_version_4_has_them(tmp_path: Path) -> None:
+    """4.48 to 4.57 refuse the class, and a list where they have a mapping. That they and 5.24 load
+    the result with the same ids and special tokens was seen with 4.57.6."""
+    tokens = ["<|extra|>", {"__type": "AddedToken", "content": "<|more|>"}]
+    came = {"tokenizer_class": "TokenizersBackend", "model_max_length": 10**30, "é": float("inf")}
+    left = json.loads(
+        settings_that_leave(tmp_path, json.dumps(came | {"extra_special_tokens": tokens}))
+    )
+    expected = {"tokenizer_class": "PreTrainedTokenizerFast", "additional_special_tokens": tokens}
+    assert left == came | expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"tokenizer_class": "LlamaTokenizer",\n "extra_special_tokens": {"image_token": "<i>"}}',
+        '{"tokenizer_class":"PreTrainedTokenizerFast", "additional_special_tokens":["<a>"]}',
+        "{}",
+    ],
+)
+def test_other_tokenizer_settings_leave_byte_for_byte(tmp_path: Path, text: str) -> None:
+    assert settings_that_leave(tmp_path, text) == text

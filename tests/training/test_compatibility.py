@@ -1,0 +1,51 @@
+"""A run fits what it starts from, or is refused by the name of the field."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from lctw_megatron.config.schema import ModelConfig
+from lctw_megatron.data.manifest import TokenizerIdentity
+from lctw_megatron.errors import InputError
+from lctw_megatron.training import compatibility
+from tests.training.layouts import make_run
+
+TOKENIZER = TokenizerIdentity(
+    kind="huggingface", path="t", digest="0" * 32, vocab_size=512, bos_id=None, eos_id=1,
+    add_bos=False, add_eos=True,
+)  # fmt: skip
+THROUGH_FLOAT32 = 9.999999747378752e-06
+"""SmolLM2's rms_norm_eps: 1e-05 that was kept in float32."""
+
+
+def started(run, monkeypatch, **theirs):
+    """``run``, completed from a start whose model has other values."""
+    model = run.model.model_copy(update=theirs)
+    manifest = SimpleNamespace(model=model, tokenizer=None)
+    monkeypatch.setattr(compatibility, "find_checkpoint", lambda path: path)
+    monkeypatch.setattr(compatibility, "read_manifest", lambda path: manifest)
+    run = run.model_copy(update={"start": "models/start"})
+    return compatibility.complete_run(run, TOKENIZER, "data")
+
+
+@pytest.fixture
+def run(tmp_path):
+    made = make_run("data", str(tmp_path / "run"), {}, "chunk", "uniform", "frozen")
+    model = ModelConfig(**made.model.model_dump() | {"layernorm_epsilon": 1e-5, "vocab_size": 512})
+    return made.model_copy(update={"model": model})
+
+
+def test_a_number_that_went_through_float32_is_the_same_and_leaves_as_it_came(run, monkeypatch):
+    completed = started(run, monkeypatch, layernorm_epsilon=THROUGH_FLOAT32)
+    assert completed.model.layernorm_epsilon == THROUGH_FLOAT32
+
+
+@pytest.mark.parametrize("other", [1.00001e-5, 1e-6])
+def test_another_number_is_refused_by_name(run, monkeypatch, other):
+    with pytest.raises(InputError, match=f"model.layernorm_epsilon is 1e-05, but .* has {other}"):
+        started(run, monkeypatch, layernorm_epsilon=other)
+
+
+def test_what_a_longer_context_changes_stays_the_run_s(run, monkeypatch):
+    completed = started(run, monkeypatch, rope_theta=run.model.rope_theta * 30)
+    assert completed.model.rope_theta == run.model.rope_theta
