@@ -281,6 +281,9 @@ class TrainingConfig(Section):
     """The metrics call a target near if its token last occurred at most this many tokens before,
     far if farther back, first_seen if never; default: the weighting's window, else S / 4."""
     tensorboard: bool = True
+    trackers: list[Literal["wandb", "mlflow"]] = []
+    """Weights & Biases and MLflow, which take the same metrics, each by its own library and
+    environment variables (WANDB_MODE, MLFLOW_TRACKING_URI, ...); a resumed run goes on there."""
     nonfinite_budget: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     """Steps with a non-finite loss or gradient that are skipped before training stops."""
     deterministic: bool = False

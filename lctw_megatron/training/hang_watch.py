@@ -66,9 +66,12 @@ class HangWatch:
         begin = f"[rank {self._rank}] "
         head = f"hangs: no progress for {self._seconds:g} s since the begin of {self._what}:"
         _write([begin + line for line in [head, *_stacks(), f"ends with status {STATUS}"]])
-        with suppress(Exception):
-            if line := self._dump():
-                _write([begin + line])
+        try:
+            line = self._dump()
+        except Exception as error:
+            line = f"{type(error).__name__}: {error}"
+        if line:
+            _write([begin + line])
         threading.Event().wait(_GRACE_SECONDS)
         os._exit(STATUS)
 

@@ -51,7 +51,9 @@ from lctw_megatron.training.optimizer import build_optimizer, gather_weights, wr
 from lctw_megatron.training.recall import TrainingRecall
 from lctw_megatron.training.signals import StopRequest
 from lctw_megatron.training.step import Stepper
+from lctw_megatron.training.straggler import StragglerWatch
 from lctw_megatron.training.tokenizer_folder import TokenizerFolder
+from lctw_megatron.training.trackers import check_trackers, open_trackers
 from lctw_megatron.work_folder import remove_leftovers
 
 
@@ -64,6 +66,7 @@ def train(run: RunConfig, allow_changes: bool = False) -> int:
     use_deterministic_kernels(run.training.deterministic)
     record_into(Path(run.run_dir))
     initialize(run.layout, run.seed, run.training.distributed_timeout_minutes)
+    on_first_rank(lambda: check_trackers(run.training.trackers))
     with _one_run_in(Path(run.run_dir)):
         trainer = Trainer(run, allow_changes)
         try:
@@ -81,7 +84,7 @@ def _one_run_in(run_dir: Path) -> Iterator[None]:
         def enter() -> None:
             run_dir.mkdir(parents=True, exist_ok=True)
             held.enter_context(owned(run_dir / ".lock", str(run_dir)))
-            for name in ("run.yaml", "metrics.jsonl", "heartbeat.json", TOKENIZER):
+            for name in ("run.yaml", "metrics.jsonl", "heartbeat.json", "trackers.json", TOKENIZER):
                 remove_leftovers(run_dir / name, lambda line: print(line, flush=True))
 
         on_first_rank(enter)
@@ -152,6 +155,7 @@ class Trainer:
         self.recall = TrainingRecall(run, tokenizer) if run.training.recall else None
         self.stop = StopRequest(self.world.device)
         self.spikes = SpikeWatch()
+        self.stragglers = StragglerWatch(self.world.device)
         self.skipped = 0
 
     def run_to_end(self) -> int:
@@ -167,11 +171,17 @@ class Trainer:
             for step in range(done, training.steps):
                 self._now("training", step)
                 started = time.perf_counter()
+                batches = list(self.loader.step(step))
+                fetched = time.perf_counter()
                 try:
-                    metrics = self.stepper.step(step, list(self.loader.step(step)))
+                    metrics = self.stepper.step(step, batches)
                 except NonFinite as error:
                     metrics = self._skip_or_stop(error)
-                metrics |= self._speed(time.perf_counter() - started)
+                seconds = time.perf_counter() - started
+                metrics |= self._speed(seconds)
+                if self._logs(step):
+                    metrics |= self.stragglers.look(fetched - started, seconds)
+                    progress.note(self.stragglers.note)
                 done = step + 1
                 if training.eval_interval and done % training.eval_interval == 0:
                     self._now("evaluating", done)
@@ -282,12 +292,20 @@ class Trainer:
         with atomic_file(run_dir / "run.yaml", "w") as file:
             file.write(dump_yaml(self.config))
         return MetricsLog(
-            run_dir, self.first_step, self.config.training.tensorboard, capabilities().line()
+            run_dir,
+            self.first_step,
+            self.config.training.tensorboard,
+            capabilities().line(),
+            open_trackers(self.config),
         )
 
     def _saves_after(self, done: int) -> bool:
         interval = self.config.training.save_interval
         return interval is not None and done % interval == 0
+
+    def _logs(self, step: int) -> bool:
+        training = self.config.training
+        return step % training.log_interval == 0 or step == training.steps - 1
 
     def _speed(self, seconds: float) -> dict[str, float]:
         work = flops.step_flops(self.config)
@@ -299,12 +317,8 @@ class Trainer:
         }
 
     def _write(self, step: int, metrics: dict[str, float]) -> None:
-        training = self.config.training
-        if self.log is not None and (
-            step % training.log_interval == 0
-            or step == training.steps - 1
-            or any(name.startswith(("validation/", "recall/")) for name in metrics)
-        ):
+        measured = any(name.startswith(("validation/", "recall/")) for name in metrics)
+        if self.log is not None and (measured or self._logs(step)):
             self.log.write(step, metrics)
 
     def _skip_or_stop(self, error: NonFinite) -> dict[str, float]:

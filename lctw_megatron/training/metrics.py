@@ -7,7 +7,7 @@ is counted twice, and context-parallel parts add up like data-parallel ones.
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor
 from lctw_megatron.atomic import atomic_file
 from lctw_megatron.data.metrics_file import read_metrics
 from lctw_megatron.platform.peak_memory import peak_memory_bytes
+from lctw_megatron.training.trackers import Sender
 from lctw_megatron.weighting.occurrence import CLASSES
 from lctw_megatron.weighting.statistics import WeightStatistics
 
@@ -77,20 +78,27 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 class MetricsLog:
-    """RUN_DIR/metrics.jsonl, one line a step, and TensorBoard events beside it. First rank only.
+    """RUN_DIR/metrics.jsonl, one line a step, and the same for TensorBoard and the trackers. First
+    rank only.
 
     After a resume the lines of steps that were not kept in the checkpoint are cut off, so the file
     holds every step once. The first line after every start says on what ``machine`` (text).
     """
 
     def __init__(
-        self, run_dir: Path, first_step: int, tensorboard: bool, machine: str | None = None
+        self,
+        run_dir: Path,
+        first_step: int,
+        tensorboard: bool,
+        machine: str | None = None,
+        trackers: Sequence[Sender] = (),
     ) -> None:
         self.path = run_dir / "metrics.jsonl"
         self._started = {} if machine is None else {"speed/machine": machine}
         run_dir.mkdir(parents=True, exist_ok=True)
         self._truncate(first_step)
         self._file = open(self.path, "a")  # noqa: SIM115 - open as long as the run
+        self._trackers = trackers
         self._board: Any = None
         if tensorboard:
             try:
@@ -118,6 +126,8 @@ class MetricsLog:
         with suppress(OSError):
             self._file.flush()
         self._on_board(lambda board: [board.add_scalar(k, v, step) for k, v in values.items()])
+        for tracker in self._trackers:
+            tracker.log(step, values)
 
     def sync(self) -> None:
         """Raises OSError unless all lines are on the disk."""
@@ -128,6 +138,8 @@ class MetricsLog:
         with suppress(OSError):
             self._file.close()
         self._on_board(lambda board: board.close())
+        for tracker in self._trackers:
+            tracker.close()
 
     def _on_board(self, action: Callable[[Any], object]) -> None:
         """TensorBoard goes without what a full disk does not take, and without the rest too."""

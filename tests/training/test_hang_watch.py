@@ -1,5 +1,6 @@
-"""A step that hangs ends its job, and the log says where every rank stood."""
+"""A rank that is slow is named, one that hangs ends the job, and the log says where all stood."""
 
+import json
 import re
 import subprocess
 import sys
@@ -23,11 +24,12 @@ def stand_still() -> None:
 
 
 def train(run: RunConfig) -> int:
-    """Rank 1 hangs in its third step."""
+    """Rank 1 waits long for its data, and hangs in its third step."""
+    from lctw_megatron.data.loader import TokenLoader
     from lctw_megatron.training import hang_watch, loop
     from lctw_megatron.training.step import Stepper
 
-    hang_watch._GRACE_SECONDS = 2.0
+    hang_watch._GRACE_SECONDS = 5.0
     real = Stepper.gradients
 
     def gradients(self: Stepper, step: int, batches: Any) -> Any:
@@ -35,30 +37,44 @@ def train(run: RunConfig) -> int:
             stand_still()
         return real(self, step, batches)
 
+    read = TokenLoader.step
+
+    def slow(self: TokenLoader, step: int) -> Any:
+        time.sleep(0.5 * dist.get_rank())
+        return read(self, step)
+
     Stepper.gradients = gradients  # type: ignore[method-assign]
+    TokenLoader.step = slow  # type: ignore[method-assign]
     return loop.train(run)
 
 
-def test_a_rank_that_hangs_in_a_step_ends_the_job_with_all_stacks(
+# Both ranks share each sequence: they wait for each other in every layer.
+def test_a_rank_that_hangs_in_a_step_is_named_and_ends_the_job_with_all_stacks(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    run_dir = tmp_path / "run"
     settings = {"steps": 4, "hang_minutes": 8 / 60}
     run = make_run(
-        make_data(tmp_path), str(tmp_path / "run"), {}, "chunk", "dense", "frozen",
+        make_data(tmp_path), str(run_dir), {"context": 2}, "chunk", "dense", "frozen",
         training=settings,
     )  # fmt: skip
     with pytest.raises(RuntimeError, match=f"died with exit code {STATUS}"):
         run_distributed(train, 2, run, timeout=120)
     log = capfd.readouterr().err
-    for rank, place in enumerate(("finalize_model_grads", "stand_still")):
+    for rank, place in enumerate(("_schedule", "stand_still")):
         mine = [line for line in log.splitlines() if line.startswith(f"[rank {rank}] ")]
         assert mine[0].endswith(" no progress for 8 s since the begin of training, 2 steps done:")
         assert any(f" in {place}" in line for line in mine), log
         assert any(re.search(r"loop\.py.* in run_to_end", line) for line in mine), log
         # What torch recorded of the collectives lies in the run folder, and the log says so.
-        record = tmp_path / "run" / "flight_recorder" / f"rank_{rank}"
+        record = run_dir / "flight_recorder" / f"rank_{rank}"
         if hasattr(_distributed_c10d, "_dump_fr_trace"):  # older torch records NCCL's only
             assert any(str(record) in line for line in mine) and record.stat().st_size
+
+    # And the metrics of the steps before have named it.
+    steps = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["speed/slowest_data_rank"] for line in steps] == [1, 1]
+    assert all(line["speed/slowest_data_seconds"] > 0.5 for line in steps)
 
 
 # A mistake of the user's (2) would not be tried again, and a run that left (75) has saved.
