@@ -59,7 +59,7 @@ MAY_IMPORT = {
     "training": {"evaluation"} | _MIDDLE,
     "conversion": _MIDDLE,
     "launch": {"training", "weighting", "model"} | _LOW,
-    "report": {"evaluation"} | _LOW,
+    "report": {"training", "evaluation"} | _LOW,
     "inspection": {"report", "evaluation", "weighting", "model"} | _LOW,
     "benchmarks": _HIGH,
     "commands": {"launch", "report", "inspection", "benchmarks", "cli"} | _HIGH,

@@ -1,8 +1,10 @@
-"""Draw one or several runs side by side, and print how their recall and held-out losses differ.
+"""Compare runs: is one better, where, and what did it cost?
 
-Reads metrics.jsonl, evaluation.json and recall.json (tools/evaluate_model.py losses and recall) and
-run.yaml of each run; writes PNG files and report.html, one file that holds everything. The first
-run is the one to compare with.
+Reads metrics.jsonl, run.yaml and what tools/evaluate_model.py wrote (evaluation.json, recall.json,
+harness.json) of each run; prints tables and writes PNG files and report.html, one file that holds
+everything. Runs that differ only in their seed are one line, with the spread over seeds in its
+errors. All are compared with the baseline, sample by sample where both were measured on the same;
+only what is beyond two standard errors is called better or worse.
 """
 
 import argparse
@@ -18,6 +20,11 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("runs", metavar="RUN_DIR", nargs="+", help="a run's folder")
     parser.add_argument(
+        "--baseline",
+        metavar="RUN_DIR",
+        help="the run to compare with, and others of its kind; default: the first",
+    )
+    parser.add_argument(
         "--output", metavar="DIR", help="default: `report` beside the first run's folder"
     )
     parser.add_argument(
@@ -30,7 +37,9 @@ def main(arguments: list[str]) -> int:
 
     from lctw_megatron.report.report import write_report
 
-    print(write_report(options.runs, options.output, options.note, options.markdown))
+    print(
+        write_report(options.runs, options.output, options.note, options.markdown, options.baseline)
+    )
     return 0
 
 

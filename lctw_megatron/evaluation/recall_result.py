@@ -130,6 +130,7 @@ def to_rows(result: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def show(value: Difference, sign: str = "") -> str:
+def show(value: Difference, sign: str = "", digits: int = 3) -> str:
     """0.950 ±0.012; with ``sign`` "+" always a sign."""
-    return f"{value.mean:{sign}.3f}" + ("" if value.error is None else f" ±{value.error:.3f}")
+    error = "" if value.error is None else f" ±{value.error:.{digits}f}"
+    return f"{value.mean:{sign}.{digits}f}{error}"

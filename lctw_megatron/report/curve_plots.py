@@ -1,4 +1,4 @@
-"""Metrics over the steps of training."""
+"""Metrics over the steps of training, of groups of runs the mean over their seeds."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lctw_megatron.report.groups import Group
 from lctw_megatron.report.plot_style import (
     GUIDE,
     colour_of,
@@ -38,27 +39,35 @@ _OF_EQUAL_TARGETS = ("loss/plain", "loss/near", "loss/far", "loss/first_seen")
 """Metrics whose difference means something: the weighted loss is another quantity in every run."""
 
 
-def loss_curves(runs: Sequence[RunRecord]) -> Figure | None:
+def loss_curves(groups: Sequence[Group]) -> Figure | None:
     """Losses over the steps; None if no run has metrics."""
+    runs = _merged(groups)
     return _curves(runs, runs, LOSSES, columns=3, unit="loss, nats a target", settles=True)
 
 
-def difference_curves(runs: Sequence[RunRecord]) -> Figure | None:
-    """Training losses less those of the first run, where both trained on the same sequences: then
+def difference_curves(groups: Sequence[Group]) -> Figure | None:
+    """Training losses less those of the first group, where both trained on the same sequences: then
     the noise of the batches, which hides the difference between the curves, is gone."""
-    same = [run for run in runs[1:] if same_batches(run, runs[0])]
+    runs, first = _merged(groups), groups[0]
+    same = [
+        run
+        for run, group in zip(runs[1:], groups[1:], strict=True)
+        if group.seeds == first.seeds and same_batches(group.first, first.first)
+    ]
     panels = [(metric, title) for metric, title in LOSSES if metric in _OF_EQUAL_TARGETS]
     shown = [_difference(run, runs[0], [metric for metric, _ in panels]) for run in same]
     return _curves(runs, shown, panels, columns=2, unit=f"nats, less {runs[0].name}", zero=True)
 
 
-def weight_curves(runs: Sequence[RunRecord]) -> Figure | None:
+def weight_curves(groups: Sequence[Group]) -> Figure | None:
     """Statistics of the weights over the steps; None if all runs are uniform."""
+    runs = _merged(groups)
     return _curves(runs, [run for run in runs if _is_weighted(run)], WEIGHTS, columns=2, unit="")
 
 
-def recall_curves(runs: Sequence[RunRecord]) -> Figure | None:
+def recall_curves(groups: Sequence[Group]) -> Figure | None:
     """What `training.recall` measured; None if no run has it."""
+    runs = _merged(groups)
     found = {name for run in runs for line in run.metrics for name in line}
     names = sorted(name for name in found if name.startswith("recall/"))
     panels = [(name, name.removeprefix("recall/").replace("/", ", ")) for name in names]
@@ -66,15 +75,19 @@ def recall_curves(runs: Sequence[RunRecord]) -> Figure | None:
 
 
 def same_batches(run: RunRecord, first: RunRecord) -> bool:
-    """Whether step n of both runs trained on the same sequences."""
+    """Whether step n of both runs trained on the same sequences, but for the order that a seed
+    makes."""
     ours, theirs = run.config, first.config
     if ours is None or theirs is None:
         return False
     return (
-        ours.seed == theirs.seed
-        and ours.data.model_copy(update={"scores": theirs.data.scores}) == theirs.data
+        ours.data.model_copy(update={"scores": theirs.data.scores}) == theirs.data
         and ours.training.global_batch_size == theirs.training.global_batch_size
     )
+
+
+def _merged(groups: Sequence[Group]) -> list[RunRecord]:
+    return [group.merged for group in groups]
 
 
 def running_mean(values: np.ndarray, width: int) -> np.ndarray:

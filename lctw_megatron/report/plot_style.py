@@ -1,23 +1,26 @@
-"""What all figures of a report share: the look, and one colour and marker for each run.
+"""What all figures of a report share: the look, and one colour and marker for each line of it.
 
-Okabe and Ito's palette, which the common kinds of colour blindness tell apart, and markers for
-print without colour. Figures are made without pyplot, so nothing is shared or left open.
+Okabe and Ito's palette, then three of Paul Tol's, which the common kinds of colour blindness tell
+apart, and markers for print without colour. Figures are made without pyplot, so nothing is shared
+or left open.
 """
 
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from lctw_megatron.atomic import atomic_file
-from lctw_megatron.report.runs import RunRecord
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000",
+    "#882255", "#999933", "#332288",
+)  # fmt: skip
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GUIDE = "#777777"
 """Of lines and words that guide the eye."""
@@ -44,31 +47,45 @@ def new_figure(width: float, height: float) -> Iterator[Figure]:
         yield Figure(figsize=(width, height), layout="constrained")
 
 
-def number_of(run: RunRecord, runs: Sequence[RunRecord]) -> int:
-    """Its place among all runs of the report, by name."""
+class Named(Protocol):
+    """A run, or a group of runs: what one line of a figure is of."""
+
+    @property
+    def name(self) -> str: ...
+
+
+def number_of(run: Named, runs: Sequence[Named]) -> int:
+    """Its place among all of the report, by name."""
     return [other.name for other in runs].index(run.name)
 
 
-def colour_of(run: RunRecord, runs: Sequence[RunRecord]) -> str:
+def shift_of(run: Named, runs: Sequence[Named]) -> float:
+    """From -0.5 to 0.5: side by side, so that error bars do not hide each other."""
+    return (number_of(run, runs) + 0.5) / len(runs) - 0.5
+
+
+def colour_of(run: Named, runs: Sequence[Named]) -> str:
     return COLOURS[number_of(run, runs) % len(COLOURS)]
 
 
-def marker_of(run: RunRecord, runs: Sequence[RunRecord]) -> str:
-    return MARKERS[number_of(run, runs) % len(MARKERS)]
+def marker_of(run: Named, runs: Sequence[Named]) -> str:
+    """The second round of colours has other markers than the first."""
+    number = number_of(run, runs)
+    return MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
 
 
-def line_of(run: RunRecord, runs: Sequence[RunRecord]) -> dict[str, Any]:
-    """Colour and width. The first run's line is broad, so that it shows under others on it."""
+def line_of(run: Named, runs: Sequence[Named]) -> dict[str, Any]:
+    """Colour and width. The first one's line is broad, so that it shows under others on it."""
     return {"color": colour_of(run, runs), "linewidth": 1.5 if number_of(run, runs) else 3.0}
 
 
-def marker_size(run: RunRecord, runs: Sequence[RunRecord]) -> float:
+def marker_size(run: Named, runs: Sequence[Named]) -> float:
     """Likewise, in points."""
     return 4.5 if number_of(run, runs) else 7.5
 
 
-def legend(figure: Figure, shown: Sequence[RunRecord], runs: Sequence[RunRecord]) -> None:
-    """The names of the runs, above everything."""
+def legend(figure: Figure, shown: Sequence[Named], runs: Sequence[Named]) -> None:
+    """The names, above everything."""
     handles = [
         Line2D(
             [],

@@ -1,4 +1,4 @@
-"""Held-out losses by position and by distance, and how runs differ there."""
+"""Held-out losses by position and by distance, and how groups of runs differ there."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,6 +7,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lctw_megatron.evaluation.buckets import Difference
+from lctw_megatron.report import measures
+from lctw_megatron.report.estimate import BEYOND, Measured, difference, level
+from lctw_megatron.report.groups import Group
 from lctw_megatron.report.plot_style import (
     GUIDE,
     legend,
@@ -14,9 +18,9 @@ from lctw_megatron.report.plot_style import (
     marker_of,
     marker_size,
     new_figure,
-    number_of,
+    shift_of,
 )
-from lctw_megatron.report.runs import RunRecord, comparable, differences
+from lctw_megatron.report.table import short_number
 
 POSITION = (
     "context: tokens of the sequence before the target (log buckets, labelled by their start)"
@@ -26,114 +30,138 @@ DISTANCE = (
 )
 
 
-def loss_by_position(runs: Sequence[RunRecord]) -> Figure | None:
+def loss_by_position(groups: Sequence[Group]) -> Figure | None:
     """Held-out loss by the context a target has; None if no run was evaluated."""
-    return _by_bucket(runs, "position", POSITION)
+    return _by_bucket(groups, "position", POSITION)
 
 
-def loss_by_distance(runs: Sequence[RunRecord]) -> Figure | None:
+def loss_by_distance(groups: Sequence[Group]) -> Figure | None:
     """Held-out loss by how far back the target's token last stood; None likewise."""
-    return _by_bucket(runs, "distance", DISTANCE)
+    return _by_bucket(groups, "distance", DISTANCE)
 
 
-def gain_by_distance(runs: Sequence[RunRecord]) -> Figure | None:
-    """What the context beyond the window is worth to each model; None if not measured."""
-    measured = [run for run in runs if run.evaluation and "gain" in run.evaluation["distance"]]
-    if not measured or measured[0].evaluation is None:
+def gain_by_distance(groups: Sequence[Group]) -> Figure | None:
+    """What the context beyond the window is worth to each model, in the mean over a group's runs;
+    None if not measured."""
+    found = [(group, _gains(group)) for group in groups]
+    measured = [(group, gains) for group, gains in found if gains]
+    if not measured:
         return None
-    settings = measured[0].evaluation["settings"]
+    evaluation = _evaluation(measured[0][0])
+    settings, bins = evaluation["settings"], evaluation["distance"]["bins"]
     with new_figure(8, 3.9) as figure:
         axes = figure.add_subplot()
         axes.axhline(0, color=GUIDE, linewidth=0.8)
-        for run in measured:
-            assert run.evaluation
-            group = run.evaluation["distance"]
-            _line(axes, group["bins"], _numbers(group["gain"]), run, runs)
-        _bucket_axis(axes, measured[0].evaluation["distance"]["bins"], settings["near"])
+        for group, gains in measured:
+            if len(gains[0]) == len(bins):
+                _line(axes, bins, np.mean(gains, axis=0), group, groups)
+        _bucket_axis(axes, bins, settings["near"])
         axes.set_title(f"gain: loss with the last {settings['window']} tokens only − loss with all")
         axes.set_xlabel(DISTANCE)
         axes.set_ylabel("nats a target")
-        legend(figure, measured, runs)
+        legend(figure, [group for group, _ in measured], groups)
         return figure
 
 
-def _by_bucket(runs: Sequence[RunRecord], group: str, label: str) -> Figure | None:
-    evaluated = [run for run in runs if run.evaluation is not None]
-    if not evaluated or evaluated[0].evaluation is None:
+def _by_bucket(groups: Sequence[Group], probes: str, label: str) -> Figure | None:
+    evaluated = [group for group in groups if measures.has_losses(group)]
+    if not evaluated:
         return None
-    first, measured = evaluated[0], evaluated[0].evaluation
-    settings, bins, targets = (
-        measured["settings"],
-        measured[group]["bins"],
-        measured[group]["targets"],
-    )
-    others = [run for run in evaluated[1:] if comparable(run, first)]
+    first, evaluation = evaluated[0], _evaluation(evaluated[0])
+    settings, bins = evaluation["settings"], evaluation[probes]["bins"]
+    targets = evaluation[probes]["targets"]
+    base = _losses(first, probes, len(bins))
+    # What was measured on other sequences has nothing to do with these bins.
+    whole = measures.loss(first, probes)
+    others = [g for g in evaluated[1:] if difference(measures.loss(g, probes), whole) is not None]
     with new_figure(8, 6.6 if others else 3.9) as figure:
-        ratios = [3, 2] if others else [1]
+        ratios = [2, 3] if others else [1]
         grid = figure.add_gridspec(len(ratios), 1, height_ratios=ratios)
         above = axes = figure.add_subplot(grid[0])
-        for run in [first, *others]:
-            assert run.evaluation
-            _line(above, bins, _numbers(run.evaluation[group]["loss"]), run, runs)
+        for group in [first, *others]:
+            levels = [None if x is None else level(x) for x in _losses(group, probes, len(bins))]
+            _line(above, bins, _means(levels), group, groups)
         above.set_ylabel("nats a target")
         above.set_title("held-out loss")
         if others:
             axes = figure.add_subplot(grid[1], sharex=above)
             above.tick_params(labelbottom=False)
-            axes.axhline(0, **line_of(first, runs))
-            reach = 1e-6
-            for run in others:
-                found = differences(run, first, group)
-                means = np.array([np.nan if d is None else d.mean for d in found])
+            axes.axhline(0, **line_of(first, groups))
+            ends = [0.0]
+            for group in others:
+                ours = _losses(group, probes, len(bins))
+                found = [difference(a, b) for a, b in zip(ours, base, strict=True)]
+                means = _means(found)
                 errors = np.array([np.nan if d is None else d.error or np.nan for d in found])
-                _line(axes, bins, means, run, runs, 2 * errors)
-                reach = max(reach, _reach(targets, means, errors))
-            axes.set_ylim(-reach, reach)
+                _line(axes, bins, means, group, groups, BEYOND * errors)
+                ends += _ends(targets, means, errors)
+            margin = 0.06 * (max(ends) - min(ends)) or 1e-6
+            axes.set_ylim(min(ends) - margin, max(ends) + margin)
             axes.set_ylabel("nats a target")
-            axes.set_title(f"difference to {first.name}, ±2 standard errors (below 0: better)")
-        near = settings["near"] if group == "distance" else None
+            axes.set_title(
+                f"difference to {first.name}, ±{BEYOND:g} standard errors (below 0: better)"
+            )
+        near = settings["near"] if probes == "distance" else None
         _bucket_axis(axes, bins, near)
         if others and near is not None:
             _mark_near(above, bins, near, words=False)
         axes.set_xlabel(label)
-        legend(figure, [first, *others], runs)
+        legend(figure, [first, *others], groups)
         return figure
+
+
+def _evaluation(group: Group) -> dict[str, Any]:
+    return next(run.evaluation for run in group.runs if run.evaluation is not None)
+
+
+def _losses(group: Group, probes: str, bins: int) -> list[Measured | None]:
+    return [measures.loss(group, probes, [at]) for at in range(bins)]
+
+
+def _gains(group: Group) -> list[np.ndarray]:
+    """Of each run that has them: float64 [bins]."""
+    found = [run.evaluation["distance"] for run in group.runs if run.evaluation is not None]
+    return [_numbers(part["gain"]) for part in found if "gain" in part]
+
+
+def _means(found: Sequence[Difference | None]) -> np.ndarray:
+    return np.array([np.nan if x is None else x.mean for x in found])
 
 
 def _line(
     axes: Axes,
     bins: list[Any],
     values: np.ndarray,
-    run: RunRecord,
-    runs: Sequence[RunRecord],
+    group: Group,
+    groups: Sequence[Group],
     errors: np.ndarray | None = None,
 ) -> None:
-    """One run's values over the buckets; a bin that is no number (first seen) stands apart."""
+    """One group's values over the buckets; a bin that is no number (first seen) stands apart."""
     places = _places(bins)
     named = np.array([isinstance(name, str) for name in bins])
-    # Side by side within a bucket, so that error bars do not hide each other.
-    shift = 0.0 if errors is None else 0.12 * (number_of(run, runs) % 5 - 1.5)
+    shift = 0.0 if errors is None else 0.6 * shift_of(group, groups)
     for part in (~named, named):
         if np.isfinite(values[part]).any():
             axes.errorbar(
                 places[part] + shift,
                 values[part],
                 yerr=None if errors is None else errors[part],
-                marker=marker_of(run, runs),
-                markersize=marker_size(run, runs),
+                marker=marker_of(group, groups),
+                markersize=marker_size(group, groups),
                 elinewidth=1.0,
                 capsize=2,
-                **line_of(run, runs),
+                **line_of(group, groups),
             )
 
 
-def _reach(targets: list[int], means: np.ndarray, errors: np.ndarray) -> float:
-    """How far from 0 the bars go of buckets with at least 1 % of the targets. Those with fewer say
-    little, with bars that dwarf the rest."""
+def _ends(targets: list[int], means: np.ndarray, errors: np.ndarray) -> list[float]:
+    """Lowest and highest end of the bars of buckets with at least 1 % of the targets. Those with
+    fewer say little, with bars that dwarf the rest."""
     counts = np.array(targets)
-    ends = np.abs(means) + 2.2 * np.nan_to_num(errors)
-    shown = ends[(counts >= 0.01 * counts.sum()) & np.isfinite(ends)]
-    return float(shown.max()) if len(shown) else 0.0
+    shown = (counts >= 0.01 * counts.sum()) & np.isfinite(means)
+    bars = BEYOND * np.nan_to_num(errors)
+    ends = np.concatenate([(means - bars)[shown], (means + bars)[shown]])
+    return [float(ends.min()), float(ends.max())] if len(ends) else []
 
 
 def _places(bins: list[Any]) -> np.ndarray:
@@ -175,14 +203,6 @@ def _mark_near(axes: Axes, bins: list[Any], near: int, words: bool) -> None:
                 va="top",
                 color=GUIDE,
             )
-
-
-def short_number(number: int) -> str:
-    """1024 -> 1k, 1048576 -> 1M."""
-    for size, letter in ((1 << 20, "M"), (1 << 10, "k")):
-        if number >= size:
-            return f"{number / size:g}{letter}"
-    return str(number)
 
 
 def _numbers(values: list[float | None]) -> np.ndarray:

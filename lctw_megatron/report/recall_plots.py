@@ -3,61 +3,82 @@
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lctw_megatron.evaluation.buckets import Difference
 from lctw_megatron.evaluation.recall_result import select
+from lctw_megatron.report import measures
+from lctw_megatron.report.estimate import BEYOND, difference, level
+from lctw_megatron.report.groups import Group
 from lctw_megatron.report.plot_style import (
     legend,
     line_of,
     marker_of,
     marker_size,
     new_figure,
-    number_of,
+    shift_of,
 )
-from lctw_megatron.report.probe_plots import short_number
-from lctw_megatron.report.recall_table import (
-    KINDS,
-    lengths_of,
-    measured_runs,
-    recall_sums,
-    tasks_of,
-)
-from lctw_megatron.report.runs import RunRecord
+from lctw_megatron.report.recall_table import KINDS
+from lctw_megatron.report.table import short_number
 
 _COLUMNS = 4
+_FEW = 3
+"""With more groups only the first one's short context is drawn, and only the share right: it says
+of a task how far back its facts are, and its nats would leave no room to tell the groups apart."""
 
 
-def recall_by_length(runs: Sequence[RunRecord]) -> Figure | None:
+def recall_difference(groups: Sequence[Group]) -> Figure | None:
+    """What groups differ from the first by, over the length, in the mean over the tasks; None where
+    nothing is to compare."""
+    measured = [group for group in groups if measures.has_recall(group)]
+    others = measured[1:]
+    if not others or measured[0] is not groups[0]:
+        return None
+    tasks, lengths = measures.tasks_of(measured), measures.lengths_of(measured)
+    with new_figure(10, 4.6) as figure:
+        panels = figure.subplots(1, 2)
+        for panel, (kind, name) in zip(panels, KINDS.items(), strict=True):
+            panel.axhline(0, **line_of(groups[0], groups))
+            for group in others:
+                found = [
+                    difference(*(measures.recall(g, tasks, n, kind) for g in (group, groups[0])))
+                    for n in lengths
+                ]
+                _line(panel, found, group, groups, "-", BEYOND)
+            _length_axis(panel, lengths)
+            better = "below" if kind == "nats" else "above"
+            panel.set_title(f"{name} ({better} 0: better)")
+        figure.supxlabel("tokens of the text", fontsize="medium")
+        figure.supylabel(f"difference to {groups[0].name}, ±{BEYOND:g} standard errors",
+                         fontsize="medium")  # fmt: skip
+        legend(figure, measured, groups)
+        return figure
+
+
+def recall_by_length(groups: Sequence[Group]) -> Figure | None:
     """Share right and nats of every task over the length; None if no run was measured."""
-    measured = measured_runs(runs)
+    measured = [group for group in groups if measures.has_recall(group)]
     if not measured:
         return None
-    tasks, lengths = tasks_of(measured), lengths_of(measured)
+    tasks, lengths = measures.tasks_of(measured), measures.lengths_of(measured)
     columns = min(len(tasks), _COLUMNS)
     blocks = -(-len(tasks) // columns)
-    with new_figure(max(8, 3 * columns), 0.6 + 4.6 * blocks) as figure:
+    with new_figure(max(8, 3 * columns), 0.8 + 4.6 * blocks) as figure:
         axes = figure.subplots(2 * blocks, columns, squeeze=False, sharex=True, sharey="row")
         for place, task in enumerate(tasks):
             block, column = divmod(place, columns)
             for row, kind in enumerate(KINDS):
                 panel = axes[2 * block + row][column]
-                for run in measured:
+                for group in measured:
                     for of, look in ((kind, "-"), (f"short_{kind}", ":")):
-                        found = [recall_sums(run, task, length, of) for length in lengths]
-                        means = [None if x is None else x.mean() for x in found]
-                        panel.errorbar(
-                            np.arange(len(lengths)) + 0.05 * (number_of(run, runs) % 5),
-                            [np.nan if x is None else x.mean for x in means],
-                            yerr=[np.nan if x is None else x.error or 0.0 for x in means],
-                            linestyle=look,
-                            marker=marker_of(run, runs),
-                            markerfacecolor=None if look == "-" else "white",
-                            markersize=marker_size(run, runs),
-                            elinewidth=1.0,
-                            capsize=2,
-                            **line_of(run, runs),
-                        )
-                panel.set_xticks(range(len(lengths)), [short_number(n) for n in lengths])
+                        many = look == ":" and len(measured) > _FEW
+                        if many and (group is not measured[0] or kind == "nats"):
+                            continue
+                        found = [measures.recall(group, [task], n, of) for n in lengths]
+                        levels = [None if x is None else level(x) for x in found]
+                        _line(panel, levels, group, groups, look, 1.0)
+                _length_axis(panel, lengths)
                 panel.tick_params(labelbottom=True)
                 if row == 0:
                     panel.set_title(task)
@@ -68,34 +89,35 @@ def recall_by_length(runs: Sequence[RunRecord]) -> Figure | None:
             for row in (0, 1):
                 axes[2 * (place // columns) + row][place % columns].set_axis_off()
         figure.supxlabel("tokens of the text", fontsize="medium")
-        legend(figure, measured, runs)
+        legend(figure, measured, groups)
         return figure
 
 
-def recall_by_depth(runs: Sequence[RunRecord]) -> Figure | None:
-    """Share right, a map of depth and length for each task and run; None if there is no depth."""
-    measured = measured_runs(runs)
+def recall_by_depth(groups: Sequence[Group]) -> Figure | None:
+    """Share right, a map of depth and length for each task and group; None if there is no depth."""
+    measured = [group for group in groups if measures.has_recall(group)]
     tasks = [
         task
-        for task in (tasks_of(measured) if measured else [])
-        if any(c["depth"] is not None for run in measured for c in select(run.recall or {}, task))
+        for task in measures.tasks_of(measured)
+        if any(
+            cell["depth"] is not None
+            for group in measured
+            for run in group.runs
+            for cell in select(run.recall or {"cells": []}, task)
+        )
     ]
     if not tasks:
         return None
-    with new_figure(max(8, 0.8 + 2.4 * len(tasks)), 0.6 + 2.4 * len(measured)) as figure:
-        panels = figure.subplots(len(measured), len(tasks), squeeze=False)
-        for row, run in enumerate(measured):
-            assert run.recall
-            settings = run.recall["settings"]
-            lengths, depths = settings["lengths"], settings["depths"]
+    lengths = measures.lengths_of(measured)
+    depths = sorted({d for g in measured for r in g.runs for d in _depths(r.recall)})
+    height = 0.45 + 0.3 * len(depths)
+    with new_figure(max(8, 0.8 + 2.4 * len(tasks)), 0.8 + height * len(measured)) as figure:
+        panels = figure.subplots(len(measured), len(tasks), squeeze=False, sharex=True, sharey=True)
+        for row, group in enumerate(measured):
             for column, task in enumerate(tasks):
                 panel = panels[row][column]
                 panel.grid(False)
-                shares = np.full((len(depths), len(lengths)), np.nan)
-                for cell in select(run.recall, task):
-                    if cell["depth"] is not None:
-                        place = depths.index(cell["depth"]), lengths.index(cell["length"])
-                        shares[place] = cell["mean"]["right"][0]
+                shares = _depth_map(group, task, lengths, depths)
                 image = panel.imshow(shares, vmin=0, vmax=1, cmap="viridis", aspect="auto")
                 for (y, x), share in np.ndenumerate(shares):
                     if np.isfinite(share):
@@ -107,7 +129,58 @@ def recall_by_depth(runs: Sequence[RunRecord]) -> Figure | None:
                 if row == 0:
                     panel.set_title(task)
                 if column == 0:
-                    panel.set_ylabel(f"{run.name}\ndepth of the fact")
+                    panel.set_ylabel(group.name, rotation=0, ha="right", va="center")
         figure.supxlabel("tokens of the text", fontsize="medium")
-        figure.colorbar(image, ax=panels, label="share of answers right", shrink=0.8)
+        figure.supylabel("depth of the fact: 0 is the beginning", fontsize="medium")
+        figure.colorbar(
+            image, ax=panels, label="share of answers right", shrink=min(0.8, 3 / len(measured))
+        )
         return figure
+
+
+def _depths(recall: dict | None) -> list[float]:
+    cells = recall["cells"] if recall else []
+    return [cell["depth"] for cell in cells if cell["depth"] is not None]
+
+
+def _depth_map(
+    group: Group, task: str, lengths: Sequence[int], depths: Sequence[float]
+) -> np.ndarray:
+    """Share right [depths, lengths] in the mean over the group's runs; NaN where not measured."""
+    found: dict[tuple[int, int], list[float]] = {}
+    for run in group.runs:
+        for cell in select(run.recall or {"cells": []}, task):
+            if cell["depth"] is not None:
+                place = depths.index(cell["depth"]), lengths.index(cell["length"])
+                found.setdefault(place, []).append(cell["mean"]["right"][0])
+    shares = np.full((len(depths), len(lengths)), np.nan)
+    for place, values in found.items():
+        shares[place] = np.mean(values)
+    return shares
+
+
+def _line(
+    axes: Axes,
+    found: Sequence[Difference | None],
+    group: Group,
+    groups: Sequence[Group],
+    look: str,
+    errors: float,
+) -> None:
+    """A group's values over the lengths with bars of so many standard ``errors``."""
+    axes.errorbar(
+        np.arange(len(found)) + 0.3 * shift_of(group, groups),
+        [np.nan if x is None else x.mean for x in found],
+        yerr=[np.nan if x is None else errors * (x.error or 0.0) for x in found],
+        linestyle=look,
+        marker=marker_of(group, groups),
+        markerfacecolor=None if look == "-" else "white",
+        markersize=marker_size(group, groups),
+        elinewidth=1.0,
+        capsize=2,
+        **line_of(group, groups),
+    )
+
+
+def _length_axis(axes: Axes, lengths: Sequence[int]) -> None:
+    axes.set_xticks(range(len(lengths)), [short_number(n) for n in lengths])

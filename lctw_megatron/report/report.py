@@ -1,6 +1,11 @@
-"""Runs side by side: figures as PNG, one HTML page with all of them, and a table of plain text."""
+"""Runs side by side: figures as PNG, one HTML page with all of them, and tables of plain text.
+
+Results come first: is it better, where, and what does it cost; then each part of it; how training
+went is last. Runs that differ only in their seed are one line.
+"""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +13,19 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from lctw_megatron.atomic import atomic_file
+from lctw_megatron.errors import few
+from lctw_megatron.report.benchmarks import benchmark_lines, benchmark_table
 from lctw_megatron.report.coloured_text import legend_html, scale_for, to_html
+from lctw_megatron.report.comparisons import overview_table, verdict_lines
+from lctw_megatron.report.cost import cost_table
 from lctw_megatron.report.curve_plots import (
     difference_curves,
     loss_curves,
     recall_curves,
     weight_curves,
 )
+from lctw_megatron.report.groups import Group, group_runs
+from lctw_megatron.report.measures import left_out
 from lctw_megatron.report.page import Section, render_page
 from lctw_megatron.report.plot_style import write_png
 from lctw_megatron.report.probe_plots import (
@@ -22,66 +33,136 @@ from lctw_megatron.report.probe_plots import (
     loss_by_distance,
     loss_by_position,
 )
-from lctw_megatron.report.recall_plots import recall_by_depth, recall_by_length
+from lctw_megatron.report.recall_plots import (
+    recall_by_depth,
+    recall_by_length,
+    recall_difference,
+)
 from lctw_megatron.report.recall_table import recall_lines, recall_tables
+from lctw_megatron.report.result_tables import explain, loss_table, run_table, weight_table
 from lctw_megatron.report.runs import RunRecord, read_runs
-from lctw_megatron.report.table import explain, further_table, loss_table, to_markdown, to_text
+from lctw_megatron.report.table import Rows, to_markdown, to_text
 from lctw_megatron.report.weight_plots import text_page, weight_histogram
 
-Figures = tuple[tuple[str, str, Callable[[Sequence[RunRecord]], Figure | None]], ...]
+Figures = tuple[tuple[str, str, Callable[[Sequence[Group]], Figure | None]], ...]
 
-RESULTS: Figures = (
+RECALL: Figures = (
+    ("recall_difference", "Recall: what differs", recall_difference),
     ("recall_by_length", "Recall by length", recall_by_length),
     ("recall_by_depth", "Recall by depth", recall_by_depth),
+)
+"""File name, heading, and the function that draws it or finds nothing to draw."""
+
+LOSSES: Figures = (
     ("loss_by_position", "Held-out loss by position", loss_by_position),
     ("loss_by_distance", "Held-out loss by distance of the last occurrence", loss_by_distance),
     ("gain_by_distance", "Gain from long context", gain_by_distance),
-    ("weight_histogram", "The weights", weight_histogram),
+    (
+        "weight_histogram",
+        "The weights",
+        lambda groups: weight_histogram([group.example for group in groups]),
+    ),
 )
-"""File name, heading, and the function that draws it or finds nothing to draw."""
 
 TRAINING: Figures = (
     ("recall_curves", "Recall during training", recall_curves),
     ("loss_curves", "Losses during training", loss_curves),
-    ("difference_curves", "Losses during training, difference to the first run", difference_curves),
+    ("difference_curves", "Losses during training, difference to the first", difference_curves),
     ("weight_curves", "The weights during training", weight_curves),
 )
-"""Likewise; these stand last."""
+"""These stand last."""
+
+FEW = 3
+"""With more groups what is long opens on a click."""
 
 
 def write_report(
-    folders: list[str], output: str | Path | None, note: str | None, markdown: bool = False
+    folders: list[str],
+    output: str | Path | None,
+    note: str | None,
+    markdown: bool = False,
+    baseline: str | None = None,
 ) -> str:
     """Write the report of the runs in ``folders``; the text for the terminal.
 
-    output: default: `report` beside the first run's folder. markdown: tables as Markdown. The HTML
-    file comes last, so that a report that is there is complete. Raises InputError.
+    output: default: `report` beside the first run's folder. markdown: tables as Markdown. baseline:
+    the run to compare with, and others of its group; default: the first. The HTML file comes last,
+    so that a report that is there is complete. Raises InputError.
     """
-    runs = read_runs(folders)
+    runs, first = read_runs(folders, baseline)
+    groups = group_runs(runs, first)
     folder = Path(output) if output else Path(folders[0]).resolve().parent / "report"
-    found = [*recall_tables(runs), loss_table(runs), further_table(runs)]
-    tables = [table for table in found if len(table) > 1 and len(table[0]) > 1]
-    lines = [*recall_lines(runs), *explain(runs)]
-    sections = [Section("Results", tables=tables, lines=lines)]
-    sections += _drawn(RESULTS, runs, folder)
-    for run in runs:
-        if run.weights:
-            sections.append(_text_section(run, run.weights, folder))
-    sections += _drawn(TRAINING, runs, folder)
+    sections = [
+        _results(groups),
+        *_drawn(RECALL, groups, folder),
+        Section("Benchmarks", [benchmark_table(groups)], lines=benchmark_lines(groups)),
+        Section("Held-out loss", [loss_table(groups)], lines=explain(runs)),
+        *_drawn(LOSSES, groups, folder),
+        *_weights(groups, folder),
+        Section("What training took", [cost_table(groups)]),
+        Section(
+            "Recall, task by task",
+            recall_tables(groups),
+            lines=recall_lines(groups),
+            folded="show the tables" if len(groups) > FEW else "",
+        ),
+        Section("The runs", [run_table(runs)]),
+        *_drawn(TRAINING, groups, folder),
+    ]
+    sections = [part for part in map(_without_empty_tables, sections) if _is_something(part)]
     page = folder / "report.html"
-    title = f"Report: {', '.join(run.name for run in runs)}"
+    title = _title(groups)
     with atomic_file(page, "w") as file:
         file.write(render_page(title, sections, note))
-    write = to_markdown if markdown else to_text
-    text = [*(write(table) + "\n" for table in tables), *lines]
-    text += _without_weights(runs)
-    text += ["", note] if note else []
-    return "\n".join([*text, "", f"report: {page}"])
+    text = _text(sections, to_markdown if markdown else to_text)
+    ends = [*_without_weights(runs), *([note] if note else []), f"report: {page}"]
+    return "\n\n".join([*text, *ends])
 
 
-def _drawn(figures: Figures, runs: Sequence[RunRecord], folder: Path) -> list[Section]:
+def _text(sections: Sequence[Section], write: Callable[[Rows], str]) -> list[str]:
+    """Tables and what explains them, paragraph by paragraph, without figures and coloured text."""
+    text = []
+    for section in sections:
+        if section.tables or (section.lines and not section.body):
+            text += [f"## {section.title}", *map(write, section.tables)]
+            text += ["\n".join(section.lines)] if section.lines else []
+    return text
+
+
+def _title(groups: Sequence[Group]) -> str:
+    first, others = groups[0].name, [group.name for group in groups[1:]]
+    return f"{few(others, most=12)} against {first}" if others else f"Report: {first}"
+
+
+def _results(groups: Sequence[Group]) -> Section:
+    if len(groups) == 1:
+        return Section("Results", lines=left_out(groups))
+    lines = verdict_lines(groups) + left_out(groups)
+    return Section("Results", [overview_table(groups)], lines=lines)
+
+
+def _weights(groups: Sequence[Group], folder: Path) -> list[Section]:
+    """The statistics, and a page of text of each group that has weights; folded if several."""
+    examples = [group.example for group in groups]
+    texts = [_text_section(run, run.weights, folder) for run in examples if run.weights]
+    if len(texts) > 1:
+        texts = [replace(text, folded="show the text") for text in texts]
+    return [Section("The weights in numbers", [weight_table(groups)]), *texts]
+
+
+def _without_empty_tables(section: Section) -> Section:
+    """Without tables that have only a heading."""
+    tables = [table for table in section.tables if len(table) > 1 and len(table[0]) > 1]
+    return replace(section, tables=tables)
+
+
+def _is_something(section: Section) -> bool:
+    return bool(section.tables or section.png or section.lines or section.body)
+
+
+def _drawn(figures: Figures, groups: Sequence[Group], folder: Path) -> list[Section]:
     """A section for each figure that has something to show."""
-    drawn = [(name, title, draw(runs)) for name, title, draw in figures]
+    drawn = [(name, title, draw(groups)) for name, title, draw in figures]
     return [
         Section(title, png=write_png(folder / f"{name}.png", figure))
         for name, title, figure in drawn

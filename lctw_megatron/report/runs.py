@@ -1,4 +1,4 @@
-"""What a run has left behind: metrics.jsonl, evaluation.json, recall.json, run.yaml."""
+"""What a run has left behind: metrics.jsonl, run.yaml and what was measured of it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,9 +9,9 @@ import numpy as np
 
 from lctw_megatron.config.load import load_run
 from lctw_megatron.config.schema import RunConfig
+from lctw_megatron.data.json_object import read_json
 from lctw_megatron.data.metrics_file import read_metrics
 from lctw_megatron.errors import InputError
-from lctw_megatron.evaluation.buckets import Difference, Pair, paired_difference
 from lctw_megatron.evaluation.recall_result import read_recall
 from lctw_megatron.evaluation.result_file import read_evaluation
 
@@ -41,6 +41,8 @@ class RunRecord:
     evaluation: dict[str, Any] | None
     recall: dict[str, Any] | None = None
     """See ``recall_result.FORMAT``."""
+    harness: dict[str, Any] | None = None
+    """harness.json: `results`, one of each benchmark task and length."""
 
     def series(self, metric: str) -> Series:
         """``metric`` over the steps; empty if it was never written."""
@@ -64,22 +66,43 @@ def read_run(folder: str | Path) -> RunRecord:
     metrics = read_metrics(log) if log.is_file() else []
     evaluation = read_evaluation(folder / "evaluation.json")
     recall = read_recall(folder / "recall.json")
-    if not metrics and evaluation is None and recall is None:
+    harness = _read_harness(folder / "harness.json")
+    if not metrics and not any((evaluation, recall, harness)):
         raise InputError(
-            f"{folder}: holds neither steps in metrics.jsonl nor evaluation.json or recall.json; "
-            "is this a run folder?"
+            f"{folder}: holds neither steps in metrics.jsonl nor evaluation.json, recall.json or "
+            "harness.json; is this a run folder?"
         )
     config = load_run(folder / "run.yaml") if (folder / "run.yaml").is_file() else None
-    return RunRecord(folder.resolve().name, folder, config, metrics, evaluation, recall)
+    return RunRecord(folder.resolve().name, folder, config, metrics, evaluation, recall, harness)
 
 
-def read_runs(folders: Sequence[str | Path]) -> list[RunRecord]:
-    """All runs, under different names: the folder's, and where that is not enough its parent's too,
-    or the whole path. Raises InputError for one given twice."""
+def _read_harness(path: Path) -> dict[str, Any] | None:
+    try:
+        value = read_json(path)
+    except FileNotFoundError:
+        return None
+    if not isinstance(value, dict) or not isinstance(value.get("results"), list):
+        raise InputError(f"{path}: not a file of results of lm-evaluation-harness")
+    return value
+
+
+def read_runs(
+    folders: Sequence[str | Path], baseline: str | Path | None = None
+) -> tuple[list[RunRecord], RunRecord]:
+    """All runs, and the one to compare with, by default the first, which may be one of ``folders``
+    or not. Raises InputError for a folder given twice.
+
+    They get different names: the folder's, and where that is not enough its parent's too, or the
+    whole path.
+    """
     paths = [Path(folder).resolve() for folder in folders]
     for path, folder in zip(paths, folders, strict=True):
         if paths.count(path) > 1:
             raise InputError(f"{folder}: given twice; name each run once")
+    folders = list(folders)
+    if baseline is not None and Path(baseline).resolve() not in paths:
+        folders.insert(0, baseline)
+        paths.insert(0, Path(baseline).resolve())
     for names in (
         [path.name for path in paths],
         ["/".join(path.parts[-2:]) for path in paths],
@@ -87,37 +110,5 @@ def read_runs(folders: Sequence[str | Path]) -> list[RunRecord]:
     ):
         if len(set(names)) == len(names):
             break
-    return [replace(read_run(f), name=name) for f, name in zip(folders, names, strict=True)]
-
-
-def comparable(run: RunRecord, first: RunRecord) -> bool:
-    """Whether both were evaluated on the same sequences with the same classes."""
-    if run.evaluation is None or first.evaluation is None:
-        return False
-    ours, theirs = run.evaluation, first.evaluation
-    same = ("tokens_fingerprint", "sequence_length", "near")
-    return ours["sequences"] == theirs["sequences"] and all(
-        ours["settings"][key] == theirs["settings"][key] for key in same
-    )
-
-
-def differences(run: RunRecord, first: RunRecord, group: str) -> list[Difference | None]:
-    """Of each bin of a ``group`` of probes: run - first. Both must be comparable."""
-    ours, theirs = sums(run, group), sums(first, group)
-    return [
-        paired_difference(Pair(a, b, n))
-        for a, b, n in zip(ours[0].T, theirs[0].T, ours[1].T, strict=True)
-    ]
-
-
-def total_difference(run: RunRecord, first: RunRecord) -> Difference | None:
-    """Of all targets."""
-    (ours, targets), (theirs, _) = sums(run, "classes"), sums(first, "classes")
-    return paired_difference(Pair(ours.sum(1), theirs.sum(1), targets.sum(1)))
-
-
-def sums(run: RunRecord, group: str) -> tuple[np.ndarray, np.ndarray]:
-    """Σ loss and targets [sequences, bins] of a group of probes."""
-    assert run.evaluation
-    values = run.evaluation[group]
-    return np.array(values["sequence_loss"]), np.array(values["sequence_targets"])
+    runs = [replace(read_run(f), name=name) for f, name in zip(folders, names, strict=True)]
+    return runs, runs[paths.index(Path(baseline).resolve()) if baseline is not None else 0]

@@ -1,101 +1,12 @@
-"""The report in a few lines of plain text."""
+"""Tables as plain text and as Markdown."""
 
-import math
-
-import numpy as np
-
-from lctw_megatron.errors import few
-from lctw_megatron.evaluation.buckets import Difference
-from lctw_megatron.report.runs import (
-    RunRecord,
-    comparable,
-    differences,
-    total_difference,
-)
+from collections.abc import Sequence
 
 Rows = list[list[str]]
+"""The heading first, then rows as long as it is."""
 
-FEW_KEY_TOKENS = 100
-"""With fewer, LongPPL is the luck of single tokens."""
-
-
-def loss_table(runs: list[RunRecord]) -> Rows:
-    """Held-out losses of near, far and first-seen targets and of all, a row a run; then, a row a
-    further run, the differences to the first. The first row is the heading."""
-    heading = ["held-out loss, nats a target", "all", "near", "far", "first seen"]
-    rows = [heading]
-    evaluated = [run for run in runs if run.evaluation is not None]
-    for run in evaluated:
-        assert run.evaluation
-        classes = run.evaluation["classes"]["loss"]
-        rows.append([run.name, *(_loss(value) for value in (run.evaluation["loss"], *classes))])
-    for run in evaluated[1:]:
-        first = evaluated[0]
-        label = f"{run.name} - {first.name}"
-        if comparable(run, first):
-            parts = [total_difference(run, first), *differences(run, first, "classes")]
-            rows.append([label, *(_difference(part) for part in parts)])
-        else:
-            rows.append([label, "evaluated on other sequences: not compared", "", "", ""])
-    return rows
-
-
-def further_table(runs: list[RunRecord]) -> Rows:
-    """What else there is in numbers, a row a run; columns that no run has are left out."""
-    columns = {
-        "scheme": lambda run: run.config.weighting.scheme if run.config else None,
-        "steps": lambda run: _last(run, "step", "{:.0f}", add=1),
-        "validation loss": lambda run: _last(run, "validation/loss/plain", "{:.4f}"),
-        "LongPPL": lambda run: _longppl(run, "longppl", "{:.2f}"),
-        "key tokens": lambda run: _longppl(run, "key_tokens", "{:,}"),
-        "perplexity": lambda run: _longppl(run, "perplexity", "{:.2f}"),
-        "n_eff share": lambda run: _last(run, "weights/n_eff_share", "{:.2f}"),
-        "tokens/s": lambda run: _median(run, "speed/tokens_per_second", "{:,.0f}"),
-        "peak GiB": lambda run: _last(run, "memory/peak_gib", "{:.1f}"),
-    }
-    found = {name: [read(run) for run in runs] for name, read in columns.items()}
-    kept = {name: values for name, values in found.items() if any(values)}
-    body = [
-        [run.name, *(values[at] or "-" for values in kept.values())] for at, run in enumerate(runs)
-    ]
-    return [["run", *kept], *body]
-
-
-def explain(runs: list[RunRecord]) -> list[str]:
-    """What the tables need to be read rightly, a line each."""
-    lines = []
-    # A run of which only recall was measured lacks nothing.
-    missing = [run.name for run in runs if run.evaluation is None and run.recall is None]
-    if missing:
-        lines.append(
-            f"{few(missing)}: no evaluation.json; make it with tools/evaluate_model.py "
-            "losses --checkpoint RUN_DIR --data PREFIX"
-        )
-    evaluated = next((run.evaluation for run in runs if run.evaluation is not None), None)
-    if evaluated:
-        settings, classes = evaluated["settings"], evaluated["classes"]
-        total = max(sum(classes["targets"]), 1)
-        shares = [f"{100 * count / total:.0f} %" for count in classes["targets"]]
-        documents = len({document for document, _ in evaluated["sequences"]})
-        lines.append(
-            f"near: the target's token last stood at most {settings['near']} tokens back "
-            f"({shares[0]} of the targets), far: farther back ({shares[1]}), first seen: not in "
-            f"the sequence before ({shares[2]})."
-        )
-        lines.append(
-            f"{evaluated['targets']:,} targets of {len(evaluated['sequences'])} sequences of "
-            f"{settings['sequence_length']:,} tokens from {documents} documents of "
-            f"{settings['data']}; ± is the standard error of the paired difference over sequences."
-        )
-        if longppl := evaluated.get("longppl"):
-            line = (
-                f"LongPPL: short context {settings['window']} tokens, key tokens picked by "
-                f"{longppl['evaluator']}."
-            )
-            if longppl["key_tokens"] < FEW_KEY_TOKENS:
-                line += f" On {longppl['key_tokens']} key tokens it says nothing."
-            lines.append(line)
-    return lines
+BETTER, WORSE = "\u2713", "\u2717"
+"""After a number: better or worse than the baseline beyond two standard errors."""
 
 
 def to_text(rows: Rows, left: int = 0) -> str:
@@ -124,27 +35,20 @@ def to_markdown(rows: Rows) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in lines)
 
 
-def _loss(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+def marked(text: str, better: bool, sure: bool) -> str:
+    """With BETTER or WORSE behind it, if that is sure."""
+    return f"{text} {BETTER if better else WORSE}" if sure else text
 
 
-def _difference(value: Difference | None) -> str:
-    if value is None:
-        return "-"
-    error = "" if value.error is None else f" ±{value.error:.4f}"
-    return f"{value.mean:+.4f}{error}"
+def short_number(number: int) -> str:
+    """1024 -> 1k, 1048576 -> 1M."""
+    for size, letter in ((1 << 20, "M"), (1 << 10, "k")):
+        if number >= size:
+            return f"{number / size:g}{letter}"
+    return str(number)
 
 
-def _last(run: RunRecord, metric: str, form: str, add: float = 0) -> str | None:
-    series = run.series(metric)
-    return form.format(series.values[-1] + add) if len(series) else None
-
-
-def _median(run: RunRecord, metric: str, form: str) -> str | None:
-    series = run.series(metric)
-    return form.format(np.median(series.values)) if len(series) else None
-
-
-def _longppl(run: RunRecord, key: str, form: str) -> str | None:
-    value = ((run.evaluation or {}).get("longppl") or {}).get(key)
-    return None if value is None or not math.isfinite(value) else form.format(value)
+def mean_of(values: Sequence[float | None]) -> float | None:
+    """Of those that are known."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None

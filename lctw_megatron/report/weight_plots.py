@@ -41,7 +41,8 @@ def weight_histogram(runs: Sequence[RunRecord]) -> Figure | None:
                 edges = np.append(np.log2(histogram["starts"][1:]), 10.5)
                 tint = colour_of(run, runs)
                 axes.stairs(shares[1:], edges, color=tint, linewidth=1.8)
-                axes.stairs(shares[1:], edges, color=tint, alpha=0.12, fill=True)
+                if len(shown) <= 3:  # more areas on each other would be mud
+                    axes.stairs(shares[1:], edges, color=tint, alpha=0.12, fill=True)
                 width = 0.8 / len(shown)
                 axes.bar(low - 1.4 + number * width, shares[0], width, color=tint)
             axes.axvline(0, color=GUIDE, linewidth=0.8, linestyle=":")

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 
 from lctw_megatron.config.model_sizes import layer_sizes
 from lctw_megatron.config.schema import ModelConfig, RunConfig
+from lctw_megatron.config.schemes import needs_short_loss
 from lctw_megatron.scoring.windows import windows
-from lctw_megatron.weighting.parse import parse_weighting
 
 
 def forward_flops(model: ModelConfig, lengths: Iterable[int], head_rows: int) -> int:
@@ -45,7 +45,7 @@ def step_flops(run: RunConfig) -> int:
     """FLOPs of one optimizer step over the global batch, over all ranks together."""
     model, length, weighting = run.model, run.data.sequence_length, run.weighting
     flops = sequence_flops(model, length)
-    if weighting.mode == "self" and parse_weighting(weighting).scheme.needs_short_loss:
+    if weighting.mode == "self" and needs_short_loss(weighting.scheme):
         assert weighting.window and weighting.stride
         flops += self_scoring_flops(model, length, weighting.window, weighting.stride)
     return run.training.global_batch_size * flops

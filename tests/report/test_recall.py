@@ -11,7 +11,8 @@ from lctw_megatron.errors import InputError
 from lctw_megatron.report.recall_plots import recall_by_depth, recall_by_length
 from lctw_megatron.report.recall_table import recall_tables
 from lctw_megatron.report.report import write_report
-from lctw_megatron.report.runs import read_run, read_runs
+from lctw_megatron.report.runs import read_run
+from tests.report.test_report import groups_of
 from tests.report.written_runs import DEPTHS, LENGTHS, TASKS, write_metrics, write_recall, write_run
 
 
@@ -26,8 +27,8 @@ def folders(tmp_path_factory) -> list[str]:
 
 
 def test_means_are_over_samples_and_differences_over_the_same_samples(folders):
-    runs = read_runs(folders)
-    right, nats = recall_tables(runs)
+    groups = groups_of(folders)
+    right, nats = recall_tables(groups)
     assert right[0] == ["recall, share of answers right", "1,024", "4,096"]
     rows = {row[0]: row[1:] for row in nats}
     assert list(rows)[1:6] == [
@@ -37,11 +38,13 @@ def test_means_are_over_samples_and_differences_over_the_same_samples(folders):
         "one_key: dense - uniform",
         "one_key: other - uniform",
     ]
-    assert rows["one_key: dense - uniform"] == ["-0.500 ±0.000"] * 2
+    assert rows["one_key: dense - uniform"] == ["-0.500 ±0.000 ✓"] * 2
     assert rows["one_key: other - uniform"] == ["other samples"] * 2
     # By hand: a sample's depths are one story, so four samples, not eight.
     cells = [
-        c for c in runs[0].recall["cells"] if (c["task"], c["length"]) == ("one_key", LENGTHS[1])
+        c
+        for c in groups[0].first.recall["cells"]
+        if (c["task"], c["length"]) == ("one_key", LENGTHS[1])
     ]
     assert len(cells) == len(DEPTHS)
     loss = np.sum([c["nats"] for c in cells], axis=0)
@@ -52,18 +55,18 @@ def test_means_are_over_samples_and_differences_over_the_same_samples(folders):
 
 
 def test_figures_show_every_task_the_short_context_and_every_depth(folders):
-    runs = read_runs(folders[:2])
-    lines = recall_by_length(runs)
+    groups = groups_of(folders[:2])
+    lines = recall_by_length(groups)
     assert [axes.get_title("left") for axes in lines.axes[:3]] == list(TASKS)
     share = lines.axes[0]
     shown = [container.lines[0].get_ydata() for container in share.containers]
     assert len(shown) == 4  # two runs, the whole context and the short one
     assert np.isnan(shown[1][0]) and shown[1][1] == 0  # at 1,024 nothing is shorter
-    maps = recall_by_depth(runs)
+    maps = recall_by_depth(groups)
     titles = [title for axes in maps.axes if (title := axes.get_title("left"))]
     assert titles == ["one_key", "json"]  # frequent words have no depth
     (cell,) = (
-        c for c in runs[1].recall["cells"]
+        c for c in groups[1].first.recall["cells"]
         if (c["task"], c["length"], c["depth"]) == ("json", LENGTHS[1], DEPTHS[1])
     )  # fmt: skip
     image = maps.axes[3].get_images()[0].get_array()
@@ -74,10 +77,11 @@ def test_results_come_first_and_training_last(folders, tmp_path):
     text = write_report(folders, tmp_path, None)
     page = (tmp_path / "report.html").read_text()
     titles = re.findall("<h2>(.*?)</h2>", page)
-    assert titles[:3] == ["Results", "Recall by length", "Recall by depth"]
+    assert titles[:2] == ["Results", "Recall: what differs"]
+    assert titles[2:4] == ["Recall by length", "Recall by depth"]
     assert titles[-1] == "Losses during training"
     assert (tmp_path / "recall_by_depth.png").exists()
-    assert text.startswith("recall, share of answers right")
+    assert re.match("## Results\n\ndifference to uniform +seeds +recall at 1k", text)
     assert "4 samples of each task, length and depth in sentences" in text
 
 
@@ -94,9 +98,9 @@ def test_recall_during_training_has_curves(tmp_path):
 
 def test_tables_as_markdown(folders, tmp_path):
     lines = write_report(folders[:2], tmp_path, None, markdown=True).splitlines()
-    assert lines[0] == "| recall, share of answers right | 1,024 | 4,096 |"
-    assert lines[1] == "| :-- | --: | --: |"
-    assert all(line.count("|") == 4 for line in lines[:10])
+    place = lines.index("| recall, share of answers right | 1,024 | 4,096 |")
+    assert lines[place + 1] == "| :-- | --: | --: |"
+    assert all(line.count("|") == 4 for line in lines[place : place + 10])
 
 
 def test_a_damaged_recall_file_is_one_line(tmp_path):

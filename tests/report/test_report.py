@@ -13,9 +13,11 @@ import pytest
 from lctw_megatron.config.load import dump_yaml
 from lctw_megatron.errors import InputError
 from lctw_megatron.report.curve_plots import difference_curves, same_batches
+from lctw_megatron.report.groups import Group, group_runs
 from lctw_megatron.report.report import write_report
-from lctw_megatron.report.runs import comparable, differences, read_run, read_runs
-from lctw_megatron.report.table import explain, further_table, loss_table, to_text
+from lctw_megatron.report.result_tables import explain, loss_table, run_table
+from lctw_megatron.report.runs import read_run, read_runs
+from lctw_megatron.report.table import to_text
 from lctw_megatron.report.weight_plots import lay_out
 from tests.evaluation.tiny_run import make_run
 from tests.report.written_runs import write_run
@@ -48,6 +50,11 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.text += data
+
+
+def groups_of(folders: list) -> list:
+    runs, first = read_runs(folders)
+    return group_runs(runs, first)
 
 
 def png_size(path: Path) -> tuple[int, int]:
@@ -97,7 +104,11 @@ def test_the_page_is_whole_and_needs_no_network(report):
 def test_the_table_tells_near_far_and_first_seen_apart_and_ends_with_note_and_path(report):
     folder, text = report
     lines = text.splitlines()
-    assert re.fullmatch("held-out loss, nats a target +all +near +far +first seen", lines[0])
+    assert lines[0] == "## Results" and lines[2].startswith("difference to uniform")
+    assert any(
+        re.fullmatch("held-out loss, nats a target +all +near +far +first seen", line)
+        for line in lines
+    )
     run = read_run(folder / "dense")
     row = next(line for line in lines if line.startswith("dense - uniform"))
     numbers = re.findall(r"[+-]\d\.\d{4}", row)
@@ -108,22 +119,21 @@ def test_the_table_tells_near_far_and_first_seen_apart_and_ends_with_note_and_pa
     assert NOTE in lines and lines[-1] == f"report: {folder / 'report' / 'report.html'}"
 
 
-def test_differences_are_zero_with_no_error_where_runs_agree(report):
-    runs = read_runs([str(report[0] / "uniform"), str(report[0] / "dense")])
-    near, far, first_seen = differences(runs[1], runs[0], "classes")
-    assert near.mean == first_seen.mean == 0 and near.error == 0
-    assert far.mean == pytest.approx(-0.25, abs=1e-6) and far.error < 1e-6
+def test_differences_have_no_error_where_runs_agree_or_differ_by_a_constant(report):
+    rows = loss_table(groups_of([str(report[0] / "uniform"), str(report[0] / "dense")]))
+    assert rows[-1][2:] == ["+0.0000 ±0.0000", "-0.2500 ±0.0000 ✓", "+0.0000 ±0.0000"]
 
 
 def test_runs_measured_on_other_sequences_are_not_compared(tmp_path):
     folders = [write_run(tmp_path / "a"), write_run(tmp_path / "b", tokens_fingerprint="other")]
-    runs = read_runs([str(folder) for folder in folders])
-    assert not comparable(runs[1], runs[0])
-    assert "not compared" in to_text(loss_table(runs))
-    assert "±" not in to_text(loss_table(runs))
-    assert comparable(runs[0], runs[0])
-    runs[0].evaluation["sequences"][0] = [7, 64]
-    assert not comparable(runs[0], read_run(folders[0]))
+    rows = loss_table(groups_of(folders))
+    assert "not compared" in to_text(rows) and "±" not in to_text(rows)
+    for name in ("a", "b"):  # the same tokens, but one other sequence
+        evaluation = json.loads((tmp_path / name / "evaluation.json").read_text())
+        evaluation["settings"]["tokens_fingerprint"] = "f"
+        evaluation["sequences"][0] = [ord(name), 64]
+        (tmp_path / name / "evaluation.json").write_text(json.dumps(evaluation))
+    assert "not compared" in to_text(loss_table(groups_of(folders)))
 
 
 def test_a_run_that_is_still_training_is_drawn_without_evaluation(tmp_path):
@@ -142,7 +152,7 @@ def test_a_run_that_is_still_training_is_drawn_without_evaluation(tmp_path):
 
 def test_two_runs_of_one_name_get_their_parents_name_too(tmp_path):
     folders = [write_run(tmp_path / "a" / "main"), write_run(tmp_path / "b" / "main")]
-    assert [run.name for run in read_runs([str(f) for f in folders])] == ["a/main", "b/main"]
+    assert [run.name for run in read_runs([str(f) for f in folders])[0]] == ["a/main", "b/main"]
     write_report([str(folder) for folder in folders], tmp_path / "out", None)
     with pytest.raises(InputError, match="given twice"):
         read_runs([folders[0], tmp_path / "a" / "." / "main"])
@@ -158,9 +168,9 @@ def test_why_there_are_no_weights_is_told(tmp_path):
     )
 
 
-def test_the_further_table_leaves_out_what_no_run_has(report):
-    runs = read_runs([str(report[0] / "uniform"), str(report[0] / "dense")])
-    table = further_table(runs)
+def test_the_table_of_runs_leaves_out_what_no_run_has(report):
+    runs, _ = read_runs([str(report[0] / "uniform"), str(report[0] / "dense")])
+    table = run_table(runs)
     assert "peak GiB" not in table[0] and "LongPPL" in table[0]
     assert table[1][table[0].index("tokens/s")] == "7,030"
     assert table[1][table[0].index("steps")] == "60"
@@ -196,15 +206,17 @@ def test_training_is_compared_step_by_step_where_the_batches_are_the_same(tmp_pa
     for folder in folders:
         config = make_run(tmp_path, "data/train", "data/held_out")
         (folder / "run.yaml").write_text(dump_yaml(config))
-    runs = read_runs(folders)
+    runs, first = read_runs(folders)
     assert same_batches(runs[1], runs[0])
-    figure = difference_curves(runs)
+    # Two runs of one configuration, seen as two groups.
+    figure = difference_curves([Group("a", (first,)), Group("b", (runs[1],))])
     lines = {axes.get_title("left"): axes.get_lines()[-1].get_ydata() for axes in figure.get_axes()}
     assert list(lines) == ["training, far targets"]  # the others are equal
     assert lines["training, far targets"] == pytest.approx(np.full(60, -0.25))
     config = make_run(tmp_path, "data/train", "data/held_out", seed=7)
     (folders[1] / "run.yaml").write_text(dump_yaml(config))
-    assert difference_curves(read_runs(folders)) is None
+    runs, first = read_runs(folders)
+    assert difference_curves([Group("a", (first,)), Group("b", (runs[1],))]) is None
 
 
 def test_text_is_laid_out_in_lines_of_cells():

@@ -1,0 +1,171 @@
+"""Is it better, where, and what does it cost: the first table of a comparison, and sentences."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from lctw_megatron.errors import few
+from lctw_megatron.evaluation.buckets import Difference
+from lctw_megatron.evaluation.recall_result import show
+from lctw_megatron.report import measures
+from lctw_megatron.report.benchmarks import benchmark, benchmark_names
+from lctw_megatron.report.cost import hours_name, training_cost
+from lctw_megatron.report.estimate import BEYOND, Measured, difference, is_beyond, level
+from lctw_megatron.report.groups import Group
+from lctw_megatron.report.table import (
+    BETTER,
+    WORSE,
+    Rows,
+    marked,
+    mean_of,
+    short_number,
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One quantity in which groups are compared."""
+
+    kind: str
+    where: str
+    """Together its name; the sentences say a kind once."""
+    read: Callable[[Group], Measured | None]
+    lower_is_better: bool
+    in_table: bool = True
+    """Whether it has a column in the overview; all are in the sentences."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind} {self.where}"
+
+
+def comparisons(groups: Sequence[Group]) -> list[Comparison]:
+    """All that at least one group measured: recall at each length in the mean over the tasks, loss
+    with long and short contexts, loss at a short length, benchmarks."""
+    benchmarks = [
+        Comparison("benchmark", name, partial(benchmark, name=name), False, in_table=False)
+        for name in benchmark_names(groups)
+    ]
+    return _recall_comparisons(groups) + _loss_comparisons(groups) + benchmarks
+
+
+def _recall_comparisons(groups: Sequence[Group]) -> list[Comparison]:
+    tasks, lengths = measures.tasks_of(groups), measures.lengths_of(groups)
+    found = []
+    for kind, name in (("right", "recall"), ("nats", "recall nats")):
+        for length in lengths:
+            read = partial(measures.recall, tasks=tasks, length=length, kind=kind)
+            # The longest is what training is for, the shortest its price.
+            shown = length == lengths[-1] or (kind == "right" and length == lengths[0])
+            where = short_number(length)
+            found.append(Comparison(f"{name} at", where, read, kind == "nats", shown))
+    return found
+
+
+def _loss_comparisons(groups: Sequence[Group]) -> list[Comparison]:
+    first = next((group for group in groups if measures.has_losses(group)), None)
+    if first is None:
+        return []
+    long, long_bins = measures.long_context_bins(first)
+    short, short_bins = measures.short_context_bins(first)
+    parts: list[tuple[str, str, list[int] | None]] = [
+        (f"after {short_number(long)}", "position", long_bins),
+        (f"before {short_number(short)}", "position", short_bins),
+        ("on far targets", "classes", [1]),
+        ("on all", "classes", None),
+    ]
+    return [
+        # The loss of all targets stands in a table of its own.
+        Comparison(
+            "loss", where, partial(measures.loss, probes=probes, bins=bins), True, bins is not None
+        )
+        for where, probes, bins in parts
+    ]
+
+
+def verdict(found: Difference | None, comparison: Comparison) -> tuple[bool, bool]:
+    """Whether it is better, and whether that is sure: beyond two standard errors."""
+    better = found is not None and (found.mean < 0) == comparison.lower_is_better
+    return better, is_beyond(found)
+
+
+def overview_table(groups: Sequence[Group]) -> Rows:
+    """The baseline's values, then what each other group differs from them by, and what training
+    took. Columns that no group has are left out."""
+    baseline, others = groups[0], groups[1:]
+    rows: Rows = [["difference to " + baseline.name, "seeds"]]
+    rows.append([f"{baseline.name} itself", str(len(baseline.runs))])
+    rows += [[group.name, str(len(group.runs))] for group in others]
+    for comparison in comparisons(groups):
+        if comparison.in_table:
+            ours = comparison.read(baseline)
+            rows[0].append(comparison.name)
+            rows[1].append("-" if ours is None else show(level(ours)))
+            for row, group in zip(rows[2:], others, strict=True):
+                found = difference(comparison.read(group), ours)
+                text = "-" if found is None else show(found, "+")
+                row.append(marked(text, *verdict(found, comparison)))
+    _add_cost(rows, groups)
+    return rows
+
+
+def _add_cost(rows: Rows, groups: Sequence[Group]) -> None:
+    """Of one run, in the mean over the seeds."""
+    costs = [[training_cost(run) for run in group.runs] for group in groups]
+    hours = [mean_of([cost.hours for cost in found if cost]) for found in costs]
+    work = [mean_of([cost.flops for cost in found if cost]) for found in costs]
+    for name, values, form, scale in (
+        (hours_name(groups), hours, "{:.3g}", 1.0),
+        ("PFLOP", work, "{:,.3g}", 1e-15),
+    ):
+        if any(value is not None for value in values):
+            rows[0].append(name)
+            for row, value in zip(rows[1:], values, strict=True):
+                row.append("-" if value is None else form.format(value * scale))
+
+
+def verdict_lines(groups: Sequence[Group]) -> list[str]:
+    """How to read the overview, then one line a group: where it is better, where worse, of how many
+    comparisons."""
+    baseline, lines, made = groups[0], [], 0
+    for group in groups[1:]:
+        sure: dict[str, dict[str, list[str]]] = {BETTER: {}, WORSE: {}}
+        count = 0
+        for comparison in comparisons(groups):
+            found = difference(comparison.read(group), comparison.read(baseline))
+            if found is not None and found.error is not None:
+                count += 1
+                better, is_sure = verdict(found, comparison)
+                if is_sure:
+                    kinds = sure[BETTER if better else WORSE]
+                    kinds.setdefault(comparison.kind, []).append(comparison.where)
+        made += count
+        if not count:
+            lines.append(f"{group.name}: nothing measured on the same samples as {baseline.name}.")
+            continue
+        parts = [
+            f"{word} in " + "; ".join(f"{kind} {', '.join(at)}" for kind, at in sure[mark].items())
+            for mark, word in ((BETTER, "better"), (WORSE, "worse"))
+            if sure[mark]
+        ]
+        parts = parts or ["no difference that is sure"]
+        lines.append(f"{group.name}: {', '.join(parts)} (of {count} comparisons).")
+    return (_reading_lines(groups, made) if made else []) + lines
+
+
+def _reading_lines(groups: Sequence[Group], made: int) -> list[str]:
+    lines = [
+        f"{BETTER} better, {WORSE} worse than {groups[0].name} by more than {BEYOND:g} standard "
+        f"errors (±, over seeds and samples); without a mark it is not sure. Of {made} comparisons "
+        f"about {max(1, round(0.046 * made))} would be marked by chance, more with few seeds. "
+        "Recall: mean of all tasks, share of answers right and nats an answer token. Loss: nats a "
+        "target of held-out text, after so many tokens of context. Cost: of one run's training "
+        "steps, without what scoring a corpus takes once."
+    ]
+    single = [group.name for group in groups if len(group.runs) == 1]
+    if single:
+        who = "All have" if len(single) == len(groups) else f"{few(single)}: only"
+        lines.append(
+            f"{who} one seed: what another order of the data would have given is not in ±."
+        )
+    return lines

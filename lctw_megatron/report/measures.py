@@ -1,0 +1,149 @@
+"""What is compared: quantities of a group of runs, from its evaluation.json and recall.json files.
+
+Of a group's runs those that were measured count, on the samples of the first of them; ``left_out``
+tells which others there are.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from lctw_megatron.errors import few
+from lctw_megatron.evaluation.recall_result import select, sums
+from lctw_megatron.report.estimate import Block, Measured, of_blocks
+from lctw_megatron.report.groups import Group
+from lctw_megatron.report.runs import RunRecord
+
+SHORT_CONTEXT = 2048
+"""A target with at most so many tokens before it has a short context; less in short sequences."""
+
+
+def seed_of(run: RunRecord) -> int:
+    return run.config.seed if run.config else -1
+
+
+def has_losses(group: Group) -> bool:
+    return any(run.evaluation is not None for run in group.runs)
+
+
+def has_recall(group: Group) -> bool:
+    return any(run.recall is not None for run in group.runs)
+
+
+def loss(group: Group, probes: str, bins: Iterable[int] | None = None) -> Measured | None:
+    """Held-out loss in nats a target, of some bins of a group of probes, or of all."""
+    return _of_runs(group, lambda run: _loss_block(run, probes, bins))
+
+
+def short_context_bins(group: Group) -> tuple[int, list[int]]:
+    """The bins of `position` below SHORT_CONTEXT or a quarter of the sequence, and that limit."""
+    settings, bins = _position_bins(group)
+    limit = min(SHORT_CONTEXT, settings["sequence_length"] // 4)
+    return limit, [at for at, start in enumerate(bins) if start < limit]
+
+
+def long_context_bins(group: Group) -> tuple[int, list[int]]:
+    """The bins of `position` in the second half of the sequence, and where it begins."""
+    settings, bins = _position_bins(group)
+    limit = settings["sequence_length"] // 2
+    return limit, [at for at, start in enumerate(bins) if start >= limit]
+
+
+def recall(group: Group, tasks: Sequence[str], length: int, kind: str) -> Measured | None:
+    """Recall at one length, all depths together, in the mean over ``tasks``; ``kind`` is one of
+    ``recall_result.VALUES``. None where a task was not measured."""
+    return _of_runs(group, lambda run: _recall_blocks(run, tasks, length, kind))
+
+
+def tasks_of(groups: Sequence[Group]) -> list[str]:
+    """Of all runs, in the order of the first that has them."""
+    found = _recall_settings(groups)
+    return list(dict.fromkeys(task for settings in found for task in settings["tasks"]))
+
+
+def lengths_of(groups: Sequence[Group]) -> list[int]:
+    return sorted({length for found in _recall_settings(groups) for length in found["lengths"]})
+
+
+def left_out(groups: Sequence[Group]) -> list[str]:
+    """Runs of a group that were measured on other samples than its first, a line each kind."""
+    kinds: dict[str, Callable[[RunRecord], str | None]] = {
+        "held-out losses": lambda run: _loss_samples(run),
+        "recall": lambda run: None if run.recall is None else _recall_samples(run.recall["cells"]),
+    }
+    lines = []
+    for what, samples in kinds.items():
+        for group in groups:
+            found = [(run.name, samples(run)) for run in group.runs]
+            known = [(name, value) for name, value in found if value is not None]
+            others = [name for name, value in known if value != known[0][1]]
+            if others:
+                lines.append(
+                    f"{group.name}: {what}: {few(others)} left out, measured on other samples than "
+                    f"{known[0][0]}."
+                )
+    return lines
+
+
+def _of_runs(
+    group: Group, read: Callable[[RunRecord], tuple[str, list[Block]] | None]
+) -> Measured | None:
+    """The runs' blocks, one row of values each, stacked."""
+    found = [(seed_of(run), read(run)) for run in group.runs]
+    measured = [(seed, *value) for seed, value in found if value is not None]
+    if not measured:
+        return None
+    samples = measured[0][1]
+    same = [(seed, blocks) for seed, where, blocks in measured if where == samples]
+    blocks = [
+        Block(np.concatenate([block.values for block in parts]), parts[0].units)
+        for parts in zip(*(blocks for _, blocks in same), strict=True)
+    ]
+    return of_blocks([seed for seed, _ in same], samples, blocks)
+
+
+def _loss_samples(run: RunRecord) -> str | None:
+    if run.evaluation is None:
+        return None
+    keys = ("tokens_fingerprint", "sequence_length", "near")
+    settings = run.evaluation["settings"]
+    return json.dumps([[settings[key] for key in keys], run.evaluation["sequences"]])
+
+
+def _loss_block(
+    run: RunRecord, probes: str, bins: Iterable[int] | None
+) -> tuple[str, list[Block]] | None:
+    samples = _loss_samples(run)
+    if samples is None or run.evaluation is None:
+        return None
+    found = run.evaluation[probes]
+    losses, targets = np.array(found["sequence_loss"]), np.array(found["sequence_targets"])
+    chosen = list(range(losses.shape[1]) if bins is None else bins)
+    return samples, [Block(losses[:, chosen].sum(1)[None], targets[:, chosen].sum(1))]
+
+
+def _recall_samples(cells: Sequence[dict]) -> str:
+    return json.dumps([[cell["task"], cell["length"], cell["samples_digest"]] for cell in cells])
+
+
+def _recall_blocks(
+    run: RunRecord, tasks: Sequence[str], length: int, kind: str
+) -> tuple[str, list[Block]] | None:
+    if run.recall is None:
+        return None
+    cells = [select(run.recall, task, length) for task in tasks]
+    found = [sums(part, kind) for part in cells]
+    blocks = [Block(each.values[None], each.units) for each in found if each is not None]
+    if len(blocks) < len(tasks):
+        return None
+    return _recall_samples([cell for part in cells for cell in part]), blocks
+
+
+def _recall_settings(groups: Sequence[Group]) -> list[dict]:
+    return [run.recall["settings"] for group in groups for run in group.runs if run.recall]
+
+
+def _position_bins(group: Group) -> tuple[dict, list[int]]:
+    evaluation = next(run.evaluation for run in group.runs if run.evaluation)
+    return evaluation["settings"], evaluation["position"]["bins"]

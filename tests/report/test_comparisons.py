@@ -1,0 +1,152 @@
+"""Three schemes of two seeds each: one line each, marks only where sure, costs, and the page."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from lctw_megatron.config.load import dump_yaml
+from lctw_megatron.report.benchmarks import benchmark_table
+from lctw_megatron.report.comparisons import overview_table, verdict_lines
+from lctw_megatron.report.cost import cost_table, training_cost
+from lctw_megatron.report.groups import group_runs
+from lctw_megatron.report.measures import left_out
+from lctw_megatron.report.report import write_report
+from lctw_megatron.report.result_tables import weight_table
+from lctw_megatron.report.runs import read_run, read_runs
+from lctw_megatron.training.flops import step_flops
+from tests.evaluation.tiny_run import make_run
+from tests.report.written_runs import write_recall, write_run
+
+SCHEMES = {"uniform": 0.0, "dense": 0.5, "rho": 0.0}
+RANKS, SECONDS = 4, 0.5
+
+
+def write_harness(folder: Path, score: float, error: float = 0.02) -> None:
+    records = [
+        {"task": "arc_easy", "length": None, "main": "acc", "metrics": {"acc": [score, error]}},
+        {"task": "ruler_vt", "length": 4096, "main": "score", "metrics": {"score": [0.5, None]}},
+    ]
+    content = {"format": "lctw-megatron harness 1", "settings": {}, "results": records, "ruler": {}}
+    (folder / "harness.json").write_text(json.dumps(content))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> list[str]:
+    root = tmp_path_factory.mktemp("study")
+    for scheme, better in SCHEMES.items():
+        for seed in (1, 2):
+            folder = root / f"{scheme}-seed{seed}"
+            write_recall(write_run(folder, better=better, weighted=scheme != "uniform"), better)
+            write_harness(folder, 0.5 + 0.2 * (scheme == "rho") + 0.01 * seed)
+            values = {"scheme": scheme} | ({"keep_fraction": 0.5} if scheme == "rho" else {})
+            config = make_run(root, "data/train", "data/held_out", weighting=values, seed=seed)
+            (folder / "run.yaml").write_text(dump_yaml(config))
+            work = step_flops(config)
+            lines = [
+                json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()
+            ]
+            for line in lines:
+                line["speed/seconds"] = SECONDS
+                line["speed/tflops_per_rank"] = work / SECONDS / RANKS / 1e12
+            text = "\n".join(json.dumps(line) for line in lines[::10] + lines[-1:])
+            (folder / "metrics.jsonl").write_text(text + "\n")
+    return [str(root / f"{scheme}-seed{seed}") for scheme in SCHEMES for seed in (1, 2)]
+
+
+@pytest.fixture(scope="module")
+def groups(folders):
+    runs, first = read_runs(folders)
+    return group_runs(runs, first)
+
+
+def test_the_overview_has_a_line_a_group_and_marks_what_is_sure(groups):
+    heading, baseline, dense, rho = overview_table(groups)
+    assert heading[:3] == ["difference to uniform", "seeds", "recall at 1k"]
+    assert heading[3:8] == [
+        "recall at 4k", "recall nats at 4k", "loss after 32", "loss before 16",
+        "loss on far targets",
+    ]  # fmt: skip
+    assert baseline[:2] == ["uniform itself", "2"] and dense[:2] == ["dense", "2"]
+    assert dense[4] == "-0.500 ±0.000 ✓" and dense[7] == "-0.500 ±0.000 ✓"
+    assert rho[4] == rho[7] == "+0.000 ±0.000"
+    assert not any("✓" in cell or "✗" in cell for cell in rho + baseline)
+
+
+def test_the_sentences_name_where_and_of_how_many(groups):
+    reading, dense, rho = verdict_lines(groups)
+    assert "more than 2 standard errors" in reading and "by chance" in reading
+    assert dense.startswith("dense: better in recall nats at 1k, 4k; loss ")
+    assert "on far targets" in dense and "worse" not in dense and "benchmark" not in dense
+    assert rho == "rho: better in benchmark arc_easy (of 10 comparisons)."
+
+
+def test_one_seed_is_said(groups):
+    runs, first = read_runs([group.first.folder for group in groups])
+    assert any("All have one seed" in line for line in verdict_lines(group_runs(runs, first)))
+
+
+def test_hours_count_every_step_and_rank_also_those_that_were_not_logged(groups):
+    run = groups[0].first
+    cost = training_cost(run)
+    assert len(run.metrics) == 7 and cost.steps == 60
+    assert cost.tokens == 60 * 4 * 64
+    assert cost.hours == pytest.approx(60 * SECONDS * RANKS / 3600)
+    assert cost.flops == 60 * step_flops(run.config)
+    heading, row = cost_table(groups)[:2]
+    assert heading[4] == "CPU rank hours" and row[:4] == ["uniform", "2", "60", "15,360"]
+    assert float(row[5]) == pytest.approx(2 * float(row[4]), rel=0.01)
+
+
+def test_benchmarks_are_a_row_each_and_marked(groups):
+    rows = benchmark_table(groups)
+    assert rows[0] == ["benchmark", "uniform", "dense", "rho"]
+    # 0.51 and 0.52: s² / 2 = 0.005², and 0.02 of the samples.
+    assert rows[1] == ["arc_easy", "0.515 ±0.021", "0.515 ±0.021", "0.715 ±0.021 ✓"]
+    assert rows[2][0] == "ruler_vt at 4k"
+
+
+def test_weights_are_shown_of_who_has_any(groups):
+    rows = weight_table(groups)
+    assert [row[0] for row in rows[1:]] == ["uniform", "dense", "rho"]
+    assert rows[2][1] == "0.4" and weight_table(groups[:1]) == rows[:1]
+
+
+def test_what_was_measured_on_other_samples_than_its_group_is_said(folders, groups, tmp_path):
+    other = write_recall(tmp_path / "uniform-seed3", seed=1)
+    config = groups[0].first.config.model_copy(update={"seed": 3})
+    (other / "run.yaml").write_text(dump_yaml(config))
+    runs, first = read_runs([*folders, other])
+    found = group_runs(runs, first)
+    assert len(found[0].runs) == 3
+    (line,) = left_out(found)
+    assert line.startswith("uniform: recall: uniform-seed3 left out, measured on other")
+    assert overview_table(found)[2] == overview_table(groups)[2]
+
+
+def test_the_page_says_results_first_and_training_last(folders, tmp_path):
+    text = write_report(folders, tmp_path, None, markdown=True, baseline=folders[3])
+    page = (tmp_path / "report.html").read_text()
+    titles = re.findall("<h2>(.*?)</h2>", page)
+    assert "<h1>uniform, rho against dense</h1>" in page
+    assert titles[0] == "Results" and titles[-1] == "The weights during training"
+    for title in ("Benchmarks", "Held-out loss", "What training took", "The runs"):
+        assert title in titles and f"## {title}" in text
+    assert 'class="better"' in page and 'class="worse"' in page
+    assert page.count("<details>") == page.count("</details>") == 2  # the text of two schemes
+    assert "| difference to dense | seeds |" in text
+
+
+def test_the_baseline_may_be_given_beside_the_runs(folders):
+    runs, first = read_runs(folders[2:4], baseline=folders[0])
+    assert [run.name for run in runs] == ["uniform-seed1", "dense-seed1", "dense-seed2"]
+    assert first is runs[0]
+    runs, first = read_runs(folders[:4], baseline=folders[2])
+    assert len(runs) == 4 and first.name == "dense-seed1"
+
+
+def test_a_run_with_benchmarks_only_can_be_reported(tmp_path):
+    write_harness(tmp_path, 0.5)
+    assert read_run(tmp_path).harness
+    assert "arc_easy" in write_report([str(tmp_path)], tmp_path / "out", None)
