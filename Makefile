@@ -8,7 +8,7 @@
 #   make lint         formatter, linter and type checker
 #   make format       let the formatter and the linter change the files
 #
-# PYTHON, PYTHON_NEXT, PYTHON_GPU and TORCH may be set: make test PYTHON=python3.12 TORCH=torch
+# PYTHON, PYTHON_NEXT, PYTHON_GPU, TORCH and WORKERS may be set: make test PYTHON=python3.12 TORCH=torch
 
 PYTHON ?= python3
 # A python3.12 on the path may be a stand-in that does not run: ask it.
@@ -18,6 +18,9 @@ PYTHON_NEXT ?= $(shell \
 TORCH ?= torch==2.13.0
 # A container's own: its torch and TransformerEngine fit its GPUs, and pip would replace them.
 PYTHON_GPU ?= python3
+
+# Two at a time: many tests start ranks of their own. With WORKERS= one after the other.
+WORKERS ?= -n 2 --dist loadgroup
 
 VENV := .venv
 VENV_NEXT := .venv-next
@@ -34,16 +37,16 @@ quickstart: $(READY)
 	$(VENV)/bin/python tools/launch.py recipes/quickstart/recipe.yaml
 
 test: $(READY)
-	$(VENV)/bin/python -m pytest -m "not long and not gpu"
+	$(VENV)/bin/python -m pytest $(WORKERS) -m "not long and not gpu"
 
 test-all: $(READY)
-	$(VENV)/bin/python -m pytest -m "not gpu"
+	$(VENV)/bin/python -m pytest $(WORKERS) -m "not gpu"
 
 test-gpu:
 	$(PYTHON_GPU) -m pytest -m gpu tests/gpu
 
 test-next: $(READY_NEXT)
-	$(VENV_NEXT)/bin/python -m pytest -m "not long and not gpu"
+	$(VENV_NEXT)/bin/python -m pytest $(WORKERS) -m "not long and not gpu"
 
 lint: $(READY)
 	$(VENV)/bin/ruff format --check .
