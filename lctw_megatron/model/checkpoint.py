@@ -55,6 +55,8 @@ class CheckpointManifest(Section):
     """Identity of the tokenizer, as in a token dataset's manifest."""
     run: RunConfig | None = None
     """The run that wrote it."""
+    ranks: int | None = None
+    """How many ranks it had."""
     loader: dict[str, Any] | None = None
     """Where the data loader stood."""
     optimizer: bool = False

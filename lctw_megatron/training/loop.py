@@ -30,6 +30,7 @@ from lctw_megatron.ownership import owned
 from lctw_megatron.platform.capabilities import capabilities
 from lctw_megatron.platform.flight_recorder import record_into, write_record
 from lctw_megatron.platform.gpu import use_deterministic_kernels
+from lctw_megatron.platform.rank_memory import least_usable_memory
 from lctw_megatron.platform.world import World, initialize, on_first_rank
 from lctw_megatron.progress import Progress
 from lctw_megatron.training import flops
@@ -46,6 +47,7 @@ from lctw_megatron.training.hang_watch import HangWatch
 from lctw_megatron.training.heartbeat import Heartbeat
 from lctw_megatron.training.loss_spike import SpikeWatch
 from lctw_megatron.training.metrics import MetricsLog, peak_memory_gib
+from lctw_megatron.training.micro_batch import choose_micro_batch, with_micro_batch
 from lctw_megatron.training.nonfinite import NonFinite, write_nonfinite
 from lctw_megatron.training.optimizer import build_optimizer, gather_weights, wrap_data_parallel
 from lctw_megatron.training.recall import TrainingRecall
@@ -106,8 +108,14 @@ class Trainer:
         self._now("starting", 0)
         self.loader = self._open_data(run)
         source = self.loader.sources[0]
-        self.config = run = complete_run(run, source.tokenizer, source.prefix)
+        run = complete_run(run, source.tokenizer, source.prefix)
+        folder = Path(run.run_dir) / "checkpoints"
+        own = newest_checkpoint(folder, self.print_rank_0)
+        memory = least_usable_memory(self.world.device)
+        size = choose_micro_batch(run, self.world.size, memory, own and own[1])
+        self.config = run = with_micro_batch(run, size)
         check_layout(run, self.world.size)
+        self.loader.cut(size)
         if run.training.eval_interval:
             _ = self.validation  # refused now, not at its first step
         start = find_checkpoint(run.start) / TOKENIZER if run.start else None
@@ -123,8 +131,6 @@ class Trainer:
             fields=run.megatron.transformer,
         )
         self.wrapped = wrap_data_parallel(self.chunks, run.megatron.ddp)
-        folder = Path(run.run_dir) / "checkpoints"
-        own = newest_checkpoint(folder, self.print_rank_0)
         if run.start and own is None:
             load_weights(self.chunks, find_checkpoint(run.start))
         self.optimizer = build_optimizer(self.wrapped, run.training, run.megatron.optimizer)
@@ -217,7 +223,7 @@ class Trainer:
         loader = ValidationLoader(
             run.data,
             sequences=run.training.eval_sequences,
-            micro_batch_size=run.training.micro_batch_size,
+            micro_batch_size=self.loader.micro_batch_size,
             dp_rank=world.data_rank,
             dp_size=world.data_size,
             cp_rank=world.context_rank,
@@ -238,6 +244,7 @@ class Trainer:
             dtype=self.config.training.precision,
             tokenizer=self.loader.sources[0].tokenizer.model_dump(mode="json"),
             run=self.config,
+            ranks=self.world.size,
             loader=self.loader.state_dict(),
             optimizer=True,
             machine=capabilities().line(),
@@ -274,7 +281,7 @@ class Trainer:
             run.data,
             seed=run.seed,
             global_batch_size=run.training.global_batch_size,
-            micro_batch_size=run.training.micro_batch_size,
+            micro_batch_size=run.training.micro_batch_size or 1,
             dp_rank=world.data_rank,
             dp_size=world.data_size,
             cp_rank=world.context_rank,
