@@ -170,7 +170,7 @@ def test_launch_needs_no_checkout_and_a_tool_uses_its_own(
     out = installed.good(tmp_path, "lctw-launch", "quickstart", "--dry-run")
     assert f"python -m lctw_megatron.{train} --run dense\n" in out and "tools/" not in out
     assert f"python -m lctw_megatron.{report}" in out
-    slurm = ("--cluster", "slurm_cpu_test", "--set", "runs.base.training.micro_batch_size=2")
+    slurm = ("--cluster", "slurm_cpu_test")
     out = installed.good(tmp_path, "lctw-launch", "quickstart", *slurm, "--dry-run")
     assert f"    lctw_megatron.{train}\n" in out and " tools/train.py" not in out
     assert "' rank python -m " in out and " torchrun --standalone --nproc-per-node=2 -m -- " in out

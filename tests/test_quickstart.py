@@ -7,6 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from lctw_megatron.config.load import load_fragment
+from lctw_megatron.config.schema import ClusterConfig
+from lctw_megatron.launch.queue import plan_jobs
+from lctw_megatron.launch.stage_graph import build_stage_graph
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -28,6 +33,13 @@ def quickstart(folder: Path) -> subprocess.CompletedProcess[str]:
     for field, value in changes.items():
         command += ["--set", f"{field}={value}"]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=590)
+
+
+@pytest.mark.parametrize("cluster", ["slurm_generic", "slurm_cpu_test"])
+def test_the_quickstart_fits_the_shipped_clusters_as_it_is(cluster: str) -> None:
+    graph = build_stage_graph("recipes/quickstart/recipe.yaml")
+    site = ClusterConfig.model_validate(load_fragment("cluster", cluster, "the test"))
+    assert "train-base" in [job.name for job in plan_jobs(graph, graph.stages, site)]
 
 
 @pytest.mark.timeout(1300)

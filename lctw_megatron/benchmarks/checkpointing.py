@@ -21,7 +21,7 @@ def checkpoint_benchmark(run: RunConfig, every: int = 20, repeats: int = 3) -> d
 
     bench = StepBench(run)
     stepper = bench.stepper({"scheme": "uniform"})
-    batches = random_batches(run, run.training.global_batch_size // run.training.micro_batch_size)
+    batches = random_batches(run)
 
     def seconds(writer: CheckpointWriter | None, number: int) -> float:
         start = time.perf_counter()

@@ -65,7 +65,7 @@ def profile_step(results: dict[str, Any]) -> None:
     run = RunConfig.model_validate(LARGE)
     bench = StepBench(run)
     stepper = bench.stepper(WEIGHTINGS["uniform"])
-    batches = random_batches(run, 1)
+    batches = random_batches(run)
     stepper.step(0, batches)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         stepper.step(0, batches)

@@ -11,14 +11,14 @@ from lctw_megatron.model import spec
 from lctw_megatron.training import flops
 
 
-def random_batches(run: RunConfig, number: int, seed: int = 0) -> list[dict[str, Tensor]]:
-    """Micro batches as the loader gives them, one document a sequence, with made-up short
-    losses.
+def random_batches(run: RunConfig, seed: int = 0) -> list[dict[str, Tensor]]:
+    """The micro batches of a step as the loader gives them (of one sequence unless the run says),
+    one document a sequence, with made-up short losses.
     """
-    rows, length = run.training.micro_batch_size, run.data.sequence_length
+    rows, length = run.training.micro_batch_size or 1, run.data.sequence_length
     generator = torch.Generator().manual_seed(seed)
     batches = []
-    for _ in range(number):
+    for _ in range(run.training.global_batch_size // rows):
         text = torch.randint(run.model.vocab_size or 0, (rows, length + 1), generator=generator)
         tokens, labels = text[:, :-1].contiguous(), text[:, 1:].contiguous()
         short_loss = torch.rand(rows, length, generator=generator) * 12
@@ -74,8 +74,7 @@ def step_benchmark(
     The first is what the others' `time_ratio` and `flops_ratio` refer to.
     """
     bench = StepBench(run)
-    number = run.training.global_batch_size // run.training.micro_batch_size
-    batches = random_batches(run, number)
+    batches = random_batches(run)
     steppers = {name: bench.stepper(weighting) for name, weighting in weightings.items()}
     costs = measure_in_turn(
         [lambda s=stepper: s.step(0, batches) for stepper in steppers.values()],  # type: ignore

@@ -18,7 +18,12 @@ torchrun. Done again only if the checkpoint or a setting has changed."""
 
 def main(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
-    return {"losses": _losses, "recall": _recall}[options.verb](options)
+    status = {"losses": _losses, "recall": _recall}[options.verb](options)
+
+    from lctw_megatron.platform.world import shut_down
+
+    shut_down()
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:

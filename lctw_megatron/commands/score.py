@@ -93,20 +93,27 @@ def main(arguments: list[str]) -> int:
 def _score(options: argparse.Namespace) -> int:
     from lctw_megatron.config.schema import LayoutConfig
     from lctw_megatron.platform.capabilities import capabilities
+    from lctw_megatron.platform.world import first_rank_decides, join
     from lctw_megatron.scoring.job import Job
     from lctw_megatron.scoring.score_corpus import Request, score
     from lctw_megatron.scoring.windows import Windowing
 
-    job = Job(
-        options.data,
-        options.checkpoint,
-        Windowing(
-            options.window, options.stride, options.sequence_length, options.score_first_window
-        ),
-        options.name,
-        LayoutConfig(tensor=options.tensor, pipeline=options.pipeline),
-        options.precision or ("bf16" if capabilities().gpu else "fp32"),
-        options.tokens_per_forward,
+    layout = LayoutConfig(tensor=options.tensor, pipeline=options.pipeline)
+    windowing = Windowing(
+        options.window, options.stride, options.sequence_length, options.score_first_window
+    )
+    precision = options.precision or ("bf16" if capabilities().gpu else "fp32")
+    join(layout)
+    job = first_rank_decides(
+        lambda: Job(
+            options.data,
+            options.checkpoint,
+            windowing,
+            options.name,
+            layout,
+            precision,
+            options.tokens_per_forward,
+        )
     )
     shard, shards = options.shard or (None, options.shards)
     request = Request(shards, shard, options.merge, options.overwrite)

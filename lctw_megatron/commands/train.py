@@ -35,6 +35,13 @@ def main(arguments: list[str]) -> int:
         "--ranks", type=int, metavar="N", help="with --dry-run: how many ranks there will be"
     )
     parser.add_argument(
+        "--memory",
+        type=float,
+        metavar="GIB",
+        help="with --dry-run: memory of the GPU of a rank, for which training.micro_batch_size is "
+        "chosen where the recipe leaves it out; default: this machine's",
+    )
+    parser.add_argument(
         "--write-speed",
         type=float,
         metavar="GB/S",
@@ -64,13 +71,27 @@ def _train(options: argparse.Namespace) -> int:
     parse_weighting(run.weighting)
     check_megatron_fields(run)
     if options.dry_run:
+        from lctw_megatron.platform.rank_memory import usable_memory
         from lctw_megatron.training.estimate import describe_layout
+        from lctw_megatron.training.micro_batch import (
+            choose_micro_batch,
+            describe_micro_batch,
+            with_micro_batch,
+        )
         from lctw_megatron.training.save_estimate import describe_save
 
         if not 0 < options.write_speed < 1e9:
             raise InputError(f"--write-speed is {options.write_speed}, expected GB/s above 0")
-        sys.stdout.write(dump_yaml(run))
-        sys.stdout.write(describe_layout(run, options.ranks))
+        if options.memory is not None and not 0 < options.memory < 1e9:
+            raise InputError(f"--memory is {options.memory}, expected GiB above 0")
+        ranks = options.ranks or run.layout.tensor * run.layout.pipeline * run.layout.context
+        memory = usable_memory(ranks, options.memory)
+        chosen = with_micro_batch(run, choose_micro_batch(run, ranks, memory))
+        sys.stdout.write(dump_yaml(chosen))
+        sys.stdout.write(describe_layout(chosen, options.ranks))
+        if chosen != run:
+            print(describe_micro_batch(chosen, ranks, memory))
+        run = chosen
         print(*describe_save(run, options.ranks, options.write_speed), sep="\n")
         return 0
 

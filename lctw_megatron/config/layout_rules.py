@@ -24,8 +24,11 @@ class LayoutSizes:
     """Data-parallel ranks: world_size / (tensor x pipeline x context)."""
     model_ranks: int
     """Ranks that hold one copy of the model and work on the same sequences: TP x PP x CP."""
+    sequences: int | None
+    """Sequences of the global batch on one data-parallel rank."""
     micro_batches: int | None
-    """Forward passes of one data-parallel rank in one optimizer step."""
+    """Forward passes of one data-parallel rank in one optimizer step. Also None while the micro
+    batch size is not chosen."""
     layers_per_chunk: int
     """Layers of one model chunk; a pipeline rank holds `virtual_pipeline` chunks."""
     chunks: int
@@ -53,12 +56,13 @@ def check_layout(run: RunConfig, world_size: int | None = None) -> LayoutSizes:
     if run.training.recall:
         for length in run.training.recall.lengths:
             check_sequence(length, f"{length} of training.recall.lengths", layout)
-    data, micro_batches = _check_batch(run, world_size)
+    data, sequences, micro_batches = _check_batch(run, world_size)
     chunks = layout.virtual_pipeline or 1
     return LayoutSizes(
         world_size=world_size,
         data=data,
         model_ranks=layout.tensor * layout.pipeline * layout.context,
+        sequences=sequences,
         micro_batches=micro_batches,
         layers_per_chunk=run.model.num_layers // (layout.pipeline * chunks),
         chunks=chunks,
@@ -129,17 +133,21 @@ def check_sequence(length: int, name: str, layout: LayoutConfig) -> None:
         )
 
 
-def _check_batch(run: RunConfig, world_size: int | None) -> tuple[int | None, int | None]:
-    """Data-parallel ranks and micro batches, if the number of ranks is known."""
+def _check_batch(
+    run: RunConfig, world_size: int | None
+) -> tuple[int | None, int | None, int | None]:
+    """Data-parallel ranks, sequences and micro batches of each, as far as they are known."""
     layout, training = run.layout, run.training
+    # One that is chosen later may be 1: whatever suits no other size is refused then.
+    micro_batch = training.micro_batch_size or 1
     _must_divide(
         training.global_batch_size,
         "training.global_batch_size",
-        training.micro_batch_size,
+        micro_batch,
         "training.micro_batch_size",
     )
     if world_size is None:
-        return None, None
+        return None, None, None
     model_ranks = layout.tensor * layout.pipeline * layout.context
     _must_divide(
         world_size,
@@ -148,19 +156,20 @@ def _check_batch(run: RunConfig, world_size: int | None) -> tuple[int | None, in
         "layout.tensor x layout.pipeline x layout.context",
     )
     data = world_size // model_ranks
+    of = "training.micro_batch_size x " if training.micro_batch_size else ""
     _must_divide(
         training.global_batch_size,
         "training.global_batch_size",
-        training.micro_batch_size * data,
-        f"training.micro_batch_size x the {data} data-parallel ranks",
+        micro_batch * data,
+        f"{of}the {data} data-parallel ranks",
     )
-    micro_batches = training.global_batch_size // (training.micro_batch_size * data)
+    sequences = training.global_batch_size // data
     # megatron-core's interleaved schedule raises on this (schedules.py, "dependency bubbles").
     if layout.virtual_pipeline:
         _must_divide(
-            micro_batches,
+            sequences // micro_batch,
             "micro batches of a step",
             layout.pipeline,
             "layout.pipeline (layout.virtual_pipeline is on)",
         )
-    return data, micro_batches
+    return data, sequences, sequences // micro_batch if training.micro_batch_size else None

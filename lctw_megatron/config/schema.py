@@ -251,8 +251,9 @@ class TrainingConfig(Section):
     steps: Positive
     global_batch_size: Positive = 8
     """Sequences of one optimizer step, over all data-parallel ranks."""
-    micro_batch_size: Positive = 1
-    """Sequences of one forward pass of one data-parallel rank."""
+    micro_batch_size: Positive | None = None
+    """Sequences of one forward pass of one data-parallel rank; default: as many as fit a rank's
+    memory and divide what it has of the global batch (training/micro_batch.py)."""
     precision: Literal["fp32", "bf16"] = "fp32"
     lr: Annotated[float, Field(gt=0, le=1e3)] = 2e-5
     min_lr: Annotated[float, Field(ge=0, le=1e3)] = 0.0

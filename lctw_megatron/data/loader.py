@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lctw_megatron.config.schema import DataConfig
@@ -70,19 +71,14 @@ class TokenLoader:
         stride: int | None = None,
         vocab_size: int | None = None,
     ) -> None:
+        self._global_batch_size = global_batch_size
         self._slice = BatchSlice(micro_batch_size, dp_rank, dp_size, cp_rank, cp_size)
-        if global_batch_size % self._slice.sequences_at_once:
-            raise InputError(
-                f"training.global_batch_size={global_batch_size} is no multiple of "
-                f"training.micro_batch_size={micro_batch_size} times {dp_size} data-parallel "
-                f"ranks; change one of the three"
-            )
+        self.cut(micro_batch_size)
         if not data.train:
             raise InputError("data.train is empty; name the prefix of at least one token dataset")
         check_cut(data, cp_size)
         self._data = data
         self._seed = seed
-        self._global_batch_size = global_batch_size
         self.sources = open_sources(
             data.train,
             data,
@@ -103,6 +99,20 @@ class TokenLoader:
         """Samples of all steps up to the last one asked for."""
         self._reader = ThreadPoolExecutor(1, "lctw-loader")
         self._ahead: dict[tuple[int, int], Future[dict[str, Tensor]]] = {}
+
+    def cut(self, micro_batch_size: int) -> None:
+        """Take microbatches of another size, before any step. InputError if they do not fit."""
+        self._slice = replace(self._slice, micro_batch_size=micro_batch_size)
+        if self._global_batch_size % self._slice.sequences_at_once:
+            raise InputError(
+                f"training.global_batch_size={self._global_batch_size} is no multiple of "
+                f"training.micro_batch_size={micro_batch_size} times {self._slice.dp_size} "
+                "data-parallel ranks; change one of the three"
+            )
+
+    @property
+    def micro_batch_size(self) -> int:
+        return self._slice.micro_batch_size
 
     @property
     def microbatches(self) -> int:

@@ -2,10 +2,9 @@
 
 import hashlib
 import io
-import os
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,8 +20,10 @@ from lctw_megatron.errors import InputError
 from lctw_megatron.evaluation.longppl import STRIDE, WINDOW, key_tokens, perplexity
 from lctw_megatron.evaluation.probes import Probes, context_of, distance_of
 from lctw_megatron.evaluation.result_file import FORMAT, read_evaluation
+from lctw_megatron.model.checkpoint import CheckpointManifest, find_checkpoint, read_manifest
 from lctw_megatron.ownership import sole_writer
 from lctw_megatron.platform.capabilities import capabilities
+from lctw_megatron.platform.world import first_rank_decides, join, on_first_rank
 from lctw_megatron.progress import Progress
 from lctw_megatron.scoring.windows import check_windows
 from lctw_megatron.weighting.schemes import KEY_ALPHA, KEY_BETA
@@ -61,22 +62,25 @@ def evaluate_to_file(
 ) -> str | None:
     """``evaluate``, written to ``output`` unless it is there already; a line that says so, on the
     first rank. All ranks call it."""
-    from lctw_megatron.model.checkpoint import find_checkpoint
+    first = join(layout or LayoutConfig())
+    with ExitStack() as held:
 
-    settings = complete(settings, checkpoint)
-    described = describe(settings, find_checkpoint(checkpoint), TokenDataset(prefix))
-    found = read_evaluation(output)
-    first = os.environ.get("RANK", "0") == "0"  # before there are groups; torchrun and srun say it
-    if found is not None and found["settings"] == described:
-        return summary_line(output, found) if first else None
-    with sole_writer(Path(output), print) if first else nullcontext():
-        result = evaluate(checkpoint, prefix, settings, layout)
-        if first:
-            write_json(output, result)
+        def survey() -> dict[str, Any] | None:
+            """The result if it is there; else its file is ours to write."""
+            place, manifest = _look(checkpoint)
+            completed = complete(settings, place, manifest)
+            described = describe(completed, place, TokenDataset(prefix))
+            found = read_evaluation(output)
+            if found is not None and found["settings"] == described:
+                return found
+            held.enter_context(sole_writer(Path(output), print))
+            return None
 
-    import torch.distributed as dist
-
-    dist.barrier()
+        result = first_rank_decides(survey)
+        if result is None:
+            result = evaluate(checkpoint, prefix, settings, layout)
+            measured = result
+            on_first_rank(lambda: write_json(output, measured))
     return summary_line(output, result) if first else None
 
 
@@ -110,17 +114,25 @@ def evaluate(
     from lctw_megatron.evaluation.weight_sample import sample_or_reason
 
     layout = layout or LayoutConfig()
-    settings = complete(settings, checkpoint)
+    join(layout)
+    asked = settings
+
+    def begin() -> tuple[Path, EvaluationSettings, dict[str, Any]]:
+        place, manifest = _look(checkpoint)
+        completed, dataset = complete(asked, place, manifest), TokenDataset(prefix)
+        check_data(place, manifest, dataset)
+        if completed.key_checkpoint:
+            check_data(*_look(completed.key_checkpoint), dataset)
+        return place, completed, describe(completed, place, dataset)
+
+    place, settings, described = first_rank_decides(begin)
     assert settings.sequence_length and settings.near
     length = settings.sequence_length
     source = open_held_out(prefix, length)
-    check_data(checkpoint, source.dataset)
-    if settings.key_checkpoint:
-        check_data(settings.key_checkpoint, source.dataset)
     numbers = chosen_sequences(len(source), settings.max_sequences)
     keys = _key_tokens(settings, layout, source, numbers) if settings.key_checkpoint else None
 
-    model = ModelLosses(checkpoint, layout, length, settings.tokens_per_forward)
+    model = ModelLosses(place, layout, length, settings.tokens_per_forward)
     if model.world.is_first:
         print(capabilities().line(), flush=True)
     probes = Probes(len(numbers), length, settings.near)
@@ -134,7 +146,7 @@ def evaluate(
     flat = np.concatenate(all_losses)
     result: dict[str, Any] = {
         "format": FORMAT,
-        "settings": describe(settings, model.checkpoint, source.dataset),
+        "settings": described,
         "sequences": [list(source.index.pieces(number)[0][:2]) for number in numbers],
         "loss": float(flat.mean(dtype=np.float64)),
         "targets": len(flat),
@@ -147,11 +159,15 @@ def evaluate(
     return result
 
 
-def complete(settings: EvaluationSettings, checkpoint: str | Path) -> EvaluationSettings:
-    """``settings`` with what follows from the checkpoint and from each other. InputError."""
-    from lctw_megatron.model.checkpoint import find_checkpoint, read_manifest
+def _look(checkpoint: str | Path) -> tuple[Path, CheckpointManifest]:
+    place = find_checkpoint(checkpoint)
+    return place, read_manifest(place)
 
-    manifest = read_manifest(find_checkpoint(checkpoint))
+
+def complete(
+    settings: EvaluationSettings, checkpoint: Path, manifest: CheckpointManifest
+) -> EvaluationSettings:
+    """``settings`` with what follows from the checkpoint and from each other. InputError."""
     length = settings.sequence_length
     if length is None:
         run = manifest.run
@@ -188,8 +204,6 @@ def describe(
     }
     del described["tokens_per_forward"]
     if settings.key_checkpoint:
-        from lctw_megatron.model.checkpoint import find_checkpoint
-
         described["key_weights"] = weights_identity(find_checkpoint(settings.key_checkpoint))
     return described
 

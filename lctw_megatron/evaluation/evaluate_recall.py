@@ -3,11 +3,10 @@
 import hashlib
 import io
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,10 @@ from lctw_megatron.evaluation.recall_samples import (
     depths_of,
     samples_of,
 )
-from lctw_megatron.model.checkpoint import CheckpointManifest, find_checkpoint, read_manifest
+from lctw_megatron.model.checkpoint import CheckpointManifest, agreed_checkpoint
 from lctw_megatron.ownership import sole_writer
 from lctw_megatron.platform.capabilities import capabilities
+from lctw_megatron.platform.world import first_rank_decides, join, on_first_rank
 from lctw_megatron.progress import Progress
 
 WINDOW = 1024
@@ -68,23 +68,29 @@ def recall_to_file(
 
     if settings.seed < 0:
         raise InputError(f"--seed {settings.seed}: a seed is not negative; give 0 or more")
-    place = find_checkpoint(checkpoint)
-    manifest = read_manifest(place)
+    first = join(layout)
+    place, manifest = agreed_checkpoint(checkpoint)
     tokenizer = open_tokenizer(place, manifest)
     maker = SampleMaker(tokenizer, settings.haystack, settings.seed, manifest.model.vocab_size or 0)
-    described = describe(settings, place, manifest, maker, tokenizer.identity.digest)
+    digest = tokenizer.identity.digest
+    described = first_rank_decides(lambda: describe(settings, place, manifest, maker, digest))
     _check(settings, described["window"], layout, maker)
-    # Which rank this is was not asked for yet; torchrun and srun both say.
-    first = os.environ.get("RANK", "0") == "0"
-    if first:
-        for line in _notes(settings, manifest, maker):
-            print(line, flush=True)
-        if samples_file is not None:
-            _write_samples(samples_file, maker, settings, described["depths"])
-    found = read_recall(output)
-    if found is not None and found["settings"] == described:
-        return found if first else None
-    with sole_writer(Path(output), print) if first else nullcontext():
+    with ExitStack() as held:
+
+        def survey() -> dict[str, Any] | None:
+            """The result if it is there; else its file is ours to write."""
+            for line in _notes(settings, manifest, maker):
+                print(line, flush=True)
+            if samples_file is not None:
+                _write_samples(samples_file, maker, settings, described["depths"])
+            found = read_recall(output)
+            if found is not None and found["settings"] == described:
+                return found
+            held.enter_context(sole_writer(Path(output), print))
+            return None
+
+        if found := first_rank_decides(survey):
+            return found if first else None
         model = ModelLosses(place, layout, max(settings.lengths), tokens_per_forward)
         if first:
             print(capabilities().line(), flush=True)
@@ -99,12 +105,7 @@ def recall_to_file(
             result["cells"] += list(_cells(model, maker, settings, described, length))
             result["seconds"][str(length)] = round(time.perf_counter() - begin, 3)
         model.free()
-        if first:
-            write_json(output, result)
-
-    import torch.distributed as dist
-
-    dist.barrier()
+        on_first_rank(lambda: write_json(output, result))
     return result if first else None
 
 

@@ -16,6 +16,7 @@ from lctw_megatron.data.tokenizers import Tokenizer
 from lctw_megatron.errors import InputError
 from lctw_megatron.evaluation.part_encoder import PartEncoder
 from lctw_megatron.evaluation.recall_tasks import SENTENCES
+from lctw_megatron.platform.world import first_rank_decides
 
 SENTENCE_ENDS = (".", "!", "?", "\n")
 _BATCH = 64
@@ -110,10 +111,11 @@ class Stream:
 
 
 def open_haystack(path: str | None, tokenizer: Tokenizer, encode: PartEncoder) -> Haystack:
-    """None: repeated sentences; a prefix of a token dataset; or a text file. InputError."""
+    """None: repeated sentences; a prefix of a token dataset; or a text file. InputError. All
+    ranks call it."""
     if path is None:
         return Sentences(encode)
-    if Path(f"{path}.idx").is_file():
+    if first_rank_decides(Path(f"{path}.idx").is_file):
         dataset = TokenDataset(path)
         theirs, ours = dataset.manifest.tokenizer.digest, tokenizer.identity.digest
         if theirs != ours:

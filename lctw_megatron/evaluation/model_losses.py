@@ -20,18 +20,16 @@ from lctw_megatron.model import spec
 from lctw_megatron.model.checkpoint import (
     TOKENIZER,
     CheckpointManifest,
-    find_checkpoint,
+    agreed_checkpoint,
     load_weights,
-    read_manifest,
 )
-from lctw_megatron.platform.world import initialize
+from lctw_megatron.platform.world import first_rank_decides, initialize, join
 
 
-def check_data(checkpoint: str | Path, dataset: TokenDataset) -> None:
-    """InputError, both sides named, if the model was trained with another tokenizer or does not
-    know a token of ``dataset``. To be asked before the model is loaded."""
-    checkpoint = find_checkpoint(checkpoint)
-    manifest, tokenizer = read_manifest(checkpoint), dataset.manifest.tokenizer
+def check_data(checkpoint: Path, manifest: CheckpointManifest, dataset: TokenDataset) -> None:
+    """InputError, both sides named, if the model of ``checkpoint`` was trained with another
+    tokenizer or does not know a token of ``dataset``. To be asked before the model is loaded."""
+    tokenizer = dataset.manifest.tokenizer
     known = (manifest.tokenizer or {}).get("digest")
     if known and known != tokenizer.digest:
         raise InputError(
@@ -58,12 +56,12 @@ class ModelLosses(SequenceLosses):
         """
         from lctw_megatron.model.gpt import build_model
 
-        self.checkpoint = find_checkpoint(checkpoint)
-        self.manifest = read_manifest(self.checkpoint)
         if layout.virtual_pipeline:
             raise InputError(
                 "layout.virtual_pipeline: an evaluation gains nothing from it; leave it out"
             )
+        join(layout)
+        self.checkpoint, self.manifest = agreed_checkpoint(checkpoint)
         model = self.manifest.model
         check_model(model, layout)
         world = initialize(layout, seed=0)
@@ -133,12 +131,17 @@ class ModelLosses(SequenceLosses):
 
 
 def open_tokenizer(checkpoint: Path, manifest: CheckpointManifest) -> Tokenizer:
-    """The checkpoint's own tokenizer files, else those its data was made with. InputError."""
-    own = checkpoint / TOKENIZER
-    if has_tokenizer(own):
-        return load_tokenizer(own)
+    """The tokenizer of ``tokenizer_place``, as the first rank reads it. All ranks call it."""
+    return first_rank_decides(lambda: load_tokenizer(tokenizer_place(checkpoint, manifest)))
+
+
+def tokenizer_place(checkpoint: Path, manifest: CheckpointManifest) -> Path:
+    """Where the checkpoint's own tokenizer files are, else those its data was made with.
+    InputError."""
+    if has_tokenizer(checkpoint / TOKENIZER):
+        return checkpoint / TOKENIZER
     if manifest.tokenizer is None:
         raise InputError(
             f"{checkpoint}: has no tokenizer; import it again from a folder that has one"
         )
-    return load_tokenizer(manifest.tokenizer["path"])
+    return Path(manifest.tokenizer["path"])

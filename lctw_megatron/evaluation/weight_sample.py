@@ -14,6 +14,7 @@ The final model gives the long losses; the short losses come from where the run 
 step's sequences, because they are the last that were weighted; the model has trained on them.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,14 +24,16 @@ from lctw_megatron.config.schema import RunConfig
 from lctw_megatron.data.batch import IGNORE, Sample
 from lctw_megatron.data.loader import TokenLoader, TracedSample
 from lctw_megatron.data.token_text import TokenTexts
+from lctw_megatron.data.tokenizers import load_tokenizer
 from lctw_megatron.errors import InputError
-from lctw_megatron.evaluation.model_losses import ModelLosses, open_tokenizer
+from lctw_megatron.evaluation.model_losses import ModelLosses, tokenizer_place
 from lctw_megatron.evaluation.probes import class_of, distance_of
 from lctw_megatron.evaluation.sequence_weights import (
     sequence_weights,
     weight_by_class,
     weight_histogram,
 )
+from lctw_megatron.platform.world import first_rank_decides
 from lctw_megatron.weighting.parse import Weighting, parse_weighting
 from lctw_megatron.weighting.schemes import Uniform
 from lctw_megatron.weighting.statistics import weight_statistics
@@ -49,12 +52,23 @@ def sample_or_reason(model: ModelLosses, near: int, most: int) -> dict[str, Any]
     weighting = parse_weighting(run.weighting)
     if isinstance(weighting.scheme, Uniform):
         return None
-    try:
-        samples, traced = _last_step(model, run, weighting, most)
-        tokenizer = open_tokenizer(model.checkpoint, model.manifest)
-    except InputError as error:
-        return str(error)
-    return weight_sample(model, weighting, samples, traced, near, TokenTexts(tokenizer))
+    first_ranks: list[TokenTexts] = []
+
+    def read() -> tuple[list[Sample], list[TracedSample]] | str:
+        try:
+            place = tokenizer_place(model.checkpoint, model.manifest)
+            first_ranks.append(TokenTexts(load_tokenizer(place)))
+            return _last_step(model, run, weighting, most)
+        except InputError as error:
+            return str(error)
+
+    def texts(ids: np.ndarray) -> list[str]:
+        return first_rank_decides(lambda: first_ranks[0](ids))
+
+    found = first_rank_decides(read)
+    if isinstance(found, str):
+        return found
+    return weight_sample(model, weighting, *found, near, texts)
 
 
 def weight_sample(
@@ -63,7 +77,7 @@ def weight_sample(
     samples: list[Sample],
     traced: list[TracedSample],
     near: int,
-    texts: TokenTexts,
+    texts: Callable[[np.ndarray], list[str]],
 ) -> dict[str, Any]:
     """The sample of the module's docstring. ``samples`` carry short losses in frozen mode."""
     length, config = len(samples[0].tokens), weighting.config
@@ -133,7 +147,7 @@ def _short(sample: Sample) -> np.ndarray:
 def _page(
     sample: Sample,
     traced: TracedSample,
-    texts: TokenTexts,
+    texts: Callable[[np.ndarray], list[str]],
     weights: np.ndarray,
     long_loss: np.ndarray,
     short_loss: np.ndarray,

@@ -279,14 +279,16 @@ def open_with_model(
     from lctw_megatron.config.schema import LayoutConfig
     from lctw_megatron.evaluation.evaluate import EvaluationSettings, complete
     from lctw_megatron.evaluation.model_losses import ModelLosses, check_data
+    from lctw_megatron.model.checkpoint import agreed_checkpoint
 
     window, stride = windows or (None, None)
     wanted = EvaluationSettings(settings.sequence_length, 1, window, stride)
-    completed = complete(wanted, checkpoint)
+    place, manifest = agreed_checkpoint(checkpoint)
+    completed = complete(wanted, place, manifest)
     length = completed.sequence_length
     assert length
-    check_data(checkpoint, dataset)
-    model = ModelLosses(checkpoint, LayoutConfig(), length)
+    check_data(place, manifest, dataset)
+    model = ModelLosses(place, LayoutConfig(), length)
     return ScoredTokens(
         dataset,
         weighting,

@@ -33,6 +33,7 @@ from lctw_megatron.errors import InputError
 from lctw_megatron.model.checkpoint_metadata import read_index
 from lctw_megatron.model.checksums import check_sums_together, folder_names, sum_files
 from lctw_megatron.model.initialize import sharded_parameters, sharding
+from lctw_megatron.platform.world import first_rank_decides
 
 MANIFEST = "checkpoint.json"
 TOKENIZER = "tokenizer"
@@ -55,6 +56,8 @@ class CheckpointManifest(Section):
     """Identity of the tokenizer, as in a token dataset's manifest."""
     run: RunConfig | None = None
     """The run that wrote it."""
+    ranks: int | None = None
+    """How many ranks it had."""
     loader: dict[str, Any] | None = None
     """Where the data loader stood."""
     optimizer: bool = False
@@ -105,6 +108,17 @@ def read_manifest(checkpoint: str | Path) -> CheckpointManifest:
     except ValidationError as error:
         found = str(error).splitlines()[0]
         raise InputError(f"{path}: damaged or of another version ({found})") from None
+
+
+def agreed_checkpoint(path: str | Path) -> tuple[Path, CheckpointManifest]:
+    """The checkpoint that ``path`` stands for (``find_checkpoint``) and its manifest, as the first
+    rank sees them. All ranks call it."""
+
+    def look() -> tuple[Path, CheckpointManifest]:
+        checkpoint = find_checkpoint(path)
+        return checkpoint, read_manifest(checkpoint)
+
+    return first_rank_decides(look)
 
 
 def write_manifest(
@@ -167,6 +181,16 @@ def check_files(checkpoint: Path) -> Any:
     return metadata
 
 
+def agreed_index(checkpoint: Path) -> Any:
+    """``check_files`` by the first rank, and the index for all. All ranks call it."""
+
+    def look() -> bytes:
+        check_files(checkpoint)
+        return (checkpoint / ".metadata").read_bytes()
+
+    return read_index(first_rank_decides(look))
+
+
 def _missing(path: Path) -> str:
     return f"{path}: missing; the checkpoint is damaged, use another"
 
@@ -192,8 +216,9 @@ def load_weights(chunks: list[Any], checkpoint: str | Path) -> None:
     Raises InputError if the checkpoint is damaged or names or shapes differ.
     """
     checkpoint = Path(checkpoint)
-    check_sums_together(checkpoint, read_manifest(checkpoint).checksums or {})
-    index = check_files(checkpoint)
+    sums = first_rank_decides(lambda: read_manifest(checkpoint).checksums or {})
+    check_sums_together(checkpoint, sums)
+    index = agreed_index(checkpoint)
     load_shards([shard for _, shard in sharded_parameters(chunks)], checkpoint, index)
 
 

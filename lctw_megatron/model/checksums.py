@@ -13,6 +13,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from lctw_megatron.errors import InputError
+from lctw_megatron.platform.world import first_rank_decides
 
 _BLOCK_BYTES = 1 << 24
 _THREADS = 4  # zlib and reading let the others go on; more than a rank's share of the cores is rude
@@ -48,10 +49,22 @@ def check_sums(folder: Path, sums: Mapping[str, str]) -> None:
 
 
 def check_sums_together(folder: Path, sums: Mapping[str, str]) -> None:
-    """``check_sums`` with the files shared over all ranks, refused on all of them."""
-    names = sorted(sums)[dist.get_rank() :: dist.get_world_size()]
-    complaints: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(complaints, _complaint(folder, {name: sums[name] for name in names}))
+    """``check_sums`` with the files shared over all ranks, refused on all of them. What is missing
+    on one may be there already for the first, which then looks for it."""
+    names, ranks = sorted(sums), dist.get_world_size()
+    parts = [{name: sums[name] for name in names[rank::ranks]} for rank in range(ranks)]
+    found: list[tuple[bool, str | None]] = [(False, None)] * ranks
+    mine = parts[dist.get_rank()]
+    lacks = not all((folder / name).exists() for name in mine)
+    dist.all_gather_object(found, (lacks, None if lacks else _complaint(folder, mine)))
+    late = {
+        name: sums[name]
+        for part, (lacks, _) in zip(parts, found, strict=True)
+        if lacks
+        for name in part
+    }
+    complaints = [complaint for _, complaint in found]
+    complaints.append(first_rank_decides(lambda: _complaint(folder, late)))
     for complaint in filter(None, complaints):
         raise InputError(complaint)
 

@@ -131,6 +131,13 @@ def initialize(layout: LayoutConfig, seed: int, timeout_minutes: float = 30) -> 
     )
 
 
+def join(layout: LayoutConfig) -> bool:
+    """Join the other ranks, if a launcher started several, so that the first one can decide for
+    them. Alone, nothing is done: what is finished needs no megatron-core. Whether this rank is the
+    first."""
+    return initialize(layout, seed=0).is_first if started_together() else True
+
+
 _FORMED: dict[str, Any] = {}
 """What megatron-core's groups of this process were formed with."""
 
@@ -149,21 +156,36 @@ def _leave_groups() -> None:
     parallel_state.destroy_model_parallel()
 
 
-def on_first_rank(action: Callable[[], Result]) -> Result | None:
-    """What ``action`` gives on the first rank; None on the others. All ranks call it. If it fails
-    there because of the user's input or the disk, the others leave quietly with its status."""
-    result: Result | None = None
+def first_rank_decides(
+    decide: Callable[[], Result], group: dist.ProcessGroup | None = None
+) -> Result:
+    """What ``decide`` gives on the first rank, on all ranks, as a pickle: what is on a shared file
+    system they need not see at the same moment. All ranks call it; without groups there is one.
+
+    If it fails because of the user's input or the disk, the others leave quietly with its status.
+    group: whose timeout bounds the waiting; None: the default group's.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return decide()
+    answer: list[Any] = [None, False]
     error: InputError | OSError | None = None
     if dist.get_rank() == 0:
         try:
-            result = action()
+            answer[0] = decide()
         except (InputError, OSError) as refusal:
-            error = refusal
-    refused = [error is not None]
-    dist.broadcast_object_list(refused, 0)
-    if refused[0]:
+            error, answer[1] = refusal, True
+    dist.broadcast_object_list(answer, 0, group)
+    if answer[1]:
         raise error or SystemExit(2)
-    return result
+    return answer[0]
+
+
+def on_first_rank(action: Callable[[], Result]) -> Result | None:
+    """``first_rank_decides`` for what cannot travel: what ``action`` gives on the first rank, None
+    on the others."""
+    results: list[Result] = []
+    first_rank_decides(lambda: results.append(action()))
+    return results[0] if results else None
 
 
 def shut_down() -> None:

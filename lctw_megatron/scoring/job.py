@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ _ARITHMETIC = ("precision", "tokens_per_forward", "tensor")
 @dataclass(frozen=True)
 class Job:
     """One sidecar to be made. Making a Job checks that scorer, data and windows fit: InputError.
+    Where the first rank makes it, the scorer it has found travels with it to the others.
 
     data: prefix of the token dataset. checkpoint: a run folder, its checkpoints or one checkpoint.
     """
@@ -52,6 +53,13 @@ class Job:
         _ = self.plan  # refuses windows that cannot be
         self._check_model()
         self._check_tokenizer()
+
+    def __getstate__(self) -> dict[str, Any]:
+        found = {"scorer_path": self.scorer_path, "scorer_manifest": self.scorer_manifest}
+        return {**{field.name: getattr(self, field.name) for field in fields(self)}, **found}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
 
     @cached_property
     def dataset(self) -> TokenDataset:

@@ -12,7 +12,13 @@ import torch.distributed as dist
 from lctw_megatron.data.manifest import SidecarManifest
 from lctw_megatron.errors import InputError
 from lctw_megatron.platform.capabilities import capabilities
-from lctw_megatron.platform.world import World, initialize, shut_down, started_together
+from lctw_megatron.platform.world import (
+    World,
+    first_rank_decides,
+    initialize,
+    shut_down,
+    started_together,
+)
 from lctw_megatron.progress import Progress, human
 from lctw_megatron.scoring.job import Job
 from lctw_megatron.scoring.merge_sidecar import merge
@@ -49,7 +55,7 @@ def score(job: Job, request: Request, log: Callable[[str], None]) -> SidecarMani
     # Ranks wait for each other as long as a shard takes, or the first one's reading of the corpus.
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=30)) if world else None
     try:
-        work = _agreed(world, patient, lambda: _survey(job, request, log, held))
+        work = first_rank_decides(lambda: _survey(job, request, log, held), patient)
         if work is not None and work.pending:
             world = world or initialize(job.layout, seed=0)
             _score_shards(job, work, world, log)
@@ -142,22 +148,3 @@ def _shard_losses(
             scored = int((table[:, 4] - table[:, 3]).sum())
             progress.update(int((table[:, 2] - table[:, 1]).sum()), scored=scored)
         yield losses
-
-
-def _agreed(
-    world: World | None, patient: dist.ProcessGroup | None, decide: Callable[[], _Work | None]
-) -> _Work | None:
-    """What the first rank decides: ranks on other nodes may see files late."""
-    if world is None or world.size == 1:
-        return decide()
-    answer: list[Any] = [None, None]
-    error: InputError | None = None
-    if world.is_first:
-        try:
-            answer = [decide(), None]
-        except InputError as problem:
-            answer, error = [None, str(problem)], problem
-    dist.broadcast_object_list(answer, group=patient)
-    if answer[1] is not None:
-        raise error or SystemExit(2)
-    return answer[0]

@@ -16,6 +16,7 @@ from lctw_megatron.model import spec
 from lctw_megatron.model.checkpoint import load_weights, read_manifest
 from lctw_megatron.model.cross_entropy import IGNORE
 from lctw_megatron.model.gpt import build_model
+from lctw_megatron.platform.world import first_rank_decides
 from lctw_megatron.scoring.forward import window_losses
 from lctw_megatron.scoring.window_plan import forwards
 from lctw_megatron.scoring.windows import Table
@@ -49,7 +50,7 @@ class Scorer:
         if device.type == "cpu":
             tokens_per_forward = min(tokens_per_forward, CPU_FORWARD_TOKENS)
         self.tokens_per_forward = tokens_per_forward
-        self.model = read_manifest(checkpoint).model
+        self.model = first_rank_decides(lambda: read_manifest(checkpoint)).model
         assert self.model.vocab_size is not None  # a checkpoint's is filled in
         self.vocab_size = self.model.vocab_size
         columns = padded_vocabulary(self.vocab_size) // layout.tensor

@@ -12,7 +12,6 @@ from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint import CheckpointException
@@ -23,6 +22,7 @@ from lctw_megatron.model.checkpoint import (
     MANIFEST,
     TOKENIZER,
     CheckpointManifest,
+    agreed_index,
     check_files,
     complete_checkpoints,
     load_shards,
@@ -33,6 +33,7 @@ from lctw_megatron.model.checkpoint import (
 )
 from lctw_megatron.model.checksums import check_sums_together
 from lctw_megatron.model.initialize import sharded_parameters
+from lctw_megatron.platform.world import first_rank_decides
 from lctw_megatron.training.exit_status import serve_until_parent_ends
 from lctw_megatron.training.optimizer_state import keep_own_settings, optimizer_shards
 from lctw_megatron.training.shared_writing import collect_sums, sharing_strategy
@@ -53,8 +54,9 @@ class CheckpointWriter:
 
     A folder is written under a temporary name and renamed by the first rank once every rank's files
     are on the disk and the manifest in it, so a folder with the final name is complete. Data that
-    any rank could not write (a full disk) are an InputError on all of them, also if it happens in
-    the background; what was written is removed and the older checkpoints stay.
+    any rank could not write (a full disk) are an InputError on the first rank, and the others leave
+    with it, also if it happens in the background; what was written is removed and the older
+    checkpoints stay.
     """
 
     folder: Path
@@ -209,25 +211,24 @@ class CheckpointWriter:
     def _on_first_rank(
         self, name: str, temporary: Path | None, action: Callable[[], Result]
     ) -> Result:
-        """What ``action`` gives on the first rank, or its failure, on all ranks."""
-        answer: list[Any] = [None, None]
-        if dist.get_rank() == 0:
+        """What ``action`` gives on the first rank, on all; InputError there if the disk refuses."""
+
+        def attempt() -> Result:
             try:
-                answer[0] = action()
+                return action()
             except OSError as error:
-                answer[1] = f"{error}; {self._room()}"
-        dist.broadcast_object_list(answer, 0)
-        result, failure = answer
-        if failure is not None:
-            self._give_up(name, temporary, failure)
-        return result
+                raise self._given_up(name, temporary, f"{error}; {self._room()}") from None
+
+        return first_rank_decides(attempt)
 
     def _fail(self, name: str, temporary: Path, error: CheckpointException) -> NoReturn:
         """megatron-core raises it on all ranks; the first knows why."""
-        reasons = sorted({str(cause[0]) for cause in error.failures.values()})
-        known = [f"{'; '.join(reasons)}; {self._room()}"]
-        dist.broadcast_object_list(known, 0)
-        self._give_up(name, temporary, known[0])
+
+        def give_up() -> NoReturn:
+            reasons = sorted({str(cause[0]) for cause in error.failures.values()})
+            raise self._given_up(name, temporary, f"{'; '.join(reasons)}; {self._room()}")
+
+        first_rank_decides(give_up)
 
     def _room(self) -> str:
         """Not every version of megatron-core says that it was the disk."""
@@ -236,10 +237,10 @@ class CheckpointWriter:
         except OSError as error:  # raised here it would leave the other ranks waiting
             return f"{self.folder} cannot be reached: {error.strerror}"
 
-    def _give_up(self, name: str, temporary: Path | None, reason: str) -> NoReturn:
-        if dist.get_rank() == 0 and temporary is not None:
+    def _given_up(self, name: str, temporary: Path | None, reason: str) -> InputError:
+        if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
-        raise InputError(
+        return InputError(
             f"{self.folder / name}: could not be written ({reason}); the checkpoints before it are "
             "whole, start again to go on from the newest"
         )
@@ -275,46 +276,46 @@ def newest_checkpoint(
     for all: on a network file system they need not see the same at the same moment.
     """
     candidates: list[Path] = []
-    if dist.get_rank() == 0:
+
+    def begin() -> int:
         for leftover in sorted(folder.glob(".step_*.tmp")) if folder.is_dir() else []:
             log(f"{leftover}: half-written, not used")
-        candidates = complete_checkpoints(folder)
-    number = len(candidates)
-    while True:
-        found: tuple[Path, CheckpointManifest] | None = None
-        while dist.get_rank() == 0 and candidates and found is None:
+        candidates.extend(complete_checkpoints(folder))
+        return len(candidates)
+
+    def next_whole() -> tuple[Path, CheckpointManifest]:
+        while candidates:
             path = candidates.pop()
             try:
                 check_files(path)
-                found = path, read_manifest(path)
+                return path, read_manifest(path)
             except InputError as error:
                 log(f"{path} is skipped: {error}")
-        answer: list[Any] = [found, number]
-        dist.broadcast_object_list(answer, 0)
-        if answer[0] is None and answer[1]:
-            raise InputError(
-                f"{folder}: none of its checkpoints ({answer[1]}) can be read, for the reasons "
-                "above; put a whole one there, or move them away to begin anew"
-            )
-        if answer[0] is None:
-            return None
-        path, manifest = answer[0]
+        raise InputError(
+            f"{folder}: none of its checkpoints ({number}) can be read, for the reasons above; put "
+            "a whole one there, or move them away to begin anew"
+        )
+
+    number = first_rank_decides(begin)
+    while number:
+        path, manifest = first_rank_decides(next_whole)
         try:
             check_sums_together(path, manifest.checksums or {})
             return path, manifest
         except InputError as error:
             log(f"{path} is skipped: {error}")
+    return None
 
 
 def resume(checkpoint: Path, chunks: list[Any], optimizer: Any) -> None:
     """Load weights and optimizer of what ``newest_checkpoint`` gave. All ranks call it. InputError
     if they do not fit."""
-    if not read_manifest(checkpoint).optimizer:
+    if not first_rank_decides(lambda: read_manifest(checkpoint).optimizer):
         raise InputError(
             f"{checkpoint}: holds no state of an optimizer; to begin from its weights name it as "
             "`start` of a new run_dir"
         )
-    index = check_files(checkpoint)
+    index = agreed_index(checkpoint)
     weights = [shard for _, shard in sharded_parameters(chunks)]
     own = optimizer_shards(chunks, optimizer, index.state_dict_metadata)
     loaded = load_shards(weights + own, checkpoint, index)

@@ -1,6 +1,7 @@
 """Whether a run fits what it begins with: a start's model and tokenizer, its own checkpoint."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 
@@ -17,15 +18,18 @@ _FREE_OF_THE_START = {
 _FREE_ON_RESUME = {"tokens_per_forward", "attention"}
 
 
-def complete_run(run: RunConfig, tokenizer: TokenizerIdentity, prefix: str) -> RunConfig:
-    """``run`` with what the tokenizer of its data (``prefix``) and its sequence length decide.
+def complete_run(
+    run: RunConfig, tokenizer: TokenizerIdentity, prefix: str
+) -> tuple[RunConfig, Path | None]:
+    """``run`` with what the tokenizer of its data (``prefix``) and its sequence length decide, and
+    the checkpoint that it begins with, if any.
 
     Raises InputError if `start` has another model or was trained with another tokenizer.
     """
     manifest = None
     positions = run.data.sequence_length
-    if run.start:
-        start = find_checkpoint(run.start)
+    start = find_checkpoint(run.start) if run.start else None
+    if start is not None:
         manifest = read_manifest(start)
         # Training on shorter sequences takes no position from a model.
         positions = max(positions, manifest.model.max_position_embeddings or 0)
@@ -53,7 +57,7 @@ def complete_run(run: RunConfig, tokenizer: TokenizerIdentity, prefix: str) -> R
                 f"{prefix} was tokenised with tokenizer {tokenizer.digest}, but {start} was "
                 f"trained with {theirs}; preprocess with the checkpoint's"
             )
-    return run.model_copy(update={"model": model})
+    return run.model_copy(update={"model": model}), start
 
 
 def check_unchanged(run: RunConfig, manifest: CheckpointManifest) -> None:

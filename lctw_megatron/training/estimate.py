@@ -72,8 +72,9 @@ class MemoryEstimate:
 
 
 def estimate(run: RunConfig, world_size: int) -> MemoryEstimate:
-    """Memory of ``run`` on ``world_size`` ranks. Without ``model.vocab_size`` (it comes from the
-    tokenizer) embedding, head and loss are left out. Raises InputError for a wrong layout."""
+    """Memory of ``run``, its micro batch size chosen, on ``world_size`` ranks. Without
+    ``model.vocab_size`` (it comes from the tokenizer) embedding, head and loss are left out. Raises
+    InputError for a wrong layout."""
     sizes = check_layout(run, world_size)
     assert sizes.data is not None and sizes.micro_batches is not None
     layout, bf16 = run.layout, run.training.precision == "bf16"
@@ -156,6 +157,7 @@ def _has_engine_attention(run: RunConfig) -> bool:
 
 def _tokens(run: RunConfig) -> int:
     """Tokens of one micro batch on one rank."""
+    assert run.training.micro_batch_size, "micro_batch.py chooses it"
     return run.training.micro_batch_size * run.data.sequence_length // run.layout.context
 
 

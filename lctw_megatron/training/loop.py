@@ -22,7 +22,6 @@ from lctw_megatron.model import spec
 from lctw_megatron.model.checkpoint import (
     TOKENIZER,
     CheckpointManifest,
-    find_checkpoint,
     load_weights,
 )
 from lctw_megatron.model.gpt import build_model
@@ -30,7 +29,8 @@ from lctw_megatron.ownership import owned
 from lctw_megatron.platform.capabilities import capabilities
 from lctw_megatron.platform.flight_recorder import record_into, write_record
 from lctw_megatron.platform.gpu import use_deterministic_kernels
-from lctw_megatron.platform.world import World, initialize, on_first_rank
+from lctw_megatron.platform.rank_memory import least_usable_memory
+from lctw_megatron.platform.world import World, first_rank_decides, initialize, on_first_rank
 from lctw_megatron.progress import Progress
 from lctw_megatron.training import flops
 from lctw_megatron.training.checkpoint import (
@@ -46,6 +46,7 @@ from lctw_megatron.training.hang_watch import HangWatch
 from lctw_megatron.training.heartbeat import Heartbeat
 from lctw_megatron.training.loss_spike import SpikeWatch
 from lctw_megatron.training.metrics import MetricsLog, peak_memory_gib
+from lctw_megatron.training.micro_batch import choose_micro_batch, with_micro_batch
 from lctw_megatron.training.nonfinite import NonFinite, write_nonfinite
 from lctw_megatron.training.optimizer import build_optimizer, gather_weights, wrap_data_parallel
 from lctw_megatron.training.recall import TrainingRecall
@@ -106,12 +107,18 @@ class Trainer:
         self._now("starting", 0)
         self.loader = self._open_data(run)
         source = self.loader.sources[0]
-        self.config = run = complete_run(run, source.tokenizer, source.prefix)
+        asked, tokenizer = run, source.tokenizer
+        run, start = first_rank_decides(lambda: complete_run(asked, tokenizer, source.prefix))
+        folder = Path(run.run_dir) / "checkpoints"
+        own = newest_checkpoint(folder, self.print_rank_0)
+        memory = least_usable_memory(self.world.device)
+        size = choose_micro_batch(run, self.world.size, memory, own and own[1])
+        self.config = run = with_micro_batch(run, size)
         check_layout(run, self.world.size)
+        self.loader.cut(size)
         if run.training.eval_interval:
             _ = self.validation  # refused now, not at its first step
-        start = find_checkpoint(run.start) / TOKENIZER if run.start else None
-        files = on_first_rank(lambda: TokenizerFolder(source.tokenizer, start))
+        files = on_first_rank(lambda: TokenizerFolder(tokenizer, start and start / TOKENIZER))
         self.chunks = build_model(
             run.model,
             run.layout,
@@ -123,22 +130,19 @@ class Trainer:
             fields=run.megatron.transformer,
         )
         self.wrapped = wrap_data_parallel(self.chunks, run.megatron.ddp)
-        folder = Path(run.run_dir) / "checkpoints"
-        own = newest_checkpoint(folder, self.print_rank_0)
-        if run.start and own is None:
-            load_weights(self.chunks, find_checkpoint(run.start))
+        if start is not None and own is None:
+            load_weights(self.chunks, start)
         self.optimizer = build_optimizer(self.wrapped, run.training, run.megatron.optimizer)
         self.first_step = 0
         if own is not None:
             path, manifest = own
             if not allow_changes:
-                check_unchanged(run, manifest)
+                on_first_rank(lambda: check_unchanged(run, manifest))
             if manifest.loader is not None:
                 self.loader.load_state_dict(manifest.loader, allow_changes)
             resume(path, self.chunks, self.optimizer)
             self.first_step = manifest.step
-        self.log = self._open_log()
-        tokenizer = self.loader.sources[0].tokenizer
+        self.log = on_first_rank(self._open_log)
         self.stepper = Stepper(
             run, self.wrapped, self.optimizer, tokenizer.bos_id if tokenizer.add_bos else None
         )
@@ -147,11 +151,11 @@ class Trainer:
             run.training.keep_last,
             run.training.keep_every,
             run.training.async_save,
-            files.write(Path(run.run_dir) / TOKENIZER) if files is not None else None,
+            on_first_rank(lambda: files.write(Path(run.run_dir) / TOKENIZER) if files else None),
             before=lambda: self.log.sync() if self.log is not None else None,
         )
-        if self.world.is_first and own is not None:
-            self.writer.apply_retention(self.first_step)
+        if own is not None:
+            on_first_rank(lambda: self.writer.apply_retention(self.first_step))
         self.recall = TrainingRecall(run, tokenizer) if run.training.recall else None
         self.stop = StopRequest(self.world.device)
         self.spikes = SpikeWatch()
@@ -217,7 +221,7 @@ class Trainer:
         loader = ValidationLoader(
             run.data,
             sequences=run.training.eval_sequences,
-            micro_batch_size=run.training.micro_batch_size,
+            micro_batch_size=self.loader.micro_batch_size,
             dp_rank=world.data_rank,
             dp_size=world.data_size,
             cp_rank=world.context_rank,
@@ -238,6 +242,7 @@ class Trainer:
             dtype=self.config.training.precision,
             tokenizer=self.loader.sources[0].tokenizer.model_dump(mode="json"),
             run=self.config,
+            ranks=self.world.size,
             loader=self.loader.state_dict(),
             optimizer=True,
             machine=capabilities().line(),
@@ -274,7 +279,7 @@ class Trainer:
             run.data,
             seed=run.seed,
             global_batch_size=run.training.global_batch_size,
-            micro_batch_size=run.training.micro_batch_size,
+            micro_batch_size=run.training.micro_batch_size or 1,
             dp_rank=world.data_rank,
             dp_size=world.data_size,
             cp_rank=world.context_rank,
@@ -285,9 +290,7 @@ class Trainer:
             vocab_size=run.model.vocab_size,
         )
 
-    def _open_log(self) -> MetricsLog | None:
-        if not self.world.is_first:
-            return None
+    def _open_log(self) -> MetricsLog:
         run_dir = Path(self.config.run_dir)
         with atomic_file(run_dir / "run.yaml", "w") as file:
             file.write(dump_yaml(self.config))

@@ -12,13 +12,13 @@ import numpy as np
 
 from lctw_megatron.config.schema import RunConfig
 from lctw_megatron.data.manifest import TokenizerIdentity
-from lctw_megatron.data.tokenizers import load_tokenizer
+from lctw_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from lctw_megatron.errors import InputError
 from lctw_megatron.evaluation.recall import Cell, measure
 from lctw_megatron.evaluation.recall_samples import RecallSample, SampleMaker, depths_of
 from lctw_megatron.evaluation.sequence_losses import SequenceLosses
 from lctw_megatron.model.checkpoint import TOKENIZER, find_checkpoint
-from lctw_megatron.platform.world import World
+from lctw_megatron.platform.world import World, first_rank_decides
 
 SEED = 0
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -35,11 +35,9 @@ class TrainingRecall:
         assert run.training.recall and run.model.vocab_size
         self.config = config = run.training.recall
         self.layout = run.layout
-        place = Path(tokenizer.path)
-        if run.start and not place.exists():
-            place = find_checkpoint(run.start) / TOKENIZER
         try:
-            self.maker = SampleMaker(load_tokenizer(place), None, SEED, run.model.vocab_size)
+            known = first_rank_decides(lambda: _load(run, Path(tokenizer.path)))
+            self.maker = SampleMaker(known, None, SEED, run.model.vocab_size)
             for length in config.lengths:
                 for task in config.tasks:
                     self.maker(task, length, DEPTHS[0], 0)
@@ -67,3 +65,9 @@ class TrainingRecall:
             for number in range(self.config.samples):
                 depths = depths_of(task, DEPTHS)
                 yield self.maker(task, length, depths[number % len(depths)], number)
+
+
+def _load(run: RunConfig, place: Path) -> Tokenizer:
+    if run.start and not place.exists():
+        place = find_checkpoint(run.start) / TOKENIZER
+    return load_tokenizer(place)

@@ -76,7 +76,7 @@ class Stepper:
         self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
         if not (math.isfinite(metrics["loss/weighted"]) and math.isfinite(norm)):
-            raise NonFinite(step, metrics["loss/weighted"], norm, self._gather_rows(sums))
+            raise NonFinite(step, metrics["loss/weighted"], norm, self._gather_rows(sums, batches))
         rate = learning_rate(self.run.training, step)
         set_rates(self.optimizer, self.run.training, rate)
         clip_gradients(self.optimizer, norm, self.run.training.clip_grad)
@@ -130,7 +130,7 @@ class Stepper:
             model=self.chunks,
             num_microbatches=len(batches),
             seq_length=self.run.data.sequence_length,
-            micro_batch_size=self.run.training.micro_batch_size,
+            micro_batch_size=len(batches[0]["tokens"]),
             forward_only=forward_only,
         )
         sums.all_reduce()
@@ -165,11 +165,11 @@ class Stepper:
             sums.statistics += statistics
         return total, targets, {}
 
-    def _gather_rows(self, sums: StepSums) -> list[tuple[int, int]]:
+    def _gather_rows(self, sums: StepSums, batches: list[Batch]) -> list[tuple[int, int]]:
         """(rank, row of the global batch) of the sequences whose loss is not finite, of all
         ranks.
         """
-        micro, data_rank = self.run.training.micro_batch_size, self.data_rank
+        micro, data_rank = len(batches[0]["tokens"]), self.data_rank
         mine = [
             (dist.get_rank(), (number * self.data_size + data_rank) * micro + row)
             for number, losses in sums.row_losses.items()

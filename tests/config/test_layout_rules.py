@@ -81,6 +81,11 @@ REFUSED = [
     ({"layout__tensor": 4}, 6, r"number of ranks \(6\) must be divisible by layout.tensor x"),
     ({}, 16, r"global_batch_size \(8\) .* the 16 data-parallel ranks \(16\)"),
     (
+        {"training__micro_batch_size": 4},
+        4,
+        r"\(8\) .* training.micro_batch_size x the 4 data-parallel ranks \(16\)",
+    ),
+    (
         {"layout__pipeline": 4, "layout__virtual_pipeline": 2, "training__global_batch_size": 6},
         4,
         r"micro batches of a step \(6\) must be divisible by layout.pipeline .* \(4\)",
@@ -103,7 +108,7 @@ def test_derived_sizes_of_a_full_layout():
         layout__context=2,
     )
     sizes = check_layout(run, 16)
-    assert (sizes.model_ranks, sizes.data, sizes.micro_batches) == (8, 2, 4)
+    assert (sizes.model_ranks, sizes.data, sizes.sequences, sizes.micro_batches) == (8, 2, 4, None)
     assert (sizes.layers_per_chunk, sizes.chunks, sizes.tokens_per_rank) == (2, 2, 512)
     assert (check_layout(run).data, check_layout(run).micro_batches) == (None, None)
 
@@ -130,4 +135,4 @@ def test_ranks_are_the_product_of_the_groups(tensor, pipeline, context, data):
     run = run_config(layout__tensor=tensor, layout__pipeline=pipeline, layout__context=context)
     sizes = check_layout(run, tensor * pipeline * context * data)
     assert sizes.data == data
-    assert sizes.micro_batches == 8 // data
+    assert sizes.sequences == 8 // data

@@ -19,7 +19,7 @@ from lctw_megatron.errors import InputError
 from lctw_megatron.evaluation.evaluate import EvaluationSettings, evaluate, open_held_out
 from lctw_megatron.evaluation.model_losses import ModelLosses
 from lctw_megatron.inspection.step_documents import describe_step, step_documents
-from lctw_megatron.model.checkpoint import find_checkpoint, read_manifest
+from lctw_megatron.model.checkpoint import agreed_checkpoint, find_checkpoint, read_manifest
 from lctw_megatron.report.report import write_report
 from tests.distributed import run_distributed
 from tests.evaluation.tiny_run import SEQUENCE, STRIDE, WINDOW, make_data, make_run
@@ -260,7 +260,7 @@ def test_with_an_evaluator_the_windows_are_longppl_s_own_unless_given(trained):
         ({"key_checkpoint": "x", "stride": 512}, (5120, 512)),
         ({"key_checkpoint": "x", "window": 2048}, (2048, 512)),
     ):
-        settings = complete(replace(bare, **given), trained[0] / "run")
+        settings = complete(replace(bare, **given), *agreed_checkpoint(trained[0] / "run"))
         assert (settings.window, settings.stride) == windows
 
 

@@ -26,7 +26,7 @@ def small_pass(precision: str) -> dict[str, np.ndarray]:
     training = {"steps": 1, "global_batch_size": 2, "micro_batch_size": 2, "precision": precision}
     run = RunConfig.model_validate(SMALL | {"training": training})
     bench = StepBench(run)
-    batches = random_batches(run, 1)
+    batches = random_batches(run)
     batch = move(batches[0], bench.device)
     with torch.no_grad():
         losses = bench.chunks[0](

@@ -99,7 +99,6 @@ def test_the_quickstart_with_fewer_steps(slurm: SmallSlurm, tmp_path: Path) -> N
         "evaluation.max_sequences": 4,
         "scoring.shards": 2,
         "runs.base.training.steps": 30,
-        "runs.base.training.micro_batch_size": 2,  # four ranks share a batch of eight
         "training.steps": 4,
     }
     overrides = [part for k, v in settings.items() for part in ("--set", f"{k}={v}")]

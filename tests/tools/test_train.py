@@ -114,6 +114,11 @@ def test_a_dry_run_knows_the_schemes(
     recipe = frozen_recipe(data, tmp_path / "dry")
     answer = call(tool.main, capsys, recipe, "--dry-run", "--set", "weighting.scheme=densse")
     assert answer.status == 2 and "densse" in answer.error_line()
+    left_out = ("--dry-run", "--set", "training.micro_batch_size=null", "--memory")
+    answer = call(tool.main, capsys, recipe, *left_out, "80", "--ranks", "2")
+    assert "  micro_batch_size: 4\n" in answer.out
+    assert "training.micro_batch_size: 4, chosen for the 72.0 GiB" in answer.out
+    assert call(tool.main, capsys, recipe, *left_out, "0").status == 2
 
 
 def plain_recipe(data: str, folder: Path) -> Path:

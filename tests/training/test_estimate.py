@@ -35,7 +35,12 @@ def run_config(
             "name": "main",
             "run_dir": "out/main",
             "data": {"train": "corpus", "sequence_length": sequence_length},
-            "training": {"steps": 1, "global_batch_size": batch, "precision": precision},
+            "training": {
+                "steps": 1,
+                "global_batch_size": batch,
+                "micro_batch_size": 1,
+                "precision": precision,
+            },
             **sections,
         }
     )
