@@ -1,10 +1,11 @@
-"""What a checkpoint can do. Verbs: losses, recall."""
+"""What a model can do. Verbs: losses, recall, harness."""
 
 import argparse
 from pathlib import Path
 from typing import get_args
 
 from lctw_megatron.cli import positive, run_command
+from lctw_megatron.errors import InputError
 
 LOSSES = """Held-out loss of a checkpoint by position and by the distance of a target's last
 occurrence; with --window also LongPPL and the gain from long context. Alone, or under torchrun.
@@ -15,10 +16,16 @@ answer token and the share of answers right, by task, length and depth, and with
 the context only. Teacher-forced: one forward pass a sample, nothing is generated. Alone, or under
 torchrun. Done again only if the checkpoint or a setting has changed."""
 
+HARNESS = """Tasks of lm-evaluation-harness (pip install "lctw-megatron[harness]") on a Hugging Face
+folder, or on a checkpoint that is exported first. Sets: ruler (at --lengths), longbench, and short
+(MMLU, ARC, HellaSwag, BBH: what a longer context may cost). What is measured is not measured
+again, unless the weights or a setting have changed."""
+
 
 def main(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
-    status = {"losses": _losses, "recall": _recall}[options.verb](options)
+    verbs = {"losses": _losses, "recall": _recall, "harness": _harness}
+    status = verbs[options.verb](options)
 
     from lctw_megatron.platform.world import shut_down
 
@@ -30,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog="--debug shows tracebacks, --version the version."
     )
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="losses|recall")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="losses|recall|harness")
     verb = verbs.add_parser(
         "losses",
         help="held-out loss by position and distance, LongPPL",
@@ -98,6 +105,14 @@ def _parser() -> argparse.ArgumentParser:
             "--version the version.",
         )
     )
+    _add_harness(
+        verbs.add_parser(
+            "harness",
+            help="RULER, LongBench, MMLU and other tasks of lm-evaluation-harness",
+            description=HARNESS,
+            epilog="--debug shows tracebacks, --version the version.",
+        )
+    )
     return parser
 
 
@@ -157,6 +172,56 @@ def _add_recall(verb: argparse.ArgumentParser) -> None:
     )
     add("--write-samples", metavar="FILE", help="write the samples as JSON lines")
     _add_forward(verb)
+
+
+def _add_harness(verb: argparse.ArgumentParser) -> None:
+    add = verb.add_argument
+    model = verb.add_mutually_exclusive_group(required=True)
+    model.add_argument("--hf", metavar="DIR", help="a Hugging Face folder")
+    model.add_argument(
+        "--checkpoint", metavar="DIR", help="a run folder or a checkpoint, to be exported first"
+    )
+    add("--export", metavar="DIR", help="where to; default: hf in --checkpoint. An export is kept")
+    add(
+        "--output",
+        metavar="FILE",
+        help="default: harness.json in --checkpoint, where tools/report.py looks for a run's; "
+        "the harness's own results go into the folder of this name without .json",
+    )
+    add(
+        "--tasks",
+        metavar="TASK",
+        nargs="+",
+        required=True,
+        help="ruler, longbench, short; any task or group of the harness (lm_eval ls tasks); or a "
+        "YAML file that defines a task, over a jsonl file for example",
+    )
+    add(
+        "--lengths",
+        metavar="L",
+        type=positive,
+        nargs="+",
+        default=[],
+        help="tokens of RULER's samples, prompt and answer, e.g. 4096 16384",
+    )
+    add("--limit", metavar="N", type=positive, help="questions of each task and length, for a try")
+    add("--seed", metavar="N", type=int, default=0, help="of RULER's samples; default: 0")
+    add("--backend", choices=["hf", "vllm"], default="hf", help="default: hf, transformers")
+    add(
+        "--batch-size",
+        metavar="N",
+        default="1",
+        help="or auto; in 16 bits results depend on it a little; default: 1",
+    )
+    add(
+        "--model-args",
+        metavar="NAME=VALUE",
+        nargs="+",
+        default=[],
+        help="further arguments of the backend, e.g. tensor_parallel_size=4",
+    )
+    add("--offline", action="store_true", help="ask no network; ruler is then its tasks without")
+    add("--log-samples", action="store_true", help="keep what was asked and answered")
 
 
 def _add_checkpoint(verb: argparse.ArgumentParser) -> None:
@@ -233,6 +298,37 @@ def _recall(options: argparse.Namespace) -> int:
     if result:
         seconds = ", ".join(f"{t:.1f} s at {n}" for n, t in result["seconds"].items())
         print(f"{to_text(to_rows(result))}\n{output}: {seconds}")
+    return 0
+
+
+def _harness(options: argparse.Namespace) -> int:
+    from lctw_megatron.conversion.hf_export import export_hf
+    from lctw_megatron.evaluation.harness import check, harness_to_file
+    from lctw_megatron.evaluation.harness_library import HarnessSettings
+    from lctw_megatron.evaluation.harness_result import to_rows
+    from lctw_megatron.report.table import to_text
+
+    settings = HarnessSettings(
+        tasks=options.tasks,
+        lengths=sorted(set(options.lengths)),
+        limit=options.limit,
+        seed=options.seed,
+        backend=options.backend,
+        batch_size=options.batch_size,
+        model_args=options.model_args,
+        offline=options.offline,
+        log_samples=options.log_samples,
+    )
+    check(settings)
+    if options.hf and (options.export or not options.output):
+        raise InputError("--hf: needs --output and takes no --export, which --checkpoint does")
+    folder, output = options.hf, options.output
+    if options.checkpoint:
+        folder = Path(options.export or Path(options.checkpoint) / "hf")
+        export_hf(Path(options.checkpoint), folder)
+        output = output or Path(options.checkpoint) / "harness.json"
+    result = harness_to_file(folder, output, settings)
+    print(f"{to_text(to_rows(result))}\n{output}")
     return 0
 
 

@@ -92,6 +92,9 @@ def summary_line(output: str | Path, result: dict[str, Any]) -> str:
         for name, loss in zip(classes["bins"], classes["loss"], strict=True)
         if loss is not None
     ]
+    short = result.get("short") or {}  # files of before have none
+    if short.get("loss") is not None:
+        parts.append(f"first {short['length']:,} tokens {short['loss']:.4f}")
     found = result.get("longppl") or {}
     if found.get("longppl") is not None:
         parts.append(f"LongPPL {found['longppl']:.2f} on {found['key_tokens']:,} key tokens")

@@ -12,6 +12,13 @@ only on the same key tokens: give all of them one evaluator. The paper's setting
 Its published code gives a target from 4,096 to 5,119 tokens of short context; windows of 5,120
 tokens, 1,024 apart, do the same here (WINDOW, STRIDE).
 
+On equal losses of one text the key tokens and LongPPL are those of the authors' longppl 0.3.0. What
+remains: here all key tokens of all texts count alike, there every text's LongPPL is averaged,
+weighted by its key tokens; here short contexts begin with BOS where the tokenizer puts one, there
+only a whole text does, and only for the evaluator; here one tokenizer serves both models, there key
+tokens are matched by characters. A text that leaves its last window one token ends in an error
+there; here that token is scored with 5,120 tokens of context.
+
 Pure numpy: losses are arrays of one shape, in nats; NaN = not scored.
 """
 

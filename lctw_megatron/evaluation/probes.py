@@ -15,6 +15,16 @@ from lctw_megatron.data.batch import IGNORE, Sample
 from lctw_megatron.evaluation.buckets import LEFT_OUT, SequenceSums, bucket_of, bucket_starts
 from lctw_megatron.weighting.occurrence import CLASSES, batch_occurrence_distance
 
+SHORT_LENGTH = 2048
+
+
+def short_length(sequence_length: int) -> int:
+    """The length whose loss is the price of a longer context: SHORT_LENGTH or a quarter of a
+    sequence, rounded down to where a bucket begins. The loss of the first targets of a sequence is
+    that of a sequence which ends there, since they see nothing of what follows."""
+    starts = bucket_starts(sequence_length)
+    return int(starts[starts <= max(1, min(SHORT_LENGTH, sequence_length // 4))][-1])
+
 
 class Probes:
     """Held-out losses in three groups of bins, filled sequence by sequence.
@@ -24,7 +34,7 @@ class Probes:
     """
 
     def __init__(self, sequences: int, sequence_length: int, near: int) -> None:
-        self.near = near
+        self.near, self.short = near, short_length(sequence_length)
         self.starts = bucket_starts(sequence_length)
         buckets = len(self.starts)
         widths = {"classes": len(CLASSES), "position": buckets, "distance": buckets + 1}
@@ -61,11 +71,16 @@ class Probes:
             "position": buckets,
             "distance": [*buckets, CLASSES[2]],
         }
-        groups = {}
+        groups: dict[str, Any] = {}
         for name, bins in names.items():
             groups[name] = {"bins": bins, **self.loss[name].summary()}
             if with_gain:
                 groups[name]["gain"] = self.gain[name].means()
+        position = self.loss["position"]
+        at = self.starts < self.short
+        targets = int(position.targets[:, at].sum())
+        loss = float(position.loss[:, at].sum() / targets) if targets else None
+        groups["short"] = {"length": self.short, "loss": loss, "targets": targets}
         return groups
 
 

@@ -18,6 +18,8 @@ classes, position, distance   three groups (see ``probes.Probes``), each with `b
             `targets` of each bin, and for every sequence `sequence_loss` (sums) and
             `sequence_targets`; with a window also `gain`, the mean of short - long loss over the
             targets that have a short loss
+short       what a longer context costs: `loss` and `targets` of the targets with fewer than
+            `length` tokens before them
 longppl     with a window: see ``longppl``
 weights     see ``weight_sample``; null for a run with uniform weights; or why there are none
 """

@@ -10,13 +10,11 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from lctw_megatron.errors import few
+from lctw_megatron.evaluation.probes import short_length
 from lctw_megatron.evaluation.recall_result import select, sums
 from lctw_megatron.report.estimate import Block, Measured, of_blocks
 from lctw_megatron.report.groups import Group
 from lctw_megatron.report.runs import RunRecord
-
-SHORT_CONTEXT = 2048
-"""A target with at most so many tokens before it has a short context; less in short sequences."""
 
 
 def seed_of(run: RunRecord) -> int:
@@ -37,9 +35,9 @@ def loss(group: Group, probes: str, bins: Iterable[int] | None = None) -> Measur
 
 
 def short_context_bins(group: Group) -> tuple[int, list[int]]:
-    """The bins of `position` below SHORT_CONTEXT or a quarter of the sequence, and that limit."""
+    """The bins of `position` below ``short_length``, and that limit."""
     settings, bins = _position_bins(group)
-    limit = min(SHORT_CONTEXT, settings["sequence_length"] // 4)
+    limit = short_length(settings["sequence_length"])
     return limit, [at for at, start in enumerate(bins) if start < limit]
 
 

@@ -1,13 +1,18 @@
-"""LongPPL on numbers computed by hand."""
+"""LongPPL on numbers computed by hand, and beside the authors' published code."""
 
+import json
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from lctw_megatron.evaluation.longppl import key_tokens, perplexity
+from lctw_megatron.scoring.windows import windows
 
 NAN = float("nan")
+PUBLISHED = Path(__file__).with_name("published_longppl.json")
 
 
 def test_key_tokens_gain_from_long_context_and_are_likely_with_it():
@@ -26,3 +31,48 @@ def test_perplexity_is_taken_over_the_chosen_targets_only():
     assert perplexity(loss, chosen) == pytest.approx(math.exp(2.0), rel=1e-12)
     assert perplexity(loss, np.zeros(4, dtype=bool)) is None
     assert perplexity(np.array([1e4]), np.array([True])) == math.inf
+
+
+def windowed_loss(tokens: int) -> Callable[[int, int], float]:
+    """Made-up nats of a target when the text is read from a start on."""
+    draw = np.random.default_rng(7)
+    whole = draw.gamma(1.0, 1.0, tokens) + 0.01
+    gain = draw.normal(1.5, 2.0, (tokens, tokens))
+
+    def loss(target: int, start: int) -> float:
+        return whole[target] if start == 0 else max(0.01, whole[target] + gain[target, start])
+
+    return loss
+
+
+@pytest.mark.parametrize(
+    "published", json.loads(PUBLISHED.read_text()), ids=lambda p: f"{p['tokens']}-{p['alpha']}"
+)
+def test_equal_losses_give_the_numbers_of_the_published_code(published):
+    """longppl 0.3.0 was run with trunc_len 64 and sliding_window 16 on a model that gives just
+    these losses; texts that it scores are also computed from the paper's formula."""
+    tokens, alpha, beta = (published[name] for name in ("tokens", "alpha", "beta"))
+    loss = windowed_loss(tokens)
+    long_loss = np.array([np.nan, *(loss(target, 0) for target in range(1, tokens))])
+    short_loss = np.full(tokens, np.nan)
+    for start, _, first, end in windows(tokens, window=64 + 16, stride=16)[1:].tolist():
+        short_loss[first:end] = [loss(target, start) for target in range(first, end)]
+    keys = key_tokens(long_loss, short_loss, alpha, beta)
+    assert np.flatnonzero(keys).tolist() == published["keys"]
+    assert keys.sum() == (published["key_tokens"] or 0)
+    scored = np.arange(tokens) > 0
+    assert perplexity(long_loss, scored) == pytest.approx(published["perplexity"], rel=1e-6)
+    longppl = perplexity(long_loss, keys)
+    if not published["keys"]:
+        assert longppl is published["longppl"] is None
+        return
+    assert longppl == pytest.approx(published["longppl"], rel=1e-6)
+
+    total, count = 0.0, 0
+    for target in range(64, tokens):
+        long_log_p = -loss(target, 0)
+        short_log_p = -loss(target, 16 * ((target - 64) // 16))  # 64 to 79 tokens before it
+        if long_log_p - short_log_p > alpha and long_log_p > beta:
+            total, count = total - long_log_p, count + 1
+    assert count == keys.sum()
+    assert math.exp(total / count) == pytest.approx(published["longppl"], rel=1e-6)

@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 
 from lctw_megatron.data.batch import PieceData, Sample, assemble
-from lctw_megatron.evaluation.probes import Probes, class_of, context_of, distance_of
+from lctw_megatron.evaluation.probes import (
+    Probes,
+    class_of,
+    context_of,
+    distance_of,
+    short_length,
+)
 
 NAN = float("nan")
 
@@ -34,6 +40,11 @@ def test_classes():
     assert class_of(np.array([-1, 1, 4, 5]), near=4).tolist() == [2, 0, 0, 1]
 
 
+def test_the_short_length_is_a_bucket_s_beginning_within_a_quarter_of_the_sequence():
+    lengths = {32768: 2048, 8192: 2048, 3000: 512, 64: 16, 2: 1}
+    assert {length: short_length(length) for length in lengths} == lengths
+
+
 def test_probes_by_hand():
     probes = Probes(sequences=1, sequence_length=8, near=2)
     long_loss = np.array([1, 2, 3, 4, 5, 6, 7, NAN])
@@ -47,6 +58,7 @@ def test_probes_by_hand():
     assert classes["gain"] == [1.0, 2.0, None]
     assert found["position"]["bins"] == [1, 2, 3, 4, 6]
     assert found["position"]["loss"] == [3.0, 4.0, 5.0, 4.0, None]
+    assert found["short"] == {"length": 2, "loss": 3.0, "targets": 2}
     assert found["distance"]["bins"] == [1, 2, 3, 4, 6, "first_seen"]
     assert found["distance"]["targets"] == [1, 2, 1, 0, 0, 3]
     assert found["distance"]["gain"] == [None, 1.0, 2.0, None, None, None]

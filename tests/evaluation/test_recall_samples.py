@@ -5,6 +5,7 @@ import re
 import shutil
 from collections import Counter
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from lctw_megatron.data.batch import IGNORE
 from lctw_megatron.data.token_dataset import TokenWriter
 from lctw_megatron.data.tokenizers import load_tokenizer
 from lctw_megatron.errors import InputError
+from lctw_megatron.evaluation import evaluate_recall
+from lctw_megatron.evaluation.evaluate_recall import RecallSettings
 from lctw_megatron.evaluation.recall_samples import SampleMaker, depths_of, samples_of
 from lctw_megatron.evaluation.recall_tasks import TASKS
 from tests.evaluation.tiny_run import make_data
@@ -193,3 +196,19 @@ def test_what_does_not_fit_is_one_line(hf_folder, sentencepiece_model, tmp_path)
     # Its vocabulary has the letters of its corpus only, no digits.
     lacking = load_tokenizer(tmp_path / "spm.model")
     refused("comes back from its tokens as", tokenizer=lacking, vocab_size=1000)
+
+
+def test_without_bos_a_line_says_so_and_no_sample_begins_with_one(hf_folder, tmp_path):
+    folder = shutil.copytree(hf_folder, tmp_path / "bare")
+    values = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(values | {"post_processor": None}))
+    tokenizer = load_tokenizer(folder)
+    maker = SampleMaker(tokenizer, None, 0, VOCAB_SIZE)
+    assert maker.bos_id is None
+    sample = maker("one_key", 600, 0.5, 0)
+    bos = load_tokenizer(hf_folder).identity.bos_id
+    assert len(sample.ids) == 601 and bos not in sample.ids
+    assert sample.short(256, maker.bos_id).tokens[0] == sample.ids[-257]
+    manifest = SimpleNamespace(model=SimpleNamespace(max_position_embeddings=4096))
+    (line,) = evaluate_recall._notes(RecallSettings(["one_key"], [600]), manifest, maker)
+    assert line.startswith("the tokenizer puts no BOS before a text")

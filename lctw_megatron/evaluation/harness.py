@@ -1,0 +1,118 @@
+"""lm-evaluation-harness on a Hugging Face folder: a call a task and length, one result file.
+
+The harness believes a folder's config.json: where that names too few positions, prompts lose their
+first tokens and the result is a low number and no error. So the folder is looked at first.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from lctw_megatron.atomic import atomic_file, write_json
+from lctw_megatron.errors import InputError, few
+from lctw_megatron.evaluation.harness_folder import ModelFolder, check_words
+from lctw_megatron.evaluation.harness_library import (
+    HarnessSettings,
+    Library,
+    require_harness,
+)
+from lctw_megatron.evaluation.harness_result import FORMAT, read_harness, ruler_means, to_record
+from lctw_megatron.evaluation.harness_tasks import Call, calls_for, downloads
+from lctw_megatron.ownership import sole_writer
+
+
+def check(settings: HarnessSettings) -> list[Call]:
+    """The calls to make. InputError for settings that make no sense, several processes, and a
+    library that is not there: what can be known without a model."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise InputError(
+            "the harness runs in one process, without torchrun; for several GPUs give --backend "
+            "vllm --model-args tensor_parallel_size=N, or --model-args parallelize=True"
+        )
+    require_harness(settings.backend)
+    return calls_for(settings.tasks, settings.lengths, settings.offline)
+
+
+def harness_to_file(
+    folder: str | Path, output: str | Path, settings: HarnessSettings
+) -> dict[str, Any]:
+    """Measure the Hugging Face folder, and write ``output`` (see ``harness_result.FORMAT``) after
+    every call, so that what is done is not done again; what was asked for, as in the file. The
+    harness's own results lie beside it, in a folder of its name. InputError.
+    """
+    output, calls = Path(output), check(settings)
+    model = ModelFolder(Path(folder))
+    for length in settings.lengths:
+        model.check_length(length)
+    if any(call.task == "ruler_vt" for call in calls):
+        check_words(model)
+    described = describe(model, settings)
+    library = Library(model, settings)
+    with sole_writer(output, print):
+        found = read_harness(output)
+        before = found["settings"] if found else described
+        changed = [name for name, value in described.items() if before.get(name) != value]
+        if changed:
+            print(f"{output}: was measured with another {few(changed)}, is replaced", flush=True)
+        records = found["results"] if found and not changed else []
+        left = [
+            call
+            for call in calls
+            # What a file defines may have changed, and the data that it names.
+            if Path(call.task).is_file() or not any(call.gave(record) for record in records)
+        ]
+        for line in downloads(left, settings.offline):
+            print(line, flush=True)
+        for call in left:
+            begin = time.perf_counter()
+            returned = library.evaluate(call)
+            record = to_record(call, returned, time.perf_counter() - begin)
+            record["max_length"] = library.max_length(call)
+            record["file"] = _write_own(output, call, returned, settings.log_samples)
+            records = [*(r for r in records if not call.gave(r)), record]
+            write_json(output, _result(described, records))
+    return _result(described, [r for r in records if any(call.gave(r) for call in calls)])
+
+
+def describe(model: ModelFolder, settings: HarnessSettings) -> dict[str, Any]:
+    """Everything the results depend on, but for task and length."""
+    return {
+        "folder": str(model.folder),
+        "weights": model.identity(),
+        "tokenizer": model.tokenizer.identity.digest,
+        "bos": model.tokenizer.identity.add_bos,
+        "dtype": model.dtype,
+        "max_position_embeddings": model.positions,
+        "limit": settings.limit,
+        "seed": settings.seed,
+        "backend": settings.backend,
+        "batch_size": settings.batch_size,
+        "model_args": list(settings.model_args),
+        "harness": require_harness(settings.backend),
+    }
+
+
+def _result(described: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "settings": described,
+        "results": records,
+        "ruler": ruler_means(records),
+    }
+
+
+def _write_own(output: Path, call: Call, returned: dict[str, Any], log_samples: bool) -> str:
+    """What the harness returned, as its own command writes it but for the time in the name."""
+    name = Path(call.task).stem + (f"-{call.length}" if call.length else "")
+    folder = output.with_suffix("")
+    with atomic_file(folder / f"{name}.json", "w") as file:
+        own = {key: value for key, value in returned.items() if key != "samples"}
+        json.dump(own, file, indent=2, default=str, ensure_ascii=False)
+    if log_samples:
+        with atomic_file(folder / f"{name}.samples.jsonl", "w") as file:
+            for samples in returned["samples"].values():
+                for sample in samples:
+                    file.write(json.dumps(sample, default=str, ensure_ascii=False) + "\n")
+    return f"{folder.name}/{name}.json"
