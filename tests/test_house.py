@@ -60,7 +60,7 @@ MAY_IMPORT = {
     "conversion": _MIDDLE,
     "launch": {"training", "weighting", "model"} | _LOW,
     "report": {"training", "evaluation"} | _LOW,
-    "inspection": {"report", "evaluation", "weighting", "model"} | _LOW,
+    "inspection": {"report", "evaluation", "scoring", "weighting", "model"} | _LOW,
     "benchmarks": _HIGH,
     "commands": {"launch", "report", "inspection", "benchmarks", "cli"} | _HIGH,
 }

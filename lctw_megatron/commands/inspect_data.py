@@ -27,6 +27,8 @@ examples:
   python tools/inspect_data.py PREFIX --document 3 --checkpoint RUN_DIR --window 256
   python tools/inspect_data.py PREFIX --statistics --top 50 --sequence-length 8192
   python tools/inspect_data.py PREFIX --rank-documents ranking.jsonl
+  python tools/inspect_data.py PREFIX --rank-documents ranking.jsonl --keep 0.5 \\
+      --output-prefix PREFIX-half
   python tools/inspect_data.py RUN_DIR --step 100
 A corpus that Megatron's own preprocessing made needs a manifest first:
   python tools/inspect_data.py PREFIX --write-manifest --tokenizer MODEL_OR_DIR
@@ -45,6 +47,16 @@ def _count(text: str) -> int:
 
 
 _count.__name__ = "whole number"  # argparse names it in its error
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise ValueError
+    return value
+
+
+_share.__name__ = "share (above 0, at most 1)"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -92,6 +104,14 @@ def _add_views(add: Callable[..., Any]) -> None:
         metavar="FILE",
         help="documents by their mean gain from long context, best first, as JSON lines",
     )
+    add(
+        "--keep",
+        metavar="SHARE",
+        type=_share,
+        help="with --rank-documents: write this share of the ranked documents, the best, as a "
+        "dataset with its sidecars",
+    )
+    add("--output-prefix", metavar="PREFIX", help="of --keep, for a recipe's data.train")
     add(
         "--step",
         metavar="N",
@@ -175,6 +195,10 @@ def main(arguments: list[str]) -> int | None:
         parser().error("--document or --sequence, not both")
     if options.rank_documents and (look or text):
         parser().error("--rank-documents is a view of its own")
+    if (options.keep is None) != (options.output_prefix is None):
+        parser().error("--keep and --output-prefix go together")
+    if options.keep is not None and not options.rank_documents:
+        parser().error("--keep is for --rank-documents")
     view = look or text or options.rank_documents or options.step is not None
     if view and (options.verify or options.write_manifest):
         parser().error("--verify and --write-manifest go without a view")
@@ -193,6 +217,10 @@ def main(arguments: list[str]) -> int | None:
         long, short = Sidecar(dataset, options.long), Sidecar(dataset, options.short)
         ranking = rank_documents(dataset, long, short, options.rank_documents)
         print(f"{describe_ranking(ranking)}\n{options.rank_documents}")
+        if options.keep is not None:
+            from lctw_megatron.inspection.choose_documents import choose_documents
+
+            print(choose_documents(ranking, long, short, options.keep, options.output_prefix))
     elif view:
         _show_tokens(options)
     else:
