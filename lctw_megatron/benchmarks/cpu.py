@@ -1,4 +1,5 @@
-"""On a CPU: the loss, steps under different weightings, attention in documents, sparse backward."""
+"""On a CPU: the loss, steps under different weightings, attention in documents, sparse backward;
+and what packed self-scoring computes, counted."""
 
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,11 @@ import torch
 from lctw_megatron.benchmarks.attention import attention_benchmark
 from lctw_megatron.benchmarks.checkpointing import checkpoint_benchmark
 from lctw_megatron.benchmarks.head import head_benchmark
+from lctw_megatron.benchmarks.large_model import LARGE
+from lctw_megatron.benchmarks.packed_windows import packed_windows_benchmark
 from lctw_megatron.benchmarks.results import print_results, write_results
 from lctw_megatron.benchmarks.steps import step_benchmark
-from lctw_megatron.config.schema import RunConfig
+from lctw_megatron.config.schema import ModelConfig, RunConfig
 from lctw_megatron.platform.capabilities import capabilities
 
 STEP: dict[str, Any] = {
@@ -42,6 +45,7 @@ def cpu_benchmark(output: Path, full_head: bool) -> int:
         4096, 4, 2, 64, 8, device, torch.float32
     )
     run = RunConfig.model_validate(STEP)
+    results |= packed_windows_benchmark(ModelConfig.model_validate(LARGE["model"]))
     for name, row in step_benchmark(run, WEIGHTINGS, repeats=9).items():
         results[f"step {name}"] = row
     one = RunConfig.model_validate(STEP | {"training": STEP["training"] | {"global_batch_size": 1}})

@@ -13,7 +13,6 @@ from lctw_megatron.data import zigzag
 from lctw_megatron.data.batch import Sample, collate, cut_batch
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 
@@ -53,15 +52,6 @@ def make_microbatch(
     # Whole sequences too: self-scoring cuts them into windows, metrics look for occurrences.
     tensors |= {f"sequence_{name}": batch[name] for name in ("tokens", "labels")}
     return {name: torch.from_numpy(array) for name, array in tensors.items()}
-
-
-def move(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """The batch on ``device``, except what only the host reads (piece boundaries, document ids)."""
-    on_host = ("boundaries", "document_ids")
-    return {
-        name: tensor if name in on_host else tensor.to(device, non_blocking=True)
-        for name, tensor in batch.items()
-    }
 
 
 def check_cut(data: DataConfig, cp_size: int) -> None:

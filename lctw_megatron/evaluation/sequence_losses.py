@@ -19,7 +19,8 @@ from torch import Tensor
 from lctw_megatron.config.schema import DataConfig, LayoutConfig
 from lctw_megatron.data import zigzag
 from lctw_megatron.data.batch import IGNORE, Sample, assemble
-from lctw_megatron.data.microbatch import BatchSlice, make_microbatch, move
+from lctw_megatron.data.microbatch import BatchSlice, make_microbatch
+from lctw_megatron.model.device_batch import move
 from lctw_megatron.platform.world import World
 
 Batch = dict[str, Tensor]
@@ -114,6 +115,7 @@ class SequenceLosses:
                 batch["position_ids"],
                 batch.get("boundaries"),
                 labels=batch["labels"],
+                live_rows=batch["live_rows"],
                 likeliest=likeliest,
             )
             return output, _hand_over

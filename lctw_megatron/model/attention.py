@@ -38,6 +38,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from lctw_megatron.data import zigzag
 from lctw_megatron.platform.capabilities import capabilities
+from lctw_megatron.platform.host_copies import to_device
 
 # Query rows of a rectangle that is wider than high. The mask is [rows, keys] booleans: at 32k keys
 # and 1,024 rows 32 MiB; half a block of masked area per row is computed for nothing.
@@ -168,8 +169,8 @@ def _attend_varlen(parts: list[tuple[Tensor, Tensor, Tensor]], scale: float) -> 
 
 @functools.lru_cache(maxsize=64)
 def _cumulative(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """Kept for the other layers of a micro batch: copying it to a GPU makes the host wait."""
-    return torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32, device=device)
+    """Kept for the other layers of a micro batch."""
+    return to_device(torch.tensor([*accumulate(lengths, initial=0)], dtype=torch.int32), device)
 
 
 def _runs_varlen(q: Tensor, cuts: list[list[Rectangle]], dropout: float) -> bool:

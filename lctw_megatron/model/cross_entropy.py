@@ -46,9 +46,10 @@ class _RowBlockLoss(torch.autograd.Function):
         first_column: int,
         group: dist.ProcessGroup | None,
         block_rows: int,
+        rows: Tensor,
+        zero_gradients: bool,
     ) -> Tensor:
         dtype = _accumulation_dtype(hidden.dtype)
-        rows = torch.nonzero(labels != IGNORE).squeeze(1)
         columns = labels[rows] - first_column
         own = (columns >= 0) & (columns < weight.shape[0])
         # A rank may hold only padding columns, none that counts: exp(-inf) is what they add.
@@ -70,21 +71,22 @@ class _RowBlockLoss(torch.autograd.Function):
         loss = torch.zeros(labels.shape[0], dtype=dtype, device=hidden.device)
         loss[rows] = lse - target
         ctx.save_for_backward(hidden, weight, rows, columns, own, lse)
-        ctx.block_rows = block_rows
+        ctx.block_rows, ctx.zero_gradients = block_rows, zero_gradients
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         hidden, weight, rows, columns, own, lse = ctx.saved_tensors
         grad = grad[rows]
-        kept = torch.nonzero(grad).squeeze(1)
-        if kept.shape[0] < rows.shape[0]:
-            rows, columns, own, lse, grad = (x[kept] for x in (rows, columns, own, lse, grad))
+        if ctx.zero_gradients:
+            kept = torch.nonzero(grad).squeeze(1)
+            if kept.shape[0] < rows.shape[0]:
+                rows, columns, own, lse, grad = (x[kept] for x in (rows, columns, own, lse, grad))
         grad_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = None
         if ctx.needs_input_grad[1]:
             grad_weight = torch.zeros(weight.shape, dtype=lse.dtype, device=weight.device)
-        for start in range(0, rows.shape[0], ctx.block_rows):
+        for start in range(0, rows.shape[0] if weight.shape[0] else 0, ctx.block_rows):
             block = slice(start, start + ctx.block_rows)
             inputs = hidden[rows[block]]
             logits = _mm(inputs, weight.t())
@@ -98,7 +100,7 @@ class _RowBlockLoss(torch.autograd.Function):
                 _accumulate_(grad_weight, gradient.t(), inputs)
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None, None
 
 
 def _logsumexp_(logits: Tensor) -> Tensor:
@@ -119,8 +121,8 @@ def _logits_gradient_(
     if logits.is_cuda:
         return _compiled(_fused_gradient)(logits, lse, columns, own, grad, dtype)
     gradient = logits.sub_(lse.unsqueeze(1)).exp_()
-    mine = torch.nonzero(own).squeeze(1)
-    gradient[mine, columns[mine]] -= 1
+    column = columns.clamp(0, logits.shape[1] - 1).unsqueeze(1)
+    gradient.scatter_add_(1, column, -own.to(gradient.dtype).unsqueeze(1))
     return gradient.mul_(grad.unsqueeze(1)).to(dtype)
 
 
@@ -160,18 +162,30 @@ def row_block_cross_entropy(
     first_column: int = 0,
     group: dist.ProcessGroup | None = None,
     block_rows: int = 1024,
+    rows: Tensor | None = None,
+    zero_gradients: bool = True,
 ) -> Tensor:
     """-log softmax(hidden @ weightᵀ)[label] for every row, in nats.
 
     hidden [n, h]; weight [v, h], this rank's columns of the vocabulary beginning with token
     ``first_column`` (padding columns cut off); labels [n] int64 token ids over the whole
     vocabulary, or IGNORE. group: the tensor-parallel ranks, each with the same hidden and labels.
-    Returns [n] float32 (float64 for float64 inputs), 0 where the label is IGNORE.
+    rows: int64, those with a label, increasing; None: they are looked for. zero_gradients: whether
+    the backward looks for rows whose gradient is 0, to do no work for them. Looking for rows on a
+    GPU makes the host wait for it. Returns [n] float32 (float64 for float64 inputs), 0 where the
+    label is IGNORE.
 
     The gradient of hidden is this rank's part: sum it over the group (megatron-core's
     copy_to_tensor_model_parallel_region and gather_from_sequence_parallel_region do).
     """
-    return _RowBlockLoss.apply(hidden, weight, labels, first_column, group, block_rows)
+    rows = _live(labels) if rows is None else rows
+    return _RowBlockLoss.apply(
+        hidden, weight, labels, first_column, group, block_rows, rows, zero_gradients
+    )
+
+
+def _live(labels: Tensor) -> Tensor:
+    return torch.nonzero(labels != IGNORE).squeeze(1)
 
 
 @torch.no_grad()
@@ -182,6 +196,7 @@ def row_block_is_likeliest(
     first_column: int = 0,
     group: dist.ProcessGroup | None = None,
     block_rows: int = 1024,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """Whether no token is likelier than the label: 1 or 0, in the dtype of the losses [n]; 0 where
     the label is IGNORE.
@@ -189,7 +204,7 @@ def row_block_is_likeliest(
     Arguments as of ``row_block_cross_entropy``. Of tokens with equal logits the one with the lowest
     id counts as the likeliest, under every layout.
     """
-    rows = torch.nonzero(labels != IGNORE).squeeze(1)
+    rows = _live(labels) if rows is None else rows
     dtype = _accumulation_dtype(hidden.dtype)
     largest = torch.full((rows.shape[0],), -torch.inf, dtype=dtype, device=hidden.device)
     token = torch.full_like(rows, torch.iinfo(torch.int64).max)

@@ -52,6 +52,8 @@ class PerTokenLossMixin:
     true_vocab_size: int
     loss_block_rows: int
     _likeliest = False
+    _live_rows: Tensor | None = None
+    _zero_gradients = True
     takes_boundaries: bool
     """Whether all layers have our core attention, which knows piece boundaries."""
 
@@ -69,10 +71,16 @@ class PerTokenLossMixin:
         attention_mask: Tensor | None,
         labels: Tensor | None = None,
         likeliest: bool = False,
+        live_rows: Tensor | None = None,
+        zero_gradients: bool = True,
         **kwargs: Any,
     ) -> Tensor:
-        """attention_mask: the piece boundaries [b, P+1], or None where sequences are one piece."""
+        """attention_mask: the piece boundaries [b, P+1], or None where sequences are one piece.
+        live_rows: those of the labels (device_batch.live_rows); None: looked for. zero_gradients:
+        whether losses may get a gradient of 0, whose rows the backward then looks for to skip them.
+        To look for rows on a GPU makes the host wait."""
         self._likeliest = likeliest
+        self._live_rows, self._zero_gradients = live_rows, zero_gradients
         if attention_mask is not None and not self.takes_boundaries:
             raise ValueError("piece boundaries given to a model that was built with packed=False")
         if self.post_process:  # type: ignore[attr-defined]
@@ -97,16 +105,14 @@ class PerTokenLossMixin:
         live = min(max(self.true_vocab_size - first_column, 0), weight.shape[0])
         if live < weight.shape[0]:
             weight = weight[:live]
-        measures = [row_block_cross_entropy]
+        arguments = (
+            hidden.flatten(0, 1), weight, labels.t().flatten(), first_column, group,
+            self.loss_block_rows, self._live_rows,
+        )  # fmt: skip
+        found = [row_block_cross_entropy(*arguments, zero_gradients=self._zero_gradients)]
         if self._likeliest:
-            measures.append(row_block_is_likeliest)
-        rows, row_labels = hidden.flatten(0, 1), labels.t().flatten()
-        found = [
-            measure(rows, weight, row_labels, first_column, group, self.loss_block_rows)
-            .view(labels.shape[1], labels.shape[0])
-            .t()
-            for measure in measures
-        ]
+            found.append(row_block_is_likeliest(*arguments))
+        found = [values.view(labels.shape[1], labels.shape[0]).t() for values in found]
         return torch.stack(found) if self._likeliest else found[0]
 
 

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from lctw_megatron.model.cross_entropy import IGNORE
+from lctw_megatron.model.device_batch import live_rows
 from lctw_megatron.model.gpt import without_context_parallel
+from lctw_megatron.platform.host_copies import to_device
 
 
 @torch.no_grad()
@@ -16,11 +18,11 @@ def window_losses(
 ) -> Tensor | None:
     """Losses of windows under the model, dropout off, no gradient.
 
-    tokens, labels [windows, K] int64, labels IGNORE where nothing is to be scored (no LM-head work
-    is done there). chunks: this rank's model chunks, wrapped for data parallelism or not. The
-    windows are run without context parallelism, through megatron-core's pipeline schedule, in as
-    few forwards of one shape as fit into ``tokens_per_forward`` each. All ranks of one tensor and
-    pipeline group pass the same windows.
+    tokens, labels [windows, K] int64, on the host, labels IGNORE where nothing is to be scored (no
+    LM-head work is done there). chunks: this rank's model chunks, wrapped for data parallelism or
+    not. The windows are run without context parallelism, through megatron-core's pipeline schedule,
+    in as few forwards as fit into ``tokens_per_forward`` each, of one shape (without a pipeline the
+    last may have fewer windows). All ranks of one tensor and pipeline group pass the same windows.
 
     Returns [windows, K] float32 (float64 for a float64 model) on the last pipeline stage, None on
     the others.
@@ -33,23 +35,27 @@ def window_losses(
     device = next(chunks[0].parameters()).device
     if number == 0:
         return torch.zeros((0, window), device=device) if last_stage else None
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
     # The interleaved schedule takes multiples of the stages.
-    stages = parallel_state.get_pipeline_model_parallel_world_size() if len(chunks) > 1 else 1
-    batches, per_forward = divide(number, tokens_per_forward // window, stages)
+    batches, per_forward = divide(
+        number, tokens_per_forward // window, stages if len(chunks) > 1 else 1
+    )
     missing = batches * per_forward - number
-    if missing:  # pipeline stages exchange tensors of one shape
+    if missing and stages > 1:  # they exchange tensors of one shape
         tokens = torch.cat([tokens, tokens.new_zeros((missing, window))])
         labels = torch.cat([labels, labels.new_full((missing, window), IGNORE)])
     positions = torch.arange(window, device=device).expand(per_forward, -1)
 
-    def batch_iterator() -> Iterator[tuple[Tensor, Tensor]]:
+    def batch_iterator() -> Iterator[tuple[Tensor, ...]]:
         for start in range(0, tokens.shape[0], per_forward):
             part = slice(start, start + per_forward)
-            yield tokens[part].to(device), labels[part].to(device)
+            streams = (tokens[part], labels[part], live_rows(labels[part]))
+            yield tuple(to_device(stream, device) for stream in streams)
 
-    def forward_step(iterator: Iterator[tuple[Tensor, Tensor]], model: Any) -> Any:
-        inputs, targets = next(iterator)
-        return model(inputs, positions, None, labels=targets), _hand_over
+    def forward_step(iterator: Iterator[tuple[Tensor, ...]], model: Any) -> Any:
+        inputs, targets, rows = next(iterator)
+        places = positions[: len(inputs)]
+        return model(inputs, places, None, labels=targets, live_rows=rows), _hand_over
 
     plain = [getattr(chunk, "module", chunk) for chunk in chunks]
     training = [chunk.training for chunk in plain]

@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import Tensor
 
 from lctw_megatron.data import zigzag
 from lctw_megatron.data.batch import IGNORE
+from lctw_megatron.platform.host_copies import to_device
 from lctw_megatron.scoring.forward import window_losses
+from lctw_megatron.scoring.window_plan import round_width
 from lctw_megatron.scoring.windows import windows
 
 Batch = dict[str, Tensor]
@@ -49,11 +52,11 @@ class WindowIndex:
 def cut_windows(batch: Batch, window: int, stride: int, bos_id: int | None) -> tuple[Tensor, ...]:
     """The windows of all sequences of a batch: tokens, labels [windows, K] and where they belong.
 
-    batch: `sequence_tokens` and `sequence_labels` int64 [b, S], whole sequences; `boundaries` int32
-    [b, P+1] if they are packed. The last result, int64 [windows, K], is the index of each scored
-    target in the flattened [b, S], -1 elsewhere.
+    batch: `host_tokens` and `host_labels` int64 [b, S], whole sequences on the host; `boundaries`
+    int32 [b, P+1] if they are packed. The last result, int64 [windows, K], is the index of each
+    scored target in the flattened [b, S], -1 elsewhere.
     """
-    tokens, labels = batch["sequence_tokens"].cpu(), batch["sequence_labels"].cpu()
+    tokens, labels = batch["host_tokens"], batch["host_labels"]
     rows, length = tokens.shape
     bounds = batch["boundaries"].tolist() if "boundaries" in batch else [[0, length]] * rows
     parts = []
@@ -70,6 +73,19 @@ def cut_windows(batch: Batch, window: int, stride: int, bos_id: int | None) -> t
         window_labels = labels[row][at].where(scored, IGNORE)
         parts.append((window_tokens, window_labels, (at + row * length).where(scored, -1)))
     return tuple(torch.cat(stream) for stream in zip(*parts, strict=True))
+
+
+def window_widths(scored: Tensor, window: int, multiple: int = 1) -> np.ndarray:
+    """How many positions of each window are run, of ``scored`` bool [windows, K]: int64 [windows].
+
+    A piece's last window may end early, and what follows its last scored target is computed for
+    nothing. Few widths (``round_width``), as kernels are compiled for every shape, that are
+    multiples of ``multiple`` where the window is.
+    """
+    needed = (scored * torch.arange(1, scored.shape[1] + 1)).amax(1).tolist()
+    return np.array(
+        [min(-(-round_width(n) // multiple) * multiple, window) for n in needed], dtype=np.int64
+    )
 
 
 class SelfScorer:
@@ -89,35 +105,50 @@ class SelfScorer:
         self.tokens_per_forward = tokens_per_forward
         self.bos_id = bos_id
         self.group = context_group
+        config = getattr(chunks[0], "module", chunks[0]).config
+        # Sequence parallelism splits the windows too.
+        self._multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
 
     def fill(self, batches: list[Batch]) -> None:
-        """Put `short_loss` float32 [b, S / CP] into every batch, NaN where not scored.
+        """Put `short_loss` float32 [b, S / CP] into every batch (of device_batch.move), NaN where
+        not scored.
 
         A collective call of all model-parallel ranks. Only the last pipeline stage gets losses.
         """
         rank, size = self.group.rank(), self.group.size()
         cuts = [cut_windows(batch, self.window, self.stride, self.bos_id) for batch in batches]
         tokens, labels = (torch.cat([cut[i] for cut in cuts]) for i in (0, 1))
-        own = window_losses(
-            self.chunks, tokens[rank::size], labels[rank::size], self.tokens_per_forward
-        )
-        if own is None:
-            return
-        places = [batch["sequence_tokens"].numel() for batch in batches]
+        places = [batch["host_tokens"].numel() for batch in batches]
         offsets = np.concatenate([[0], np.cumsum(places)[:-1]])
         where = torch.cat(
             [(cut[2] + int(o)).where(cut[2] >= 0, -1) for cut, o in zip(cuts, offsets, strict=True)]
         )
-        mine = where[rank::size].to(own.device)
-        scored = mine >= 0
+        parameter = next(self.chunks[0].parameters())
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        losses = torch.zeros(sum(places), dtype=dtype, device=parameter.device)
+        widths = window_widths(where >= 0, self.window, self._multiple)
+        # Longest first, so that context ranks get alike windows.
+        mine = np.argsort(-widths, kind="stable")[rank::size]
+        for width in np.unique(widths[mine])[::-1].tolist():
+            rows = torch.from_numpy(mine[widths[mine] == width])
+            own = window_losses(
+                self.chunks, tokens[rows, :width], labels[rows, :width], self.tokens_per_forward
+            )
+            if own is not None:
+                # Found on the host, which has all it takes: to ask a GPU would be to wait for it.
+                target = where[rows, :width].flatten()
+                scored = torch.nonzero(target >= 0).squeeze(1)
+                losses[to_device(target[scored], own.device)] = own.flatten()[
+                    to_device(scored, own.device)
+                ]
+        if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
+            return
         # Every target is scored by one window of one rank: summing the ranks' parts joins them.
-        losses = own.new_zeros(sum(places))
-        losses[mine[scored]] = own[scored]
         if size > 1:
             dist.all_reduce(losses, group=self.group)
-        known = torch.zeros(sum(places), dtype=torch.bool)
-        known[where[where >= 0]] = True
-        losses = losses.masked_fill(~known.to(losses.device), float("nan"))
+        unknown = torch.ones(sum(places), dtype=torch.bool)
+        unknown[where[where >= 0]] = False
+        losses = losses.masked_fill(to_device(unknown, losses.device), float("nan"))
         for batch, part in zip(batches, losses.split(places), strict=True):
-            whole = part.view(batch["sequence_tokens"].shape)
+            whole = part.view(batch["host_tokens"].shape)
             batch["short_loss"] = zigzag.cut(whole, rank, size, dim=1)

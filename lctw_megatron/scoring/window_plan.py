@@ -124,7 +124,7 @@ def forwards(
     order = np.argsort(-lengths, kind="stable")
     begin = 0
     while begin < len(order):
-        width = min(_round_width(int(lengths[order[begin]])), window)
+        width = min(round_width(int(lengths[order[begin]])), window)
         rows, left = max(1, tokens_per_forward // width), len(order) - begin
         if rows > left:
             rows = 1 << (left.bit_length() - 1)
@@ -132,7 +132,7 @@ def forwards(
         begin += rows
 
 
-def _round_width(length: int) -> int:
+def round_width(length: int) -> int:
     """``length`` rounded up to 64, 128, 192, 256, 384, 512, 768, ...: two widths per power of two.
 
     Like the powers of two in which the last windows of a block are run, this keeps the number of

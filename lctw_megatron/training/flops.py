@@ -38,7 +38,7 @@ def self_scoring_flops(model: ModelConfig, sequence_length: int, window: int, st
     """
     table = windows(sequence_length + 1, window, stride)[1:]  # the inputs and the last label
     scored = int((table[:, 3] - table[:, 2]).sum())
-    return forward_flops(model, [window] * len(table), scored)
+    return forward_flops(model, (table[:, 1] - table[:, 0]).tolist(), scored)
 
 
 def step_flops(run: RunConfig) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lctw_megatron.config.schema import RunConfig
 from lctw_megatron.data import zigzag
-from lctw_megatron.data.microbatch import move
+from lctw_megatron.model.device_batch import move
 from lctw_megatron.scoring.self_scoring import SelfScorer
 from lctw_megatron.training.dropout_seed import seed_dropout
 from lctw_megatron.training.metrics import StepSums
@@ -121,6 +121,8 @@ class Stepper:
                 batch["position_ids"],
                 batch.get("boundaries"),
                 labels=batch["labels"],
+                live_rows=batch["live_rows"],
+                zero_gradients=weighting.gives_zeros,
             )
             return losses, lambda output: self._loss(output, number, batch, weighting, sums)
 
@@ -181,11 +183,8 @@ class Stepper:
 
     def _distance(self, batch: Batch) -> Tensor:
         """How far back each target's token last occurred, [b, s] of this context rank."""
-        boundaries = batch.get("boundaries")
         distance = batch_occurrence_distance(
-            batch["sequence_tokens"],
-            batch["sequence_labels"],
-            None if boundaries is None else boundaries.to(self.device),
+            batch["sequence_tokens"], batch["sequence_labels"], batch.get("device_boundaries")
         )
         group = self.context_group
         return zigzag.cut(distance, group.rank(), group.size(), dim=1)

@@ -9,7 +9,7 @@ from lctw_megatron.config.schema import WeightingConfig
 from lctw_megatron.config.schemes import SCHEME_NEEDS
 from lctw_megatron.config.validation_errors import build, nearest
 from lctw_megatron.errors import InputError
-from lctw_megatron.weighting.schemes import SCHEMES, Scheme
+from lctw_megatron.weighting.schemes import SCHEMES, Scheme, Uniform
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,11 @@ class Weighting:
     scheme: Scheme
     config: WeightingConfig
     """`interpolation`, `unscored`, and where the short losses come from: `mode`, `window`, …"""
+
+    @property
+    def gives_zeros(self) -> bool:
+        """Whether a live target may get weight 0: never if a part of every weight is 1."""
+        return self.config.interpolation == 0 and not isinstance(self.scheme, Uniform)
 
 
 def parse_weighting(values: Mapping[str, Any] | WeightingConfig) -> Weighting:

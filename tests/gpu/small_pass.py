@@ -9,7 +9,7 @@ import torch
 
 from lctw_megatron.benchmarks.steps import StepBench, random_batches
 from lctw_megatron.config.schema import RunConfig
-from lctw_megatron.data.microbatch import move
+from lctw_megatron.model.device_batch import move
 
 SMALL: dict[str, Any] = {
     "name": "small", "run_dir": "none", "seed": 11,

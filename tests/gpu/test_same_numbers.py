@@ -106,7 +106,7 @@ def test_the_golden_losses_of_the_papers_code(tmp_path: Path) -> None:
     positions = torch.arange(511, device=world.device).expand(2, -1)
     with torch.no_grad():
         long = chunks[0](tokens.cuda(), positions, None, labels=labels.cuda()).cpu().numpy()
-    batch = {"sequence_tokens": tokens, "sequence_labels": labels}
+    batch = {"host_tokens": tokens, "host_labels": labels}
     window_tokens, window_labels, where = cut_windows(batch, 128, 96, None)
     losses = window_losses(chunks, window_tokens, window_labels, 4096)
     assert losses is not None

@@ -58,9 +58,9 @@ def test_attention_of_long_sequences_by_hand():
 def test_self_scoring_adds_every_later_window(length, window, stride):
     stride = min(stride, window)
     expected = 0
-    for start, _end, first, stop in windows(length + 1, window, stride):
+    for start, end, first, stop in windows(length + 1, window, stride):
         if start > 0:
-            expected += forward_flops(SMALL, [window], int(stop - first))
+            expected += forward_flops(SMALL, [int(end - start)], int(stop - first))
     assert self_scoring_flops(SMALL, length, window, stride) == expected
 
 

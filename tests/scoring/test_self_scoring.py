@@ -1,0 +1,121 @@
+"""Windows that end early are run no wider than they need, and score the same."""
+
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+from lctw_megatron.config.schema import LayoutConfig, ModelConfig
+from lctw_megatron.data import zigzag
+from lctw_megatron.model.device_batch import move
+from lctw_megatron.scoring import self_scoring
+from lctw_megatron.scoring.self_scoring import SelfScorer, window_widths
+from tests.distributed import run_distributed
+from tests.training.layouts import MODEL, VOCABULARY
+
+WINDOW, STRIDE, LENGTH = 256, 192, 2048
+# Last windows of 65 to 256 inputs; a piece without windows; padding.
+PIECES = [[192 + 70, 192 + 65, 384 + 128, 100, 384 + 200], [192 + 256, 384 + 90, 200, 300]]
+
+
+LAYOUTS: list[dict[str, Any]] = [
+    {"context": 2},
+    {"tensor": 2, "sequence": True},
+    {"pipeline": 2, "virtual_pipeline": 2},
+]
+
+
+@pytest.fixture(scope="module")
+def batch() -> dict[str, torch.Tensor]:
+    return packed_batch()
+
+
+def packed_batch() -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(3)
+    tokens = torch.randint(3, VOCABULARY, (2, LENGTH), generator=draw)
+    labels = tokens.roll(-1, 1)
+    boundaries = torch.full((2, 7), LENGTH, dtype=torch.int32)
+    for row, pieces in enumerate(PIECES):
+        ends = np.cumsum([0, *pieces])
+        boundaries[row, : len(ends)] = torch.from_numpy(ends)
+        labels[row, ends[-1] :] = -100
+    streams = {"tokens": tokens, "labels": labels, "boundaries": boundaries}
+    return streams | {"sequence_tokens": tokens, "sequence_labels": labels}
+
+
+@pytest.fixture(scope="module")
+def chunks() -> list[Any]:
+    return model_under({})
+
+
+def model_under(layout: dict[str, Any]) -> list[Any]:
+    from lctw_megatron.model.gpt import build_model
+    from lctw_megatron.platform.world import initialize
+
+    sizes = LayoutConfig(**layout)
+    world = initialize(sizes, 1)
+    options: dict[str, Any] = dict(dtype=torch.float32, device=world.device, seed=1)
+    return build_model(
+        ModelConfig(**MODEL), sizes, max_sequence_length=WINDOW, packed=False, **options
+    )
+
+
+def scored_under_layouts() -> list[Any]:
+    """What this rank got under each layout: None where it is no last stage."""
+    return [scored(model_under(layout), packed_batch())[0] for layout in LAYOUTS]
+
+
+def scored(chunks: list[Any], batch: dict[str, torch.Tensor]) -> tuple[Any, int]:
+    """Short losses, and the tokens that the first chunk read for them."""
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_context_parallel_group()
+    scorer = SelfScorer(chunks, WINDOW, STRIDE, 2 * WINDOW, 1, group)
+    moved = move(batch, torch.device("cpu"))
+    forward, read = chunks[0].forward, []
+
+    def counting(tokens: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        read.append(tokens.numel())
+        return forward(tokens, *args, **kwargs)
+
+    with mock.patch.object(chunks[0], "forward", counting):
+        scorer.fill([moved])
+    return moved.get("short_loss"), sum(read)
+
+
+def test_windows_grouped_by_width_score_as_padded_ones_and_read_less(
+    chunks: list[Any], batch: dict[str, torch.Tensor]
+) -> None:
+    grouped, read = scored(chunks, batch)
+    with mock.patch.object(self_scoring, "round_width", lambda length: WINDOW):
+        padded, read_padded = scored(chunks, batch)
+    known = ~padded.isnan()
+    assert torch.equal(known, ~grouped.isnan()) and known.sum() > 1000
+    assert (grouped - padded)[known].abs().max() < 1e-6 * padded[known].abs().max()
+    assert read < 0.9 * read_padded
+
+
+@pytest.mark.parametrize("multiple", [1, 4, 48])
+def test_a_width_holds_all_that_is_scored_and_divides_among_the_ranks(multiple: int) -> None:
+    window = 480
+    draw = np.random.default_rng(0)
+    last = draw.integers(1, window + 1, 200)
+    mask = torch.arange(window)[None] < torch.from_numpy(last)[:, None]
+    widths = window_widths(mask, window, multiple)
+    assert (widths >= last).all() and (widths <= window).all()
+    assert (widths % multiple == 0).all()
+    assert len(set(widths.tolist())) <= 8
+
+
+def test_grouped_windows_score_the_same_under_every_layout(
+    chunks: list[Any], batch: dict[str, torch.Tensor]
+) -> None:
+    alone = scored(chunks, batch)[0].numpy()
+    ranks = run_distributed(scored_under_layouts, 2)
+    (first, second), (tensor, _), (_, pipeline) = zip(*ranks, strict=True)
+    parts = [first.numpy(), second.numpy()]
+    np.testing.assert_allclose(zigzag.join(parts, dim=1), alone, rtol=2e-6)
+    np.testing.assert_allclose(tensor.numpy(), alone, rtol=2e-6)
+    np.testing.assert_allclose(pipeline.numpy(), alone, rtol=2e-6)
