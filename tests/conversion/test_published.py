@@ -15,7 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lctw_megatron.config.schema import LayoutConfig
+from lctw_megatron.config.load import load_fragment
+from lctw_megatron.config.schema import LayoutConfig, ModelConfig
+from lctw_megatron.conversion.hf_config import read_config
 from lctw_megatron.conversion.hf_export import export_hf
 from lctw_megatron.conversion.hf_import import import_hf
 from lctw_megatron.conversion.verify import (
@@ -130,3 +132,41 @@ def test_what_cannot_be_converted_is_refused_in_one_line(name: str, tmp_path: Pa
     assert line.startswith(f"{tmp_path / 'config.json'}: ") and "\n" not in line
     assert REFUSED[name] in line and len(line) < 400
     assert not (tmp_path / "checkpoint").exists()
+
+
+FRAGMENTS = {
+    "llama31_8b": "llama3_1_8b",
+    "llama31_70b": "llama3_1_70b",
+    "llama32_1b": "llama3_2_1b",
+    "llama32_3b": "llama3_2_3b",
+    "mistral_7b": "mistral_7b_v03",
+    "qwen2_500m": "qwen2_0_5b",
+    "qwen25_1.5b": "qwen2_1_5b",
+    "qwen25_500m": "qwen2.5_0.5b_instruct",
+    "qwen25_3b": "qwen2.5_3b",
+    "qwen25_7b": "qwen2_7b",
+    "qwen3_600m": "qwen3_0.6b",
+    "qwen3_1.7b": "qwen3_1.7b",
+    "qwen3_8b": "qwen3_8b",
+    "smollm2_135m": "smollm2_135m",
+    "smollm2_360m": "smollm2_360m",
+}
+"""Fragment of configs/models -> the published config.json of that model, or of the generation
+before it in the same shape (Qwen2.5 of Qwen2)."""
+
+
+@pytest.mark.parametrize(("fragment", "published"), FRAGMENTS.items())
+def test_a_model_by_name_is_the_published_one(
+    tmp_path: Path, fragment: str, published: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS[published]))
+    theirs = read_config(tmp_path).model
+    ours = ModelConfig(**load_fragment("model", fragment, "the test"))
+    resolved = {
+        "num_query_groups": ours.num_query_groups or ours.num_attention_heads,
+        "max_position_embeddings": theirs.max_position_embeddings,
+    }
+    if ours.kv_channels is None:
+        assert theirs.kv_channels in (None, ours.hidden_size // ours.num_attention_heads)
+        resolved["kv_channels"] = theirs.kv_channels
+    assert ours.model_copy(update=resolved) == theirs
