@@ -1,6 +1,7 @@
 """What a model can do. Verbs: losses, recall, harness."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import get_args
 
@@ -316,7 +317,7 @@ def _harness(options: argparse.Namespace) -> int:
         backend=options.backend,
         batch_size=options.batch_size,
         model_args=options.model_args,
-        offline=options.offline,
+        offline=options.offline or os.environ.get("HF_HUB_OFFLINE") == "1",
         log_samples=options.log_samples,
     )
     check(settings)

@@ -6,6 +6,7 @@ first tokens and the result is a low number and no error. So the folder is looke
 
 import json
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,10 @@ def check(settings: HarnessSettings) -> list[Call]:
             "the harness runs in one process, without torchrun; for several GPUs give --backend "
             "vllm --model-args tensor_parallel_size=N, or --model-args parallelize=True"
         )
+    if not 0 <= settings.seed < 2**32:
+        raise InputError(f"--seed {settings.seed}: expected a number from 0 to {2**32 - 1}")
+    if not re.fullmatch(r"[1-9]\d*|auto(:[1-9]\d*)?", settings.batch_size):
+        raise InputError(f"--batch-size {settings.batch_size}: expected a number or auto")
     require_harness(settings.backend)
     return calls_for(settings.tasks, settings.lengths, settings.offline)
 

@@ -179,7 +179,7 @@ class Library:
                         "device": "cuda" if torch.cuda.is_available() else "cpu",
                     },
                 )
-            except (OSError, ValueError, TypeError, RuntimeError) as error:
+            except Exception as error:  # of any library that reads it
                 raise InputError(
                     f"{self._model.folder}: {settings.backend} can't load it ({_line(error)})"
                 ) from error

@@ -33,27 +33,28 @@ MAIN = ("score", "acc_norm", "acc", "exact_match")
 
 def to_record(call: Call, results: dict[str, Any], seconds: float) -> dict[str, Any]:
     """The harness's dictionary as one of `results`. InputError if it measured nothing."""
-    # A file's task has the name that the file gives it, a tag none of its own.
     measured = results["results"]
-    top = call.task if call.task in measured else next(iter(measured))
+    # A file's task or group has the name that the file gives it, a tag none of its own; the
+    # outermost group comes last.
+    alone = measured if len(measured) == 1 else {}
+    names = [call.task, *reversed(results.get("groups") or {}), *alone]
+    top = next((name for name in names if name in measured), None)
     parts = {name: _metrics(values) for name, values in measured.items() if name != top}
-    metrics = _metrics(measured[top])
+    metrics = _metrics(measured[top]) if top else {}
     if call.length is not None:
         metrics = {"score": _ruler_score(call, results)}
-    elif call.task not in measured and parts:
-        parts = {top: metrics, **parts}
-        top, metrics = call.task, _mean_of(list(parts.values()))
+    metrics = metrics or _mean_of([part for part in parts.values() if part])
     if not metrics:
         raise InputError(f"task {call.task}: lm-evaluation-harness returned no metric for it")
     counts = [count["effective"] for count in results["n-samples"].values()]
     record = {
         "call": asdict(call),
-        "task": top,
+        "task": top or call.task,
         "length": call.length,
         "main": _main(metrics),
         "metrics": metrics,
         "samples": sum(counts),
-        "fewshot": results["n-shot"].get(top),
+        "fewshot": results["n-shot"].get(top, call.fewshot),
         "version": results["versions"].get(top),
         "seconds": round(seconds, 1),
     }
@@ -128,8 +129,8 @@ def _ruler_score(call: Call, results: dict[str, Any]) -> Metric:
 
 
 def _mean_of(parts: Sequence[dict[str, Metric]]) -> dict[str, Metric]:
-    """Of the metrics that all tasks of a tag have."""
-    shared = [name for name in parts[0] if all(name in part for part in parts)]
+    """Of the metrics that all tasks of a tag, or of a group that has none of its own, have."""
+    shared = [name for name in (parts or [{}])[0] if all(name in part for part in parts)]
     return {
         name: [float(np.mean([part[name][0] for part in parts], dtype=np.float64)), None]
         for name in shared

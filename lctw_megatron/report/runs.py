@@ -9,9 +9,9 @@ import numpy as np
 
 from lctw_megatron.config.load import load_run
 from lctw_megatron.config.schema import RunConfig
-from lctw_megatron.data.json_object import read_json
 from lctw_megatron.data.metrics_file import read_metrics
 from lctw_megatron.errors import InputError
+from lctw_megatron.evaluation.harness_result import read_harness
 from lctw_megatron.evaluation.recall_result import read_recall
 from lctw_megatron.evaluation.result_file import read_evaluation
 
@@ -42,7 +42,7 @@ class RunRecord:
     recall: dict[str, Any] | None = None
     """See ``recall_result.FORMAT``."""
     harness: dict[str, Any] | None = None
-    """harness.json: `results`, one of each benchmark task and length."""
+    """See ``harness_result.FORMAT``."""
 
     def series(self, metric: str) -> Series:
         """``metric`` over the steps; empty if it was never written."""
@@ -66,7 +66,7 @@ def read_run(folder: str | Path) -> RunRecord:
     metrics = read_metrics(log) if log.is_file() else []
     evaluation = read_evaluation(folder / "evaluation.json")
     recall = read_recall(folder / "recall.json")
-    harness = _read_harness(folder / "harness.json")
+    harness = read_harness(folder / "harness.json")
     if not metrics and not any((evaluation, recall, harness)):
         raise InputError(
             f"{folder}: holds neither steps in metrics.jsonl nor evaluation.json, recall.json or "
@@ -74,16 +74,6 @@ def read_run(folder: str | Path) -> RunRecord:
         )
     config = load_run(folder / "run.yaml") if (folder / "run.yaml").is_file() else None
     return RunRecord(folder.resolve().name, folder, config, metrics, evaluation, recall, harness)
-
-
-def _read_harness(path: Path) -> dict[str, Any] | None:
-    try:
-        value = read_json(path)
-    except FileNotFoundError:
-        return None
-    if not isinstance(value, dict) or not isinstance(value.get("results"), list):
-        raise InputError(f"{path}: not a file of results of lm-evaluation-harness")
-    return value
 
 
 def read_runs(

@@ -166,6 +166,10 @@ def test_of_a_group_its_own_metrics_count_and_those_of_its_tasks_are_kept():
     record = to_record(Call("mmlu", fewshot=5), group, 1.0)
     assert record["metrics"] == {"acc": [0.4, 0.01]}
     assert record["parts"] == {"mmlu_anatomy": {"acc": [0.3, 0.02]}} and record["fewshot"] == 5
+    of_file = {**group, "groups": {"mmlu_part": {}, "mmlu": {}}}
+    assert to_record(Call("sets/mine.yaml"), of_file, 1.0)["task"] == "mmlu"
+    group["results"]["mmlu"] = {"alias": "mmlu"}  # a group that has no metric of its own
+    assert to_record(Call("mmlu", fewshot=5), group, 1.0)["metrics"] == {"acc": [0.3, None]}
     tag = returned(Call("a"), acc=0.4, f1=0.1)
     tag["results"]["b"] = {"acc,none": 0.2, "acc_norm,get": 0.9}
     record = to_record(Call("some_tag"), tag, 1.0)
@@ -248,6 +252,8 @@ def test_bad_inputs_are_one_line(folder, tmp_path, library, capsys, monkeypatch)
     refused("--lengths 512: RULER's smallest samples do not fit", *ruler[:3], 512)
     refused("--model-args max_length=9: is set from the folder", *ruler, "--model-args",
             "max_length=9")  # fmt: skip
+    refused("--seed -1: expected a number from 0", *ruler, "--seed", -1)
+    refused("--batch-size many: expected a number or auto", *ruler, "--batch-size", "many")
     refused("--model-args tp: is not NAME=VALUE", *ruler, "--model-args", "tp")
     refused("config.json: missing; give a Hugging Face folder", *ruler, "--hf", tmp_path)
     (tmp_path / "bare").mkdir()
