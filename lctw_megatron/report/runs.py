@@ -81,9 +81,24 @@ def _read_harness(path: Path) -> dict[str, Any] | None:
         value = read_json(path)
     except FileNotFoundError:
         return None
-    if not isinstance(value, dict) or not isinstance(value.get("results"), list):
-        raise InputError(f"{path}: not a file of results of lm-evaluation-harness")
+    results = value.get("results") if isinstance(value, dict) else None
+    if not isinstance(results, list) or not all(map(_is_benchmark, results)):
+        raise InputError(f"{path}: not a file of results of lm-evaluation-harness; make it again")
     return value
+
+
+def _is_benchmark(record: Any) -> bool:
+    """Whether it has a task and, of its main metric, a value and an error, which may be null."""
+    if not isinstance(record, dict) or not isinstance(record.get("task"), str):
+        return False
+    metrics = record.get("metrics")
+    found = metrics.get(record.get("main")) if isinstance(metrics, dict) else None
+    return (
+        isinstance(found, list)
+        and len(found) == 2
+        and isinstance(found[0], int | float)
+        and isinstance(found[1], int | float | None)
+    )
 
 
 def read_runs(
