@@ -99,7 +99,21 @@ def read_harness(path: str | Path) -> dict[str, Any] | None:
         raise InputError(f"{error}; run the harness again") from None
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise InputError(f"{path}: not a file of the format {FORMAT!r}; name another output")
+    results = value.get("results")
+    if not isinstance(results, list) or not all(map(_is_record, results)):
+        raise InputError(f"{path}: damaged; run the harness again")
     return value
+
+
+def _is_record(record: Any) -> bool:
+    """Whether it has a task and, of its main metric, a value and an error, which may be null."""
+    if not isinstance(record, dict) or not isinstance(record.get("task"), str):
+        return False
+    metrics = record.get("metrics")
+    found = metrics.get(record.get("main")) if isinstance(metrics, dict) else None
+    if not isinstance(found, list) or len(found) != 2:
+        return False
+    return _is_number(found[0]) and (found[1] is None or _is_number(found[1]))
 
 
 def _metrics(values: dict[str, Any]) -> dict[str, Metric]:

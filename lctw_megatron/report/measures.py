@@ -118,6 +118,8 @@ def _loss_block(
     found = run.evaluation[probes]
     losses, targets = np.array(found["sequence_loss"]), np.array(found["sequence_targets"])
     chosen = list(range(losses.shape[1]) if bins is None else bins)
+    if max(chosen, default=0) >= losses.shape[1]:  # bins of longer sequences
+        return None
     return samples, [Block(losses[:, chosen].sum(1)[None], targets[:, chosen].sum(1))]
 
 

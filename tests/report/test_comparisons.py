@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from lctw_megatron.config.load import dump_yaml
+from lctw_megatron.errors import InputError
 from lctw_megatron.report.benchmarks import benchmark_table
 from lctw_megatron.report.comparisons import overview_table, verdict_lines
 from lctw_megatron.report.cost import cost_table, training_cost
@@ -144,6 +145,29 @@ def test_the_baseline_may_be_given_beside_the_runs(folders):
     assert first is runs[0]
     runs, first = read_runs(folders[:4], baseline=folders[2])
     assert len(runs) == 4 and first.name == "dense-seed1"
+
+
+def test_runs_evaluated_at_another_length_are_shown_but_not_compared(folders, tmp_path):
+    short = write_run(tmp_path / "short", sequence_length=32)
+    evaluation = json.loads((short / "evaluation.json").read_text())
+    for key in ("loss", "targets", "bins"):
+        evaluation["position"][key] = evaluation["position"][key][:9]
+    for key in ("sequence_loss", "sequence_targets"):
+        evaluation["position"][key] = [row[:9] for row in evaluation["position"][key]]
+    (short / "evaluation.json").write_text(json.dumps(evaluation))
+    runs, first = read_runs([folders[0], str(short)])
+    assert overview_table(group_runs(runs, first))[2][5:8] == ["-", "-", "-"]
+    assert "short" in write_report([folders[0], str(short)], tmp_path / "out", None)
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '"results": [1]', '"results": [{"task": "a"}]'])
+def test_a_damaged_harness_file_is_one_line(tmp_path, content):
+    if content.startswith('"'):
+        content = f'{{"format": "lctw-megatron harness 1", {content}}}'
+    (tmp_path / "harness.json").write_text(content)
+    with pytest.raises(InputError, match="harness.json") as error:
+        read_run(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_a_run_with_benchmarks_only_can_be_reported(tmp_path):
