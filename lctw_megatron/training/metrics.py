@@ -143,6 +143,8 @@ class MetricsLog:
             self._file.close()
         self._on_board(lambda board: board.close())
         for tracker in self._trackers:
+            tracker.end()
+        for tracker in self._trackers:
             tracker.close()
 
     def _on_board(self, action: Callable[[Any], object]) -> None:

@@ -11,9 +11,11 @@ there is one line in the log.
 import importlib.util
 import os
 import secrets
+import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Protocol
@@ -68,17 +70,21 @@ class Sender:
     def log(self, step: int, values: dict[str, float]) -> None:
         self._waiting.put((step, values))
 
-    def close(self) -> None:
+    def end(self) -> None:
+        """Nothing more is logged; ``close`` follows."""
         self._waiting.put(None)
         self._closing.set()
-        self._thread.join(_CLOSING_SECONDS)
+        self._deadline = time.monotonic() + _CLOSING_SECONDS
+
+    def close(self) -> None:
+        self._thread.join(max(0.0, self._deadline - time.monotonic()))
         if self._thread.is_alive():
             self._complain(f"did not take everything within {_CLOSING_SECONDS:g} s of the end")
 
     def _send(self) -> None:
         try:
             tracker = self._make()
-        except Exception as error:
+        except BaseException as error:  # a library may raise KeyboardInterrupt as its own
             self._complain(f"{_one_line(error)}; this start of the run goes on without it")
             return
         while (item := self._waiting.get()) is not None and self._log(tracker, *item):
@@ -144,15 +150,16 @@ class WandbRun:
         if identity is None:
             identity = secrets.token_hex(4)
             identities.set("wandb", identity)
-        self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", PROJECT),
-            name=_title(run),
-            id=identity,
-            resume="allow",
-            dir=os.environ.get("WANDB_DIR", run.run_dir),
-            config=run.model_dump(mode="json"),
-            settings=wandb.Settings(console="off"),  # it would put itself between us and the log
-        )
+        with _without_terminal():  # or it asks there for a key that it lacks
+            self._run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", PROJECT),
+                name=_title(run),
+                id=identity,
+                resume="allow",
+                dir=os.environ.get("WANDB_DIR", run.run_dir),
+                config=run.model_dump(mode="json"),
+                settings=wandb.Settings(console="off"),  # or it takes standard output over
+            )
         # Steps of ours, as its own may only grow.
         self._run.define_metric("*", step_metric="step")
 
@@ -213,6 +220,16 @@ class MlflowRun:
         self._client.set_terminated(self._id, self._status)
 
 
+@contextmanager
+def _without_terminal() -> Iterator[None]:
+    before = sys.stdin
+    with open(os.devnull) as sys.stdin:
+        try:
+            yield
+        finally:
+            sys.stdin = before
+
+
 def _title(run: RunConfig) -> str:
     """The last two folders: usually the recipe's and the run's."""
     return "/".join(Path(os.path.abspath(run.run_dir)).parts[-2:])
@@ -230,5 +247,5 @@ def _flat(values: dict[str, Any], above: str = "") -> list[tuple[str, str]]:
     return pairs
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -6,6 +6,7 @@ With the libraries themselves where they are installed, and offline: a local sto
 import importlib.util
 import json
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ def test_a_failure_is_said_once_and_nothing_is_lost(
     for step in range(3):
         sender.log(step, {"loss/plain": 1.0})
     assert reached.wait(30)
+    sender.end()
     sender.close()
     assert [step for step, _ in memory.kept] == [0, 1, 2] and memory.closed
     assert memory.thread is not threading.main_thread()
@@ -65,20 +67,23 @@ def test_one_that_cannot_be_opened_or_reached_keeps_nobody_waiting(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse() -> Any:
-        raise PermissionError("no key")
+        raise KeyboardInterrupt("no key")  # as wandb does
 
     sender = Sender("wandb", refuse)
     sender.log(0, {})
+    sender.end()
     sender.close()
-    assert "wandb: PermissionError: no key; this start" in capsys.readouterr().out
+    assert "wandb: KeyboardInterrupt: no key; this start" in capsys.readouterr().out
     unreachable = Memory(failures=10**9)
     sender = Sender("mlflow", lambda: unreachable)  # tried again in a minute
     sender.log(0, {})
+    sender.end()
     sender.close()
     assert unreachable.closed and "mlflow: ConnectionError" in capsys.readouterr().out
     monkeypatch.setattr(trackers, "_CLOSING_SECONDS", 0.05)
     never = threading.Event()
     sender = Sender("mlflow", lambda: never.wait() and Memory())  # type: ignore[arg-type, return-value]
+    sender.end()
     sender.close()
     assert "did not take everything" in capsys.readouterr().out
     never.set()
@@ -167,10 +172,13 @@ def test_wandb_has_a_resumed_run_as_one(tmp_path: Path, monkeypatch: pytest.Monk
     # `wandb sync` puts folders of one identity together.
     starts = sorted((tmp_path / "recipe/main/wandb").glob("offline-run-*"))
     assert [path.name.rpartition("-")[2] for path in starts] == [identity] * 2
-    found = {}
-    for path in starts:
-        found |= history(path / f"run-{identity}.wandb")
-    assert found == {line["step"]: line["loss/plain"] for line in lines}
+    expected = {line["step"]: line["loss/plain"] for line in lines}
+    found, deadline = {}, time.monotonic() + 30
+    while found != expected and time.monotonic() < deadline:
+        time.sleep(0.1)  # its service may write a moment after its `finish`
+        for path in starts:
+            found |= history(path / f"run-{identity}.wandb")
+    assert found == expected
 
 
 def history(path: Path) -> dict[int, float]:
