@@ -14,6 +14,7 @@ from lctw_megatron.errors import InputError
 from lctw_megatron.launch.stage_graph import StageGraph
 from lctw_megatron.launch.stages import Stage, StageState, runnable
 from lctw_megatron.ownership import holder, owned
+from lctw_megatron.training.trackers import check_trackers
 
 
 def run_stages(graph: StageGraph, stages: Sequence[Stage], ranks: int | None = None) -> int:
@@ -23,6 +24,10 @@ def run_stages(graph: StageGraph, stages: Sequence[Stage], ranks: int | None = N
     allows. Stops at the first stage that fails, with its status; start again to go on.
     """
     check_needs(graph, stages)
+    names = {stage.name for stage in stages}
+    for run in graph.runs:  # not after hours of scoring
+        if f"train-{run.name}" in names:
+            check_trackers(run.training.trackers)
     for number, stage in enumerate(stages, 1):
         title = f"[{number}/{len(stages)}] {stage.name}"
         if graph.is_done(stage):

@@ -10,6 +10,7 @@ from torch.distributed.run import parse_args
 from lctw_megatron.errors import InputError
 from lctw_megatron.launch import local
 from lctw_megatron.launch.stage_graph import StageGraph
+from lctw_megatron.training import trackers
 from tests.launch.conftest import RECIPE
 
 SINGLE = RECIPE.replace("layout: {tensor: 2, sequence: true}", "layout: single")
@@ -64,6 +65,15 @@ def test_a_stage_without_what_it_needs_is_refused(plan, fake_tools):
     assert fake_tools() == []
     assert local.run_stages(made, made.select(["prepare"])) == 0
     assert local.run_stages(made, made.select(["train-base"])) == 0
+
+
+def test_a_missing_tracker_is_said_before_the_first_stage(plan, fake_tools, monkeypatch):
+    monkeypatch.setattr(trackers, "_is_installed", lambda name: False)
+    made = plan(SINGLE, "runs.dense.training.trackers=[wandb]")
+    with pytest.raises(InputError, match="training.trackers: wandb is not installed here"):
+        local.run_stages(made, made.stages)
+    assert fake_tools() == []
+    assert local.run_stages(made, made.select(["prepare"])) == 0
 
 
 def test_several_ranks_run_under_torchrun(plan, monkeypatch):
