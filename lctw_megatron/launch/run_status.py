@@ -46,11 +46,13 @@ def run_status(run: RunConfig) -> RunStatus:
     alive = owner is not None and not owner[1]
     finished = not alive and saved is not None and saved >= steps
     parts = [f"step {done}/{steps} ({100 * done / steps:.0f} %)"]
-    seconds = [line["speed/seconds"] for line in lines if "speed/seconds" in line][-_SPEED_LINES:]
+    seconds = [line["speed/seconds"] for line in lines if 0 < line.get("speed/seconds", 0) < 1e9]
+    seconds = seconds[-_SPEED_LINES:]
     if seconds and alive:
         tokens = run.training.global_batch_size * run.data.sequence_length
         parts.append(f"{human(tokens / max(mean(seconds), 1e-9))} tokens/s")
-        parts.append(f"{clock(max(steps - done, 0) * mean(seconds))} left")
+        each = (beat and beat.seconds_per_step) or mean(seconds)
+        parts.append(f"{clock(max(steps - done, 0) * each)} left")
     parts.append("no checkpoint" if saved is None else f"checkpoint of step {saved}")
     if alive and owner:
         allowed = 60 * (run.training.hang_minutes or _SILENT_MINUTES)

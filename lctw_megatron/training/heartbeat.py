@@ -25,6 +25,8 @@ class Beat:
     """Steps done."""
     time: float
     """Seconds since 1970."""
+    seconds_per_step: float | None = None
+    """Of this start of the run, with its evaluations and saves; None before its second step."""
 
 
 class Heartbeat:
@@ -33,12 +35,19 @@ class Heartbeat:
     def __init__(self, run_dir: Path) -> None:
         self._path = path_in(run_dir)
         self._last = Beat("", 0, 0.0)
+        self._first: tuple[int, float] | None = None
+        """The first step of this start, and when it began."""
 
     def beat(self, stage: str, step: int) -> None:
         now = time.time()
         if stage == self._last.stage and 0 <= now - self._last.time < INTERVAL_SECONDS:
             return
-        self._last = Beat(stage, step, now)
+        if self._first is None and stage == "training":
+            self._first = step, now
+        each = None
+        if self._first and step > self._first[0]:
+            each = (now - self._first[1]) / (step - self._first[0])
+        self._last = Beat(stage, step, now, each)
         with suppress(OSError):  # a full disk ends the run at its next save, on all ranks
             write_json(self._path, asdict(self._last))
 
@@ -51,6 +60,14 @@ def read_beat(run_dir: Path) -> Beat | None:
     """The last one; None if there is none that can be read."""
     try:
         values = read_json_object(path_in(run_dir))
-        return Beat(str(values["stage"]), int(values["step"]), float(values["time"]))
-    except (OSError, InputError, KeyError, TypeError, ValueError):
+        each = values.get("seconds_per_step")
+        beat = Beat(
+            str(values["stage"]),
+            int(values["step"]),
+            float(values["time"]),
+            None if each is None else float(each),
+        )
+    except (OSError, InputError, KeyError, TypeError, ValueError, OverflowError):
         return None
+    numbers = (beat.step, beat.time, beat.seconds_per_step or 0)
+    return beat if all(0 <= number < 1e12 for number in numbers) else None

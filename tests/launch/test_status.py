@@ -44,10 +44,18 @@ def test_beats_are_few_but_every_stage_is_said(tmp_path: Path, monkeypatch: Any)
     heart.beat("saving", 9)
     assert (read_beat(tmp_path).stage, read_beat(tmp_path).step) == ("saving", 9)
     now[0] += 10
-    heart.beat("saving", 10)
-    assert read_beat(tmp_path).step == 10
-    path_in(tmp_path).write_text('{"stage": "saving", "step"')
-    assert read_beat(tmp_path) is None
+    heart.beat("saving", 11)
+    assert read_beat(tmp_path).step == 11
+    # 17 s for ten steps, with the save.
+    assert read_beat(tmp_path).seconds_per_step == pytest.approx(1.7)
+    for damaged in (
+        '{"stage": "saving", "step"',
+        '{"stage": "saving", "step": 1, "time": NaN}',
+        '{"stage": "saving", "step": 1e999, "time": 1}',
+        '{"stage": "saving", "step": 1, "time": 1, "seconds_per_step": Infinity}',
+    ):
+        path_in(tmp_path).write_text(damaged)
+        assert read_beat(tmp_path) is None
     (tmp_path / "file").touch()
     Heartbeat(tmp_path / "file").beat("starting", 0)  # no folder: nothing is raised
 
@@ -68,6 +76,10 @@ def test_a_run_is_alive_stale_dead_or_finished(plan: Plan) -> None:
         )
         write_run(folder, 40, 30, "training", age=100)
         assert "stale: no sign of life for 0:01:40 while training" in run_status(run).text
+        # Time left is that of whole steps, with what lies between them.
+        beat = json.loads(path_in(folder).read_text())
+        write_json(path_in(folder), beat | {"seconds_per_step": 2.0})
+        assert "2.05k tokens/s, 0:02:00 left" in run_status(run).text
         write_run(folder, 40, 30, "saving", age=100)  # which may take minutes
         assert "saving, alive 100 s ago" in run_status(run).text
         # Looking on takes nothing from the owner.
@@ -84,9 +96,9 @@ def test_a_run_is_alive_stale_dead_or_finished(plan: Plan) -> None:
 
 def test_a_torn_line_of_metrics_that_are_being_written_is_no_matter(plan: Plan, capsys) -> None:
     run = plan().runs[0]
-    write_run(Path(run.run_dir), 40, None, "training")
+    write_run(Path(run.run_dir), 39, None, "training")
     with open(Path(run.run_dir) / "metrics.jsonl", "a") as file:
-        file.write('{"step": 40, "speed/se')
+        file.write('{"step": 39, "speed/seconds": NaN}\n{"step": 40, "speed/se')
     assert run_status(run).text.startswith("step 40/100")
     assert capsys.readouterr().out == ""
 
