@@ -17,6 +17,7 @@ from filelock import lock_descriptor
 from lctw_megatron.atomic import LOCKLESS, open_lock
 from lctw_megatron.data.json_object import parse_json
 from lctw_megatron.errors import InputError
+from lctw_megatron.squeue import ask_squeue
 from lctw_megatron.work_folder import leftovers, remove_leftovers
 
 FORMAT = "lctw-megatron owner 1"
@@ -213,14 +214,10 @@ def _has_ended(owner: dict[str, Any], locked: bool) -> bool:
 def _runs(job: str) -> bool | None:
     """What squeue says of a job; None if it can't be asked."""
     try:
-        found = subprocess.run(
-            ["squeue", "--noheader", "--jobs", job, "--states", "RUNNING,SUSPENDED,STOPPED",
-             "--format", "%A"],
-            capture_output=True, text=True, timeout=60,
-        )  # fmt: skip
+        found = ask_squeue("--jobs", job, "--states", "RUNNING,SUSPENDED,STOPPED", "--format", "%A")
     except (OSError, subprocess.TimeoutExpired):
         return None
     if found.returncode:
         # It knows no ended jobs; any other failure is no answer.
         return False if "Invalid job id" in found.stderr else None
-    return bool(found.stdout.strip())
+    return any(line.strip().isdigit() for line in found.stdout.splitlines())  # no banner

@@ -42,6 +42,7 @@ _EVERYWHERE = {
     "closing",
     "progress",
     "ownership",
+    "squeue",
     "work_folder",
     "end_with_parent",
 }

@@ -94,6 +94,19 @@ def test_of_another_host_squeue_is_asked_and_then_the_kernel(
             owned(tmp_path / ".lock", "the run").__enter__()
 
 
+@pytest.mark.parametrize(("job", "runs"), [("8", True), ("9", False)])
+def test_what_squeue_prints_besides_is_no_job_and_its_users_variables_do_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: str, runs: bool
+) -> None:
+    stub = tmp_path / "squeue"
+    greeting = 'echo "Welcome, it is 1999"\n[ -n "$SQUEUE_USERS" ] || grep -ow 8 <<< "$*"; exit 0'
+    stub.write_text(f"#!/bin/bash\n{greeting}\n")
+    stub.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("SQUEUE_USERS", "nobody")
+    assert ownership._runs(job) is runs
+
+
 def without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
     def none(descriptor: int, blocking: bool) -> bool:
         raise OSError(ownership.LOCKLESS[0], "no locks available")

@@ -20,6 +20,7 @@ from lctw_megatron.launch.slurm import Job, stage_jobs
 from lctw_megatron.launch.stage_graph import StageGraph
 from lctw_megatron.launch.stages import Stage, StageState
 from lctw_megatron.launch.submission import Submission
+from lctw_megatron.squeue import ask_squeue
 
 
 def script_path(graph: StageGraph, job: Job) -> Path:
@@ -38,7 +39,7 @@ def submission(
     None: asked here). Each waits for the jobs it needs; if one of them fails, SLURM removes those
     that wait for it."""
     queued = _queued(graph) if queued is None else queued
-    made = Submission(graph.recipe_path, graph.folder / "submit.sh")
+    made = Submission(graph.recipe_path, graph.folder / "submit.sh", [job.script for job in jobs])
     for name, id in queued.items():
         made.queued(name, id)
     ahead = set(queued)
@@ -150,7 +151,14 @@ def _queue(ids: Sequence[str]) -> dict[str, list[str]]:
     if not ids:
         return {}
     found: dict[str, list[str]] = {}
-    for line in _ask(["squeue", "--noheader", "--array", "--format=%F %T"]).splitlines():
+    _find("squeue")
+    try:
+        answer = ask_squeue("--array", "--format=%F %T")
+    except subprocess.TimeoutExpired:
+        raise InputError("squeue: no answer after a minute; try again later") from None
+    if answer.returncode:
+        raise InputError(f"squeue: {' '.join(answer.stderr.split())[:500]}")
+    for line in answer.stdout.splitlines():
         id, _, state = line.strip().partition(" ")
         if not re.fullmatch(r"[A-Z_]+", state):  # a site's wrapper may say more
             continue
@@ -165,12 +173,3 @@ def _find(command: str) -> None:
             f"{command}: not found; submit on a machine of the cluster, or look at the scripts "
             "with --dry-run"
         )
-
-
-def _ask(command: list[str]) -> str:
-    """What a SLURM command prints. InputError if it is missing or refuses."""
-    _find(command[0])
-    result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    if result.returncode:
-        raise InputError(f"{' '.join(command)}: {result.stderr.strip()}")
-    return result.stdout

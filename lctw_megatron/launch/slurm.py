@@ -146,7 +146,7 @@ def _sbatch_lines(
     elsewhere = cluster.cpu_partition if not gpus else None
     settings = {
         "job-name": f"{graph.recipe.name}-{name}",
-        "output": graph.folder / f"{name}{'-%a' if parts else ''}.log",
+        "output": f"{_literal(graph.folder / name)}{'-%a' if parts else ''}.log",
         "open-mode": "append",
         "array": f"0-{parts - 1}" if parts else None,
         "nodes": size.nodes,
@@ -165,6 +165,16 @@ def _sbatch_lines(
         f"--{key}={shlex.quote(str(value))}" for key, value in settings.items() if value is not None
     ]
     return [*lines, "--requeue", *cluster.sbatch]
+
+
+def _literal(path: Path) -> str:
+    """``path`` in a pattern of SLURM's for file names. InputError for what has no way to say it."""
+    if "\\" in str(path):
+        raise InputError(
+            f"output_dir: {path} has a backslash, which SLURM takes out of the names of logs; "
+            "choose another"
+        )
+    return str(path).replace("%", "%%")
 
 
 def _expanded(value: str) -> str:

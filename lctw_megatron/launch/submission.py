@@ -5,6 +5,7 @@ kept and done by hand.
 """
 
 import os
+import re
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ _HEAD = """\
 # submitted by hand, `bash {path}`, it does not know.
 set -euo pipefail
 cd {folder}
+# sbatch would let these override what the scripts say, or (SBATCH_WAIT) wait for the jobs' end.
+unset {variables}
 declare -A id
 
 submit() {{ # NAME [OPTION...] SCRIPT: prints NAME and the job's id, which others wait for
@@ -32,13 +35,34 @@ submit() {{ # NAME [OPTION...] SCRIPT: prints NAME and the job's id, which other
 """  # noqa: E501
 
 
+_VARIABLES = {
+    "array": ["SBATCH_ARRAY_INX"],
+    "mem": ["SBATCH_MEM_PER_NODE"],
+    "requeue": ["SBATCH_REQUEUE", "SBATCH_NO_REQUEUE"],
+    "time": ["SBATCH_TIMELIMIT"],
+}
+"""The environment's variables of those options of sbatch that are not called SBATCH_OPTION."""
+
+
 class Submission:
     """The text of the script, made job by job."""
 
-    def __init__(self, recipe: str, path: Path) -> None:
+    def __init__(self, recipe: str, path: Path, scripts: Iterable[str]) -> None:
+        """scripts: the texts of all jobs' scripts. What none of them says, a site's or a user's own
+        SBATCH_ACCOUNT for example, stays as it is."""
         self.path = path
-        folder = shlex.quote(os.getcwd())
-        self._lines = [_HEAD.format(recipe=recipe, path=shlex.quote(str(path)), folder=folder)]
+        said = re.findall(r"^#SBATCH --([a-z-]+)", "\n".join(scripts), re.MULTILINE)
+        variables = {"SBATCH_WAIT"}
+        for option in said:
+            variables |= set(_VARIABLES.get(option, [f"SBATCH_{option.upper().replace('-', '_')}"]))
+        self._lines = [
+            _HEAD.format(
+                recipe=recipe,
+                path=shlex.quote(str(path)),
+                folder=shlex.quote(os.getcwd()),
+                variables=" ".join(sorted(variables)),
+            )
+        ]
 
     def done(self, name: str) -> None:
         self._lines.append(f"# {name}: done before\n")

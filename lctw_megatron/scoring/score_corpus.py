@@ -1,9 +1,11 @@
 """Frozen scoring: shards are dealt to the data-parallel ranks, then joined into the sidecar."""
 
 import os
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +25,10 @@ from lctw_megatron.progress import Progress, human
 from lctw_megatron.scoring.job import Job
 from lctw_megatron.scoring.merge_sidecar import merge
 from lctw_megatron.scoring.one_writer import sole_worker
-from lctw_megatron.scoring.sidecar_shard import Settings, write_shard
+from lctw_megatron.scoring.sidecar_shard import Settings, shard_path, write_shard
+
+LATE_SECONDS = 90.0
+"""NFS shows a file of another node after a minute at the latest, unless it is told otherwise."""
 
 
 class Request(NamedTuple):
@@ -67,10 +72,23 @@ def score(job: Job, request: Request, log: Callable[[str], None]) -> SidecarMani
         if request.shard is not None:
             log(f"shard {request.shard} of {work.shards} is finished; merge when all are (--merge)")
             return None
+        if world is not None:
+            wait_for([shard_path(job.folder, shard, work.shards) for shard in work.pending])
         return merge(job, work.shards)
     finally:
         held.close()
         shut_down()
+
+
+def wait_for(paths: Sequence[Path], seconds: float = LATE_SECONDS) -> None:
+    """Wait until all ``paths``, which other ranks have written, are seen here, or the time is up.
+    The folders are listed anew each time: a name once looked up in vain is remembered."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        seen = {name for folder in {path.parent for path in paths} for name in os.listdir(folder)}
+        if all(path.name in seen for path in paths):
+            return
+        time.sleep(0.5)
 
 
 def _survey(

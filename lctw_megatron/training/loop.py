@@ -4,8 +4,6 @@ Read `train` first; everything else in this folder is one of its lines.
 """
 
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -25,8 +23,8 @@ from lctw_megatron.model.checkpoint import (
     load_weights,
 )
 from lctw_megatron.model.gpt import build_model
-from lctw_megatron.ownership import owned
 from lctw_megatron.platform.capabilities import capabilities
+from lctw_megatron.platform.compile_cache import keep_compiled
 from lctw_megatron.platform.flight_recorder import record_into, write_record
 from lctw_megatron.platform.gpu import use_deterministic_kernels
 from lctw_megatron.platform.rank_memory import least_usable_memory
@@ -50,12 +48,13 @@ from lctw_megatron.training.micro_batch import choose_micro_batch, with_micro_ba
 from lctw_megatron.training.nonfinite import NonFinite, write_nonfinite
 from lctw_megatron.training.optimizer import build_optimizer, gather_weights, wrap_data_parallel
 from lctw_megatron.training.recall import TrainingRecall
+from lctw_megatron.training.run_folder import one_run_in
 from lctw_megatron.training.signals import StopRequest
+from lctw_megatron.training.start_clock import StartClock
 from lctw_megatron.training.step import Stepper
 from lctw_megatron.training.straggler import StragglerWatch
 from lctw_megatron.training.tokenizer_folder import TokenizerFolder
 from lctw_megatron.training.trackers import check_trackers, open_trackers
-from lctw_megatron.work_folder import remove_leftovers
 
 
 def train(run: RunConfig, allow_changes: bool = False) -> int:
@@ -64,38 +63,29 @@ def train(run: RunConfig, allow_changes: bool = False) -> int:
     All ranks call it. allow_changes: resume although data, scheme or batch size are others than the
     checkpoint's. Returns the exit status: 0, or REQUEUE_STATUS after a signal.
     """
+    clock = StartClock()
+    clock.end("import")
     use_deterministic_kernels(run.training.deterministic)
     record_into(Path(run.run_dir))
+    keep_compiled(Path(run.run_dir))
     initialize(run.layout, run.seed, run.training.distributed_timeout_minutes)
     on_first_rank(lambda: check_trackers(run.training.trackers))
-    with _one_run_in(Path(run.run_dir)):
-        trainer = Trainer(run, allow_changes)
+    with one_run_in(Path(run.run_dir)):
+        clock.end("process groups")
+        trainer = Trainer(run, allow_changes, clock)
         try:
             return trainer.run_to_end()
         finally:
             trainer.close()
 
 
-@contextmanager
-def _one_run_in(run_dir: Path) -> Iterator[None]:
-    """Own the run folder while this run lasts; InputError on the first rank if another run does,
-    SystemExit on the others, before anything in it is touched."""
-    with ExitStack() as held:
-
-        def enter() -> None:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            held.enter_context(owned(run_dir / ".lock", str(run_dir)))
-            for name in ("run.yaml", "metrics.jsonl", "heartbeat.json", "trackers.json", TOKENIZER):
-                remove_leftovers(run_dir / name, lambda line: print(line, flush=True))
-
-        on_first_rank(enter)
-        yield
-
-
 class Trainer:
     """One run on this rank."""
 
-    def __init__(self, run: RunConfig, allow_changes: bool = False) -> None:
+    def __init__(
+        self, run: RunConfig, allow_changes: bool = False, clock: StartClock | None = None
+    ) -> None:
+        self.clock = clock = clock or StartClock()
         self.world: World = initialize(
             run.layout, run.seed, run.training.distributed_timeout_minutes
         )
@@ -118,6 +108,7 @@ class Trainer:
         self.loader.cut(size)
         if run.training.eval_interval:
             _ = self.validation  # refused now, not at its first step
+        clock.end("data index")
         files = on_first_rank(lambda: TokenizerFolder(tokenizer, start and start / TOKENIZER))
         self.chunks = build_model(
             run.model,
@@ -132,6 +123,7 @@ class Trainer:
         self.wrapped = wrap_data_parallel(self.chunks, run.megatron.ddp)
         if start is not None and own is None:
             load_weights(self.chunks, start)
+        clock.end("weights")
         self.optimizer = build_optimizer(self.wrapped, run.training, run.megatron.optimizer)
         self.first_step = 0
         if own is not None:
@@ -142,6 +134,7 @@ class Trainer:
                 self.loader.load_state_dict(manifest.loader, allow_changes)
             resume(path, self.chunks, self.optimizer)
             self.first_step = manifest.step
+        clock.end("optimizer")
         self.log = on_first_rank(self._open_log)
         self.stepper = Stepper(
             run, self.wrapped, self.optimizer, tokenizer.bos_id if tokenizer.add_bos else None
@@ -171,6 +164,7 @@ class Trainer:
         if done > training.steps:
             self.print_rank_0(f"already past training.steps {training.steps}: at step {done}")
             return 0
+        self.clock.end("logs")
         with Progress(self.config.name, training.steps, "steps", initial=done) as progress:
             for step in range(done, training.steps):
                 self._now("training", step)
@@ -183,6 +177,8 @@ class Trainer:
                     metrics = self._skip_or_stop(error)
                 seconds = time.perf_counter() - started
                 metrics |= self._speed(seconds)
+                if step == self.first_step:
+                    self._started()
                 if self._logs(step):
                     metrics |= self.stragglers.look(fetched - started, seconds)
                     progress.note(self.stragglers.note)
@@ -338,6 +334,12 @@ class Trainer:
             f"{line} (left out, {self.skipped} of training.nonfinite_budget={budget})"
         )
         return {"skipped": 1.0}
+
+    def _started(self) -> None:
+        self.clock.end("first step")
+        self.print_rank_0(self.clock.line())
+        if self.log is not None:
+            self.log.note(self.clock.metrics())
 
     def _watch(self, step: int, metrics: dict[str, float]) -> None:
         """Report a loss spike with the documents of its batch."""

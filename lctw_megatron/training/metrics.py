@@ -86,7 +86,8 @@ class MetricsLog:
     rank only.
 
     After a resume the lines of steps that were not kept in the checkpoint are cut off, so the file
-    holds every step once. The first line after every start says on what ``machine`` (text).
+    holds every step once. The first line after every start says on what ``machine`` (text) and
+    what ``note`` was told.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class MetricsLog:
         trackers: Sequence[Sender] = (),
     ) -> None:
         self.path = run_dir / "metrics.jsonl"
-        self._started = {} if machine is None else {"speed/machine": machine}
+        self._started: dict[str, Any] = {} if machine is None else {"speed/machine": machine}
         run_dir.mkdir(parents=True, exist_ok=True)
         self._truncate(first_step)
         self._file = open(self.path, "a")  # noqa: SIM115 - open as long as the run
@@ -120,6 +121,10 @@ class MetricsLog:
             for line in lines:
                 if line["step"] < first_step:
                     file.write(json.dumps(line).encode() + b"\n")
+
+    def note(self, values: dict[str, float]) -> None:
+        """What the next line says besides."""
+        self._started |= values
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Append the values of ``step``. Floats are written so that they read back bit-equal."""

@@ -98,7 +98,7 @@ def test_submit_sh_by_hand_submits_what_dry_run_shows_and_launch_submitted(plan,
 def test_names_of_datasets_need_no_manners(tmp_path, monkeypatch, slurm):
     monkeypatch.chdir(tmp_path)
     names = ["score-my books", "score-it's", "score-a]b", 'score-$HOME "x"', "score-`id`"]
-    made = Submission("recipe.yaml", tmp_path / "submit.sh")
+    made = Submission("recipe.yaml", tmp_path / "submit.sh", [])
     made.queued("score-old [1]", "99")
     for number, name in enumerate(names):
         after = ["score-old [1]", *names[:number]]
@@ -196,6 +196,24 @@ def test_a_banner_is_no_job_id_and_odd_lines_are_no_jobs(plan, slurm):
     stub.write_text("#!/bin/bash\necho Welcome to the cluster\n")
     with pytest.raises(InputError, match="no line with a job's id"):
         queue.submit(made, made.select(["train-base"]), CPU)
+
+
+def test_the_users_own_variables_rule_neither_squeue_nor_what_a_script_says(
+    plan, slurm, monkeypatch
+):
+    for name in ("SQUEUE_FORMAT", "SQUEUE_STATES", "SBATCH_TIMELIMIT", "SBATCH_WAIT"):
+        monkeypatch.setenv(name, "x")
+    monkeypatch.setenv("SBATCH_NO_REQUEUE", "1")
+    monkeypatch.setenv("SBATCH_QOS", "theirs")
+    monkeypatch.setenv("SBATCH_PARTITION", "theirs")
+    Path("stubs/sbatch").write_text("#!/bin/bash\nenv | grep ^SBATCH_ > said\necho 7\n")
+    Path("stubs/squeue").write_text("#!/bin/bash\nenv | grep ^SQUEUE_ || echo 7 RUNNING\n")
+    made = plan()
+    cluster = CPU.model_copy(update={"partition": "ours"})
+    queue.submit(made, made.select(["prepare"]), cluster)
+    assert Path("said").read_text() == "SBATCH_QOS=theirs\n"  # of it the script says nothing
+    jobs = queue.plan_jobs(made, made.select(["prepare"]), cluster)
+    assert queue.stage_states(made, jobs)[0].text == "running, job 7"
 
 
 def test_what_slurm_refuses_is_passed_on(plan, slurm, monkeypatch):

@@ -254,6 +254,15 @@ def test_spaces_in_a_folders_name_reach_sbatch_quoted(plan):
     assert "\n#SBATCH --output='my runs/launch/prepare.log'\n" in job.script
 
 
+def test_slurms_patterns_in_a_folders_name_are_no_patterns(plan):
+    made = plan(RECIPE.replace("output_dir: out", "output_dir: 100%j"))
+    (parts,) = jobs(made, made.recipe.cluster, "score-parts")
+    assert "\n#SBATCH --output=100%%j/launch/score-parts-%a.log\n" in parts.script
+    assert "\nmkdir -p 100%j/launch\n" in parts.script
+    with pytest.raises(InputError, match=r"a\\b/launch/prepare has a backslash"):
+        jobs(plan(RECIPE.replace("output_dir: out", "output_dir: a\\b")), GPU_CLUSTER)
+
+
 def test_a_plain_stage_that_fails_leaves_no_mark(plan, run_script):
     made = plan()
     (job,) = jobs(made, made.recipe.cluster, "prepare")

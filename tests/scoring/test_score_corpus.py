@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from threading import Timer
 
 import numpy as np
 import pytest
@@ -194,3 +195,14 @@ def test_a_scorer_with_a_weight_that_is_not_finite_is_refused(copy: Scene) -> No
     assert outcome.status == 2
     assert "loss nan at token" in outcome.output or "loss inf at token" in outcome.output
     assert not shard_files(Path(f"{copy.prefix}.short_loss.shards"))
+
+
+def test_shards_that_other_ranks_have_written_may_be_seen_late(tmp_path: Path) -> None:
+    from lctw_megatron.scoring.score_corpus import wait_for
+
+    (tmp_path / "here").touch()
+    late = Timer(0.7, (tmp_path / "late").touch)
+    late.start()
+    wait_for([tmp_path / "here", tmp_path / "late"], seconds=60)
+    assert (tmp_path / "late").exists()
+    wait_for([tmp_path / "never"], seconds=0.1)  # the merge says what is missing

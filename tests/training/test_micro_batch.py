@@ -1,6 +1,8 @@
 """A micro batch size that the recipe leaves out: as large as divides and fits, equal on all ranks,
 and without a trace in the losses."""
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -131,6 +133,12 @@ def test_a_training_chooses_keeps_and_saves_it_and_its_losses_are_those_of_any_o
     assert "2 micro batches of 4 x 64 tokens" in capsys.readouterr().out
     assert load_run(tmp_path / "chosen/run.yaml").training.micro_batch_size == 4
     train("whole", 1, None)
-    assert "1 micro batches of 8 x 64 tokens" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1 micro batches of 8 x 64 tokens" in said
+    parts = "import", "process groups", "data index", "weights", "optimizer", "logs", "first step"
+    assert re.search(rf"\nfirst step after \S+ s: {' [0-9.]+, '.join(parts)} [0-9.]+\n", said)
+    first = json.loads((tmp_path / "whole/metrics.jsonl").read_text().splitlines()[0])
+    for part in parts:
+        assert first[f"speed/start_{part.replace(' ', '_')}_seconds"] >= 0
     for ours, theirs in zip(found, train("ones", 3, 1), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
