@@ -16,16 +16,20 @@ from lctw_megatron.benchmarks.large_model import profile_step, time_deterministi
 from lctw_megatron.benchmarks.overlap import time_overlap
 from lctw_megatron.benchmarks.results import print_results, write_results
 from lctw_megatron.benchmarks.scoring_gpu import time_scoring
+from lctw_megatron.config.layout_rules import loss_block_rows
+from lctw_megatron.config.schema import LayoutConfig
 from lctw_megatron.errors import InputError
 from lctw_megatron.platform.capabilities import capabilities
 
 
 def time_head(results: dict[str, Any]) -> None:
-    """The loss of 32,768 tokens over Llama 3's vocabulary, in small and in large blocks."""
-    for block_rows in (1024, 4096):
-        results[f"head, blocks of {block_rows}"] = head_benchmark(
-            32768, 2048, 128256, torch.device("cuda"), torch.bfloat16, block_rows=block_rows
-        )
+    """The loss of 32,768 tokens over Llama 3's vocabulary and over SmolLM2's, in blocks of 1,024
+    rows and in those that a GPU has by default."""
+    for hidden, vocabulary in ((2048, 128256), (576, 49152)):
+        for rows in (1024, loss_block_rows(LayoutConfig(), vocabulary, "cuda")):
+            results[f"head of {vocabulary}, blocks of {rows}"] = head_benchmark(
+                32768, hidden, vocabulary, torch.device("cuda"), torch.bfloat16, block_rows=rows
+            )
 
 
 def time_attention(results: dict[str, Any]) -> None:

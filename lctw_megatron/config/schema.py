@@ -179,8 +179,9 @@ class LayoutConfig(Section):
     """Activations recomputed in the backward pass: none; the core attention (with context > 1 this
     drops the gathered keys and values); the MLP, which at long context is most of the memory and
     little of the time; or whole layers."""
-    loss_block_rows: Positive = 1024
-    """Rows of logits that exist at a time in the loss."""
+    loss_block_rows: Positive | None = None
+    """Rows of logits that exist at a time in the loss; default: as many as fit into 2 GiB on a GPU,
+    64 MiB on a CPU (layout_rules.loss_block_rows)."""
 
 
 class WeightingConfig(Section):

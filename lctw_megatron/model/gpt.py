@@ -17,7 +17,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 
-from lctw_megatron.config.layout_rules import padded_vocabulary  # noqa: E402
+from lctw_megatron.config.layout_rules import loss_block_rows, padded_vocabulary  # noqa: E402
 from lctw_megatron.config.schema import LayoutConfig, ModelConfig  # noqa: E402
 from lctw_megatron.errors import InputError  # noqa: E402
 from lctw_megatron.model import spec  # noqa: E402
@@ -190,6 +190,7 @@ def build_model(
         raise InputError("model.vocab_size: not set and no tokenizer gives it; set it")
     config = spec.transformer_config(model, layout, dtype, packed, fields)
     groups = ProcessGroupCollection.use_mpu_process_groups()
+    block_rows = loss_block_rows(layout, model.vocab_size, device.type)
     stages = range(layout.virtual_pipeline) if layout.virtual_pipeline else [None]
     chunks = []
     for stage in stages:
@@ -214,7 +215,7 @@ def build_model(
         if layout.context > 1:
             chunk.rotary_pos_emb_alone = _rotary(model, config, _alone_group())
         chunk.takes_boundaries = spec.has_own_core_attention(model, dtype, packed)
-        chunk.use_row_block_loss(model.vocab_size, layout.loss_block_rows)
+        chunk.use_row_block_loss(model.vocab_size, block_rows)
         _mark_tensor_parallel(chunk)
         chunk.to(device)
         chunks.append(chunk)

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lctw_megatron.config.layout_rules import padded_vocabulary
 from lctw_megatron.config.schema import LayoutConfig
 from lctw_megatron.data.token_dataset import TokenDataset
 from lctw_megatron.errors import InputError
@@ -20,9 +19,6 @@ from lctw_megatron.platform.world import first_rank_decides
 from lctw_megatron.scoring.forward import window_losses
 from lctw_megatron.scoring.window_plan import forwards
 from lctw_megatron.scoring.windows import Table
-
-LOGITS_BYTES = 64 << 20
-"""Logits of this size exist at a time, in float32."""
 
 CPU_FORWARD_TOKENS = 2048
 """On a CPU larger forwards leave the caches: 16,384 tokens at a time are 5 to 20 % slower."""
@@ -53,11 +49,9 @@ class Scorer:
         self.model = first_rank_decides(lambda: read_manifest(checkpoint)).model
         assert self.model.vocab_size is not None  # a checkpoint's is filled in
         self.vocab_size = self.model.vocab_size
-        columns = padded_vocabulary(self.vocab_size) // layout.tensor
-        rows = max(LOGITS_BYTES // (4 * columns), 64)
         self.chunks = build_model(
             self.model,
-            layout.model_copy(update={"loss_block_rows": rows}),
+            layout,
             max_sequence_length=window,
             dtype=spec.DTYPES[precision],
             device=device,

@@ -32,7 +32,7 @@ kernels. Leave a tenth of the GPU free.
 
 from dataclasses import dataclass
 
-from lctw_megatron.config.layout_rules import check_layout, padded_vocabulary
+from lctw_megatron.config.layout_rules import check_layout, loss_block_rows, padded_vocabulary
 from lctw_megatron.config.model_sizes import layer_sizes
 from lctw_megatron.config.schema import RunConfig
 from lctw_megatron.model import spec
@@ -179,7 +179,7 @@ def _activations(run: RunConfig, stage: int, micro_batches: int) -> int:
 
 
 def _loss(run: RunConfig) -> int:
-    """The head and the loss: see model/cross_entropy.py."""
+    """The head and the loss on a GPU: see model/cross_entropy.py."""
     model, layout = run.model, run.layout
     if not model.vocab_size:
         return 0
@@ -187,7 +187,7 @@ def _loss(run: RunConfig) -> int:
     columns = padded_vocabulary(model.vocab_size) // layout.tensor
     tokens = _tokens(run)
     hidden = tokens * model.hidden_size * element
-    rows = min(layout.loss_block_rows, tokens)
+    rows = min(loss_block_rows(layout, model.vocab_size, "cuda"), tokens)
     block = rows * columns * (4 + element)  # float32 logits, and the softmax in the weights' dtype
     weight_gradient = columns * model.hidden_size * 4
     gathered = hidden if layout.sequence else 0

@@ -6,8 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lctw_megatron.config.layout_rules import check_layout, padded_vocabulary
-from lctw_megatron.config.schema import RunConfig
+from lctw_megatron.config.layout_rules import (
+    LOGITS_MIB,
+    check_layout,
+    loss_block_rows,
+    padded_vocabulary,
+)
+from lctw_megatron.config.schema import LayoutConfig, RunConfig
 from lctw_megatron.errors import InputError
 
 
@@ -136,3 +141,24 @@ def test_ranks_are_the_product_of_the_groups(tensor, pipeline, context, data):
     sizes = check_layout(run, tensor * pipeline * context * data)
     assert sizes.data == data
     assert sizes.sequences == 8 // data
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "device", "rows"),
+    [
+        (128256, "cuda", {1: 4096, 2: 8320, 8: 33408}),
+        (49152, "cuda", {1: 10880, 2: 21760, 8: 87296}),
+        (128256, "cpu", {1: 128, 2: 256, 8: 1024}),
+        (10**8, "cuda", {1: 128}),
+    ],
+)
+def test_rows_of_the_loss_follow_from_what_their_logits_take(
+    vocabulary: int, device: str, rows: dict[int, int]
+) -> None:
+    for tensor, expected in rows.items():
+        layout = LayoutConfig(tensor=tensor)
+        found = loss_block_rows(layout, vocabulary, device)
+        assert found == expected
+        columns = padded_vocabulary(vocabulary) // tensor
+        assert found == 128 or found * columns * 4 <= LOGITS_MIB[device] * 2**20
+    assert loss_block_rows(LayoutConfig(loss_block_rows=7), vocabulary, device) == 7
