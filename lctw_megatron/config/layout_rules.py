@@ -6,6 +6,7 @@ ranks on a laptop.
 
 from dataclasses import dataclass
 
+from lctw_megatron.config.rope import check_rope
 from lctw_megatron.config.schema import LayoutConfig, ModelConfig, RunConfig
 from lctw_megatron.errors import InputError
 
@@ -120,6 +121,7 @@ def check_model(model: ModelConfig, layout: LayoutConfig) -> None:
                 f"model.hidden_size / model.num_attention_heads is {model.hidden_size // heads}; "
                 "rotary positions turn pairs of numbers and need an even width of a head"
             )
+    check_rope(model)
     tensor = layout.tensor
     _must_divide(heads, "model.num_attention_heads", tensor, "layout.tensor")
     if groups:

@@ -184,8 +184,11 @@ def _expand(values: dict[str, Any], where: str) -> tuple[dict[str, Any], set[str
 
 
 def _merge(base: Any, changes: Any) -> Any:
-    """``changes`` over ``base``: mappings field by field, anything else replaced. Copies."""
+    """``changes`` over ``base``: mappings field by field, anything else replaced, as is a
+    rope_scaling of another type, which has other fields. Copies."""
     if not isinstance(base, dict) or not isinstance(changes, dict):
+        return deepcopy(changes)
+    if changes.get("rope_type", base.get("rope_type")) != base.get("rope_type"):
         return deepcopy(changes)
     merged = deepcopy(base)
     for key, value in changes.items():

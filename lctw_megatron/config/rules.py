@@ -43,8 +43,15 @@ def check_run(run: RunConfig) -> None:
             f"training.save_interval ({training.save_interval}), or the checkpoints that it shall "
             "keep are never written"
         )
-    positions = run.model.max_position_embeddings
-    if positions and positions < sequence_length:
+    positions, scaling = run.model.max_position_embeddings, run.model.rope_scaling
+    if scaling and scaling.rope_type == "dynamic":
+        if positions not in (None, scaling.original_max_position_embeddings):
+            raise InputError(
+                f"model.max_position_embeddings is {positions}, but transformers takes the "
+                "original maximum of rope_type dynamic from it, "
+                f"{scaling.original_max_position_embeddings}; leave it out"
+            )
+    elif positions and positions < sequence_length:
         raise InputError(
             f"model.max_position_embeddings {positions} is smaller than data.sequence_length "
             f"{sequence_length}; leave it out, and the sequence length is written on export"

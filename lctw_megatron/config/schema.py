@@ -122,12 +122,31 @@ class DataConfig(Section):
 
 
 class RopeScaling(Section):
-    """The `rope_type: llama3` frequency scaling of Hugging Face configs."""
+    """`rope_scaling` of Hugging Face configs, names and meaning as there: rotary positions
+    stretched for a longer context. Which fields a type has: config/rope.py."""
 
-    factor: Annotated[float, Field(gt=0, le=1e6)]
+    rope_type: Literal["linear", "dynamic", "yarn", "llama3"] = "llama3"
+    factor: Annotated[float, Field(ge=1, le=1e6)]
+    """How many times longer."""
+    original_max_position_embeddings: Positive | None = None
+    """dynamic, yarn, llama3: tokens of the context before stretching."""
     low_freq_factor: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    """llama3: frequencies with fewer turns than this within the original context are divided."""
     high_freq_factor: Annotated[float, Field(gt=0, le=1e6)] = 4.0
-    original_max_position_embeddings: Positive = 8192
+    """llama3: with more, kept."""
+    attention_factor: Annotated[float, Field(gt=0, le=1e3)] | None = None
+    """yarn: queries and keys are multiplied with it; default: 0.1 ln(factor) + 1."""
+    beta_fast: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    """yarn: frequencies with more turns than this within the original context are kept; default:
+    32."""
+    beta_slow: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    """yarn: with fewer, divided; default: 1."""
+    mscale: Annotated[float, Field(ge=0, le=1e6)] | None = None
+    """yarn, with mscale_all_dim (DeepSeek): attention_factor is (0.1 mscale ln(factor) + 1) /
+    (0.1 mscale_all_dim ln(factor) + 1)."""
+    mscale_all_dim: Annotated[float, Field(ge=0, le=1e6)] | None = None
+    truncate: bool | None = None
+    """yarn: the bounds between kept and divided are rounded to whole frequencies; default: true."""
 
 
 class ModelConfig(Section):
@@ -146,7 +165,8 @@ class ModelConfig(Section):
     vocab_size: Annotated[int, Field(gt=0, le=2**27)] | None = None
     """True vocabulary (padding to a multiple of 128 is added inside); default: the tokenizer's."""
     max_position_embeddings: Positive | None = None
-    """Written to the exported config; default: the sequence length trained with."""
+    """Written to the exported config; default: the sequence length trained with, yarn's factor x
+    its original maximum if that is more; under dynamic always its original maximum."""
     rope_theta: Annotated[float, Field(gt=0, le=1e30)] = 10000.0
     rope_scaling: RopeScaling | None = None
     layernorm_epsilon: Annotated[float, Field(ge=0, le=1)] = 1e-5

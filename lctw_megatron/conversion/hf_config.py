@@ -11,9 +11,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lctw_megatron.config.schema import ModelConfig, RopeScaling
+from lctw_megatron.config.rope import check_rope
+from lctw_megatron.config.schema import ModelConfig
 from lctw_megatron.conversion import dtypes
 from lctw_megatron.conversion.architectures import ARCHITECTURES, Llama, architecture
+from lctw_megatron.conversion.hf_rope import read_rope, rope_values
 from lctw_megatron.conversion.placement import head_width, query_groups
 from lctw_megatron.data.json_object import read_json_object
 from lctw_megatron.data.tokenizer_files import CONFIG, is_token_id
@@ -56,7 +58,8 @@ def read_config(folder: Path) -> HFConfig:
         ) from None
     table = _table(values, path)
     _refuse_unsupported(values, table, path)
-    theta, scaling = _rope(values, table, path)
+    positions = _number(values, "max_position_embeddings", path, table.max_position_embeddings)
+    theta, scaling, rope_notes = read_rope(values, positions, path)
     heads = _number(values, "num_attention_heads", path)
     groups = _number(values, "num_key_value_heads", path, table.key_value_heads or heads)
     if heads % groups:
@@ -74,9 +77,7 @@ def read_config(folder: Path) -> HFConfig:
             num_query_groups=groups,
             kv_channels=_number(values, "head_dim", path, table.head_dim or hidden // heads),
             vocab_size=_number(values, "vocab_size", path),
-            max_position_embeddings=_number(
-                values, "max_position_embeddings", path, table.max_position_embeddings
-            ),
+            max_position_embeddings=positions,
             rope_theta=theta,
             rope_scaling=scaling,
             layernorm_epsilon=values.get("rms_norm_eps", 1e-6),
@@ -91,10 +92,11 @@ def read_config(folder: Path) -> HFConfig:
         raise InputError(
             f"{path}: {first['loc'][-1]} is {first['input']!r}: {first['msg']}"
         ) from None
+    check_rope(model, f"{path}: ")
     return HFConfig(
         model=model,
         ignored=sorted(set(values) - _KNOWN - set(table.options)),
-        notes=_notes(values, table, model, path),
+        notes=rope_notes + _notes(values, table, model, path),
     )
 
 
@@ -104,7 +106,7 @@ def config_values(model: ModelConfig, dtype: str, token_ids: dict[str, Any]) -> 
     width = head_width(model)
     if model.max_position_embeddings is None:
         raise InputError("model.max_position_embeddings is not set in the checkpoint's manifest")
-    values: dict[str, Any] = {
+    return {
         "architectures": [table.hf_class],
         "model_type": table.model_type,
         "vocab_size": model.vocab_size,
@@ -116,8 +118,7 @@ def config_values(model: ModelConfig, dtype: str, token_ids: dict[str, Any]) -> 
         "head_dim": width,
         "hidden_act": "silu",
         "max_position_embeddings": model.max_position_embeddings,
-        "rope_theta": model.rope_theta,
-        "rope_scaling": None,
+        **rope_values(model),
         "rms_norm_eps": model.layernorm_epsilon,
         "tie_word_embeddings": model.tie_word_embeddings,
         "initializer_range": model.init_method_std,
@@ -127,9 +128,6 @@ def config_values(model: ModelConfig, dtype: str, token_ids: dict[str, Any]) -> 
         **token_ids,
         "torch_dtype": dtypes.CONFIG[dtype],
     }
-    if model.rope_scaling is not None:
-        values["rope_scaling"] = {"rope_type": "llama3", **model.rope_scaling.model_dump()}
-    return values
 
 
 _WINDOW = ("sliding_window", "use_sliding_window", "layer_types")
@@ -208,65 +206,6 @@ def _refuse_unsupported(values: dict[str, Any], table: type[Llama], path: Path) 
                 break
     if found:
         raise InputError(f"{path}: unsupported: {'; '.join(found)}")
-
-
-def _rope(
-    values: dict[str, Any], table: type[Llama], path: Path
-) -> tuple[float, RopeScaling | None]:
-    """(theta, scaling) from `rope_theta`, `rope_scaling` and `rope_parameters`."""
-    for name in ("rope_scaling", "rope_parameters"):
-        if not isinstance(values.get(name) or {}, dict):
-            raise InputError(f"{path}: {name} is {values[name]!r}, expected an object or null")
-    older, newer = values.get("rope_scaling") or {}, values.get("rope_parameters") or {}
-    for name in older.keys() & newer.keys():
-        if older[name] != newer[name]:
-            raise InputError(
-                f"{path}: rope_scaling.{name} is {older[name]!r}, but rope_parameters.{name} is "
-                f"{newer[name]!r}; keep one"
-            )
-    rope = {**newer, **older}
-    theta = rope.get("rope_theta", values.get("rope_theta", 10000.0))
-    if "rope_theta" in values and values["rope_theta"] not in (None, theta):
-        raise InputError(
-            f"{path}: rope_theta is {values['rope_theta']}, but {theta} in rope_parameters; "
-            "keep one"
-        )
-    if nested := [name for name, value in rope.items() if isinstance(value, dict)]:
-        raise InputError(f"{path}: unsupported: rope_parameters of their own for {nested}")
-    if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
-        raise InputError(
-            f"{path}: unsupported: partial_rotary_factor {rope['partial_rotary_factor']} "
-            "(supported: 1)"
-        )
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    stretched = rope.get("factor") != 1 or rope.get("attention_factor") not in (None, 1)
-    if kind == "default" or (kind in ("linear", "yarn") and not stretched):
-        return theta, None
-    if kind != "llama3":
-        raise InputError(
-            f"{path}: unsupported: rope_type {kind!r} (supported: default, llama3); to extend the "
-            "context, train with another rope_theta instead"
-        )
-    # As transformers: from the top level, else from here, else the maximum.
-    original = values.get("original_max_position_embeddings") or rope.get(
-        "original_max_position_embeddings"
-    )
-    try:
-        scaling = RopeScaling(
-            factor=rope["factor"],
-            low_freq_factor=rope["low_freq_factor"],
-            high_freq_factor=rope["high_freq_factor"],
-            original_max_position_embeddings=original
-            or values.get("max_position_embeddings", table.max_position_embeddings),
-        )
-    except KeyError as error:
-        raise InputError(f"{path}: rope_type llama3 without {error.args[0]}") from None
-    except ValidationError as error:
-        wrong = error.errors()[0]
-        raise InputError(
-            f"{path}: {wrong['loc'][-1]} of rope_type llama3 is {wrong['input']!r}: {wrong['msg']}"
-        ) from None
-    return theta, scaling
 
 
 def _given(values: dict[str, Any], name: str, default: Any) -> Any:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from lctw_megatron.atomic import write_json
+from lctw_megatron.config.rope import rope_line
 from lctw_megatron.conversion import dtypes, side_files
 from lctw_megatron.conversion.checkpoint_reader import CheckpointReader
 from lctw_megatron.conversion.done_marks import conversion_into
@@ -62,6 +63,7 @@ def export_hf(
     config_values(
         manifest.model, name, {}
     )  # refuses what has no config.json, before anything is written
+    log(f"rope: {rope_line(manifest.model)}")
     with conversion_into(output, source, log) as folder:
         if folder is None:
             return Conversion(len(shapes), parameters, 0)

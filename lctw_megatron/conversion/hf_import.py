@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lctw_megatron.config.rope import rope_line
 from lctw_megatron.config.schema import ModelConfig
 from lctw_megatron.conversion import dtypes, side_files
 from lctw_megatron.conversion.checkpoint_writer import CheckpointFiles
@@ -58,6 +59,7 @@ def import_hf(
             + ", ".join(config.ignored))  # fmt: skip
     for note in config.notes:
         log(note)
+    log(f"rope: {rope_line(config.model)}")
     with SafetensorsFolder(hf) as source:
         if passed := check_tensors(source, config.model, tensors):
             log(f"{hf}: hold no weights, left out: {few(passed, most=2)}")

@@ -10,10 +10,11 @@ import math
 import torch
 from torch import Tensor
 
+from lctw_megatron.config.rope import attention_factor
 from lctw_megatron.config.schema import ModelConfig
 from lctw_megatron.conversion.hf_safetensors import SafetensorsFolder
 from lctw_megatron.conversion.placement import head_width
-from lctw_megatron.model.rotary import llama3_inv_freq
+from lctw_megatron.model.rotary import frequencies
 
 FREQUENCY_NAMES = ("inv_freq", "rope.freqs")
 """How the names end that nothing but rotary frequencies has."""
@@ -48,9 +49,9 @@ def is_weightless(source: SafetensorsFolder, name: str, model: ModelConfig) -> b
 
 def _frequencies(model: ModelConfig, width: int) -> list[Tensor]:
     """float64 [width / 2]: 1 / theta^(2i/width); and scaled, if the model's are."""
-    plain = model.rope_theta ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
-    scaling = model.rope_scaling
-    return [plain] if scaling is None else [llama3_inv_freq(plain, scaling), plain]
+    plain = model.model_copy(update={"rope_scaling": None})
+    variants = [model] if model.rope_scaling is None else [model, plain]
+    return [frequencies(variant, width, 1, torch.float64) for variant in variants]
 
 
 def _are_frequencies(value: Tensor, model: ModelConfig, width: int) -> bool:
@@ -73,8 +74,9 @@ def _are_angles(value: Tensor, model: ModelConfig, width: int) -> bool:
     angles = torch.outer(positions, _frequencies(model, width)[0]).repeat(1, 2)
     precision = 4 * torch.finfo(value.dtype).eps + 1e-6 * len(value)
     return any(
-        torch.allclose(value.double(), function(angles), rtol=0, atol=precision)
+        torch.allclose(value.double(), factor * function(angles), rtol=0, atol=precision)
         for function in (torch.cos, torch.sin)
+        for factor in {1.0, attention_factor(model.rope_scaling)}
     )
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from lctw_megatron.atomic import atomic_file, write_json
 from lctw_megatron.config.layout_rules import check_sequence
+from lctw_megatron.config.rope import longest_context
 from lctw_megatron.config.schema import LayoutConfig
 from lctw_megatron.errors import InputError
 from lctw_megatron.evaluation.evaluate import weights_identity
@@ -195,7 +196,7 @@ def _check(settings: RecallSettings, window: int, layout: LayoutConfig, maker: S
 def _notes(
     settings: RecallSettings, manifest: CheckpointManifest, maker: SampleMaker
 ) -> Iterator[str]:
-    positions = manifest.model.max_position_embeddings
+    positions = longest_context(manifest.model)
     beyond = [length for length in settings.lengths if positions and length > positions]
     if beyond:
         yield (

@@ -23,7 +23,7 @@ from lctw_megatron.errors import InputError  # noqa: E402
 from lctw_megatron.model import spec  # noqa: E402
 from lctw_megatron.model.cross_entropy import row_block_cross_entropy, row_block_is_likeliest  # noqa: E402
 from lctw_megatron.model.initialize import initialize_weights  # noqa: E402
-from lctw_megatron.model.rotary import llama3_inv_freq  # noqa: E402
+from lctw_megatron.model.rotary import frequencies  # noqa: E402
 
 
 class _HandThrough(tensor_parallel.ColumnParallelLinear):
@@ -120,17 +120,25 @@ class TokenWeightedGPT(PerTokenLossMixin, GPTModel):
     """GPTModel whose forward(..., labels=...) returns float32 losses [b, s]."""
 
 
-def _rotary(model: ModelConfig, config: Any, group: Any) -> RotaryEmbedding:
-    rotary = RotaryEmbedding(
-        kv_channels=config.kv_channels,
-        rotary_percent=1.0,
-        rotary_base=model.rope_theta,
-        use_cpu_initialization=config.use_cpu_initialization,
-        cp_group=group,
-    )
-    if model.rope_scaling is not None:
-        rotary.inv_freq = llama3_inv_freq(rotary.inv_freq, model.rope_scaling)
-    return rotary
+class _Rotary(RotaryEmbedding):
+    """megatron-core's, with the frequencies of model/rotary.py. The whole sequence's length reaches
+    it under every layout: `dynamic` depends on it."""
+
+    def __init__(self, model: ModelConfig, config: Any, group: Any) -> None:
+        super().__init__(
+            kv_channels=config.kv_channels,
+            rotary_percent=1.0,
+            rotary_base=model.rope_theta,
+            use_cpu_initialization=config.use_cpu_initialization,
+            cp_group=group,
+        )
+        self.model, self.width = model, config.kv_channels
+
+    def get_emb(self, max_seq_len: int, offset: int = 0) -> Tensor:
+        if self.model.rope_scaling is not None:
+            device = self.inv_freq.device
+            self.inv_freq: Tensor = frequencies(self.model, self.width, max_seq_len, device=device)
+        return super().get_emb(max_seq_len, offset)
 
 
 def _mark_tensor_parallel(chunk: TokenWeightedGPT) -> None:
@@ -211,9 +219,9 @@ def build_model(
             pg_collection=groups,
             vp_stage=stage,
         )
-        chunk.rotary_pos_emb = _rotary(model, config, groups.cp)
+        chunk.rotary_pos_emb = _Rotary(model, config, groups.cp)
         if layout.context > 1:
-            chunk.rotary_pos_emb_alone = _rotary(model, config, _alone_group())
+            chunk.rotary_pos_emb_alone = _Rotary(model, config, _alone_group())
         chunk.takes_boundaries = spec.has_own_core_attention(model, dtype, packed)
         chunk.use_row_block_loss(model.vocab_size, block_rows)
         _mark_tensor_parallel(chunk)

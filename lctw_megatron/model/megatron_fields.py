@@ -46,6 +46,7 @@ FREE: dict[str, dict[str, Any]] = {
 _OF_THE_RECIPE = {
     "transformer": {
         "model.qkv_bias": "add_qkv_bias",
+        "model.rope_scaling": "softmax_scale|yarn_.*",
         "model.qk_norm": "qk_layernorm",
         "model.attention": "attention_backend|transformer_impl",
         r"model.\g<0>": "num_layers|hidden_size|ffn_hidden_size|num_attention_heads|kv_channels|"

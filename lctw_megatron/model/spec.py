@@ -1,5 +1,6 @@
 """From our config to megatron-core's: TransformerConfig and layer specification."""
 
+import math
 import os
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lctw_megatron.config.rope import attention_factor
 from lctw_megatron.config.schema import LayoutConfig, ModelConfig
 from lctw_megatron.errors import InputError
 from lctw_megatron.model.attention import SDPACoreAttention
@@ -80,13 +82,17 @@ def transformer_config(
         modules = {"selective": ["core_attn"], "mlp": ["mlp"]}[acting]
         recompute = {"recompute_granularity": "selective", "recompute_modules": modules}
     _check_fields(model, dtype, packed, fields)
+    width = model.kv_channels or model.hidden_size // model.num_attention_heads
     settings = dict(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
         num_attention_heads=model.num_attention_heads,
         num_query_groups=model.num_query_groups or model.num_attention_heads,
-        kv_channels=model.kv_channels or model.hidden_size // model.num_attention_heads,
+        kv_channels=width,
+        # yarn multiplies rotated queries and keys; rotation is linear and takes whole heads, so one
+        # factor on the scores is the same, for every attention and every rotary kernel.
+        softmax_scale=attention_factor(model.rope_scaling) ** 2 / math.sqrt(width),
         normalization="RMSNorm",
         layernorm_epsilon=model.layernorm_epsilon,
         gated_linear_unit=True,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lctw_megatron.config.layout_rules import check_model
+from lctw_megatron.config.rope import longest_context
 from lctw_megatron.config.schema import LayoutConfig
 from lctw_megatron.data.manifest import SidecarManifest, read_manifest
 from lctw_megatron.data.sidecar import Sidecar, sidecar_prefix
@@ -225,7 +226,7 @@ class Job:
     def _check_model(self) -> None:
         model, path = self.scorer_manifest.model, self.scorer_path
         check_model(model, self.layout)
-        longest = model.max_position_embeddings
+        longest = longest_context(model)
         if longest is not None and self.windowing.window > longest:
             raise InputError(
                 f"--window {self.windowing.window}: the scorer {path} was made for at most "

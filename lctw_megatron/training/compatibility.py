@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lctw_megatron.config.rope import exported_maximum
 from lctw_megatron.config.schema import RunConfig
 from lctw_megatron.data.manifest import TokenizerIdentity
 from lctw_megatron.errors import InputError, few
@@ -36,7 +37,8 @@ def complete_run(
     model = run.model.model_copy(
         update={
             "vocab_size": run.model.vocab_size or tokenizer.vocab_size,
-            "max_position_embeddings": run.model.max_position_embeddings or positions,
+            "max_position_embeddings": run.model.max_position_embeddings
+            or exported_maximum(run.model, positions),
         }
     )
     if manifest is not None:

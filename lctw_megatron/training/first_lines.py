@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 
+from lctw_megatron.config.rope import rope_line
 from lctw_megatron.config.schema import RunConfig
 from lctw_megatron.config.schemes import needs_short_loss
 from lctw_megatron.data.loader import TokenLoader
 from lctw_megatron.model import spec
+from lctw_megatron.model.checkpoint import find_checkpoint, read_manifest
 from lctw_megatron.platform.capabilities import capabilities
 from lctw_megatron.platform.flight_recorder import recorder_line
 from lctw_megatron.platform.world import World
@@ -28,6 +30,7 @@ def first_lines(run: RunConfig, world: World, loader: TokenLoader, done: int) ->
             "model.attention te: float32 takes our layers, as TransformerEngine multiplies it in "
             "TF32"
         )
+    yield f"rope: {_rope(run)}"
     yield from loader.packing_cost_lines() + loader.scores_lines()
     yield (
         f"{run.name}: steps {done}..{run.training.steps}, {world.size} ranks, "
@@ -35,3 +38,10 @@ def first_lines(run: RunConfig, world: World, loader: TokenLoader, done: int) ->
         f"{run.data.sequence_length} tokens a step and rank, weighting {run.weighting.scheme}"
         + (f" ({run.weighting.mode})" if needs_short_loss(run.weighting.scheme) else "")
     )
+
+
+def _rope(run: RunConfig) -> str:
+    """Of the model that is trained, and of what it starts from where that is another."""
+    ours = rope_line(run.model)
+    start = rope_line(read_manifest(find_checkpoint(run.start)).model) if run.start else ours
+    return ours if start == ours else f"{start} -> {ours}"

@@ -23,6 +23,7 @@ _LLAMA3 = dict(
     rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0,
     original_max_position_embeddings=32,
 )  # fmt: skip
+_YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"rope_theta": 500000.0, "head_dim": 20}),
@@ -32,6 +33,15 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {"sliding_window": None, "head_dim": 16}),
     "qwen2": ("qwen2", {"rope_theta": 1e6}),
     "qwen2_tied": ("qwen2", {"tie_word_embeddings": True, "intermediate_size": 130}),
+    "llama_linear": ("llama", {"rope_scaling": dict(rope_type="linear", factor=3.0)}),
+    "qwen2_dynamic": (
+        "qwen2", {"rope_scaling": dict(rope_type="dynamic", factor=2.5), "rope_theta": 1e6},
+    ),
+    "llama_yarn": (
+        "llama", {"head_dim": 20, "rope_scaling": _YARN | dict(
+            mscale=0.707, mscale_all_dim=0.4, beta_fast=16.0, beta_slow=0.5, truncate=False)},
+    ),
+    "qwen2_yarn": ("qwen2", {"rope_scaling": _YARN | dict(attention_factor=1.3)}),
     "qwen3": ("qwen3", {"rope_theta": 1e6, "head_dim": 20}),
     "qwen3_tied": ("qwen3", {"tie_word_embeddings": True, "head_dim": 32}),
 }  # fmt: skip

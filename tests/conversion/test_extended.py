@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from lctw_megatron.config.schema import RunConfig
 from lctw_megatron.conversion.hf_export import export_hf
 from lctw_megatron.conversion.hf_import import import_hf
@@ -14,7 +16,26 @@ from tests.training.layouts import make_data
 LOGITS = 1e-5
 
 
-def test_training_starts_from_an_import_with_another_length_and_theta_and_is_exported(tmp_path):
+THETA = {"rope_theta": 15.3e6}
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": MAX_POSITIONS}
+PLAIN = "default, maximum 64, theta 500,000"
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        (THETA, "default, maximum 128, theta 15,300,000"),
+        (
+            {"rope_scaling": DYNAMIC},
+            "dynamic, factor 2, original maximum 64, maximum 128, theta 500,000 to the original "
+            "maximum, 1,694,746 at 128",
+        ),
+    ],
+    ids=["theta", "dynamic"],
+)
+def test_training_starts_from_an_import_with_another_rope_and_length_and_is_exported(
+    tmp_path, capsys, changes, line
+):
     from lctw_megatron.training.loop import train
 
     length = 2 * MAX_POSITIONS
@@ -28,7 +49,7 @@ def test_training_starts_from_an_import_with_another_length_and_theta_and_is_exp
             "start": str(tmp_path / "imported"),
             "data": {"train": make_data(tmp_path), "sequence_length": length},
             "model": imported.model_dump(exclude={"max_position_embeddings"})
-            | {"rope_theta": 15.3e6},
+            | changes,
             "weighting": {"scheme": "dense", "interpolation": 0.75},
             "training": {
                 "steps": 2, "global_batch_size": 2, "lr": 1e-2, "warmup_steps": 0,
@@ -44,7 +65,11 @@ def test_training_starts_from_an_import_with_another_length_and_theta_and_is_exp
     assert read_manifest(trained).step == 2 and read_manifest(trained).optimizer
     export_hf(tmp_path / "run", tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["rope_theta"] == 15.3e6 and config["max_position_embeddings"] == length
+    dynamic = "rope_scaling" in changes
+    assert config["rope_theta"] == changes.get("rope_theta", 5e5)
+    assert config["max_position_embeddings"] == (MAX_POSITIONS if dynamic else length)
+    said = [text for text in capsys.readouterr().out.splitlines() if text.startswith("rope: ")]
+    assert said == [f"rope: {PLAIN}", f"rope: {PLAIN} -> {line}", f"rope: {line}"]
     assert config_differences(tmp_path / "out", trained) == []
     assert all(result.different == 0 for result in compare_tensors(tmp_path / "out", trained))
     logits = compare_logits(tmp_path / "out", trained, random_tokens(2 * length))

@@ -90,12 +90,55 @@ def test_llama3_scaling_without_its_original_length_takes_the_maximum_like_trans
     assert ours is not None and ours.original_max_position_embeddings == 4096
 
 
+def test_what_transformers_takes_for_a_missing_original_maximum_or_factor(tmp_path):
+    def read(**scaling: Any) -> RopeScaling:
+        sizes = {"head_dim": 16, "max_position_embeddings": 4096}
+        write(tmp_path, minimal("llama", **sizes, rope_scaling=scaling))
+        found = read_config(tmp_path).model.rope_scaling
+        assert found is not None
+        return found
+
+    assert read(type="yarn", factor=4.0).original_max_position_embeddings == 4096
+    assert read(type="dynamic", factor=4.0).original_max_position_embeddings == 4096
+    assert read(type="linear", factor=4.0).original_max_position_embeddings is None
+    assert read(type="yarn", factor=None, original_max_position_embeddings=512).factor == 8
+
+
+def test_fields_that_a_type_of_rope_has_not_are_left_out_with_a_word(tmp_path):
+    given = {"type": "linear", "factor": 2, "finetuned": True, "beta_fast": 8}
+    write(tmp_path, minimal("llama", rope_scaling=given))
+    found = read_config(tmp_path)
+    assert found.model.rope_scaling == RopeScaling(rope_type="linear", factor=2)
+    (note,) = found.notes
+    assert "rope_scaling: left out, as rope_type linear has no beta_fast, finetuned" in note
+
+
 UNSUPPORTED = {
-    "rope yarn": ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'"),
-    "rope linear": ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),
-    "rope dynamic": ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
     "rope longrope": (
-        "llama", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "'longrope'",
+        "llama", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}},
+        "rope_parameters.rope_type 'longrope'",
+    ),
+    "rope su": ("llama", {"rope_scaling": {"type": "su"}}, "rope_scaling.rope_type 'su'"),
+    "rope type of no type": ("llama", {"rope_scaling": {"type": ["linear"]}}, "['linear']"),
+    "linear without factor": (
+        "llama", {"rope_scaling": {"type": "linear"}}, "rope_type linear without factor",
+    ),
+    "dynamic below 1": (
+        "llama", {"rope_scaling": {"type": "dynamic", "factor": 0.5}},
+        "rope_scaling.factor of rope_type dynamic is 0.5",
+    ),
+    "yarn of no number": (
+        "llama", {"rope_scaling": {"type": "yarn", "factor": "4x"}},
+        "rope_scaling.factor of rope_type yarn is '4x'",
+    ),
+    "yarn with its bounds reversed": (
+        "llama", {"rope_scaling": {"type": "yarn", "factor": 4, "beta_fast": 1, "beta_slow": 32}},
+        "rope_scaling.beta_fast is 1, expected at least beta_slow 32",
+    ),
+    "yarn of a false original": (
+        "llama", {"rope_scaling": {"type": "yarn", "factor": None,
+                                   "original_max_position_embeddings": "8k"}},
+        "original_max_position_embeddings is '8k'",
     ),
     "rope per layer type": (
         "qwen3",
@@ -110,14 +153,6 @@ UNSUPPORTED = {
     "Mistral's window": ("mistral", {"sliding_window": 4096}, "sliding_window 4096"),
     "Qwen2's window": (
         "qwen2", {"use_sliding_window": True, "max_window_layers": 1}, "use_sliding_window True",
-    ),
-    "rope linear of factor 2": (
-        "llama", {"rope_parameters": {"rope_type": "linear", "factor": 2, "rope_theta": 1e4}},
-        "'linear'",
-    ),
-    "yarn that scales attention": (
-        "llama", {"rope_scaling": {"rope_type": "yarn", "factor": 1, "attention_factor": 2}},
-        "'yarn'",
     ),
     "a window shorter than the positions": (
         "mistral", {"sliding_window": 4095, "max_position_embeddings": 4096}, "sliding_window 4095",
@@ -182,12 +217,6 @@ IDLE = {
         "qwen3",
         {"use_sliding_window": True, "sliding_window": 64, "max_position_embeddings": 64,
          "layer_types": ["full_attention", "sliding_attention", "sliding_attention"]},
-    ),
-    "rope linear by 1": ("llama", {"rope_scaling": {"type": "linear", "factor": 1.0}}),
-    "rope yarn by 1": (
-        "llama",
-        {"rope_scaling": {"rope_type": "yarn", "factor": 1.0,
-                          "original_max_position_embeddings": 64}},
     ),
     "rope type null": ("llama", {"rope_scaling": {"rope_type": None, "type": "default"}}),
 }  # fmt: skip
@@ -255,7 +284,23 @@ def test_a_folder_without_a_config_is_refused(text, named, tmp_path):
 
 
 @pytest.mark.parametrize("kind", sorted(ARCHITECTURES))
-@pytest.mark.parametrize("scaling", [None, RopeScaling(factor=8.0)])
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        None,
+        RopeScaling(factor=8.0, original_max_position_embeddings=8192),
+        RopeScaling(rope_type="linear", factor=4),
+        RopeScaling(rope_type="dynamic", factor=4, original_max_position_embeddings=32768),
+        RopeScaling(
+            rope_type="yarn",
+            factor=4,
+            original_max_position_embeddings=8192,
+            mscale=0.7,
+            mscale_all_dim=0.5,
+            truncate=False,
+        ),
+    ],
+)
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_model_survives_the_way_out_and_back_and_transformers_reads_it(
     kind, scaling, tied, tmp_path
@@ -279,7 +324,7 @@ def test_a_model_survives_the_way_out_and_back_and_transformers_reads_it(
     assert theirs.max_position_embeddings == 32768 and theirs.head_dim == 24
     rope = rope_of_transformers(tmp_path)
     assert rope["rope_theta"] == 15.3e6
-    assert rope["rope_type"] == ("llama3" if scaling else "default")
+    assert rope["rope_type"] == (scaling.rope_type if scaling else "default")
     assert str(getattr(theirs, "dtype", None) or theirs.torch_dtype) == "torch.bfloat16"
 
 

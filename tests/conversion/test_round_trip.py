@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,10 +45,19 @@ def converted(tmp_path_factory):
     return get
 
 
+def rope_of(folder: Path) -> dict[str, Any]:
+    """All that config.json says of positions, in whichever transformers' form."""
+    config = json.loads((folder / "config.json").read_text())
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {"rope_type": "default"}
+    names = ("max_position_embeddings", "rope_theta")
+    return {name: config[name] for name in names if name in config} | rope
+
+
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_import_and_export_give_back_every_bit(name, converted):
     hf, _, back = converted(name)
     assert_same_tensors(hf, back)
+    assert rope_of(hf) == rope_of(back)
     assert len(list(back.glob("*.safetensors"))) > 1
     assert (back / "model.safetensors.index.json").is_file()
 

@@ -6,11 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from lctw_megatron.config.rope import FIELDS
 from lctw_megatron.config.schema import LayoutConfig, ModelConfig, RopeScaling
 from lctw_megatron.model.cross_entropy import IGNORE
 from lctw_megatron.model.gpt import TokenWeightedGPT, build_model, without_context_parallel
@@ -41,48 +40,9 @@ def hugging_face_inv_freq(theta: float, channels: int, scaling: RopeScaling | No
         num_attention_heads=4,
         rope_theta=theta,
         max_position_embeddings=131072,
-        rope_scaling=scaling and {"rope_type": "llama3", **scaling.model_dump()},
+        rope_scaling=scaling and {n: getattr(scaling, n) for n in ("rope_type", *FIELDS["llama3"])},
     )
     return LlamaRotaryEmbedding(config).inv_freq
-
-
-@given(
-    theta=st.sampled_from([1e4, 5e5, 15.3e6]) | st.floats(1e3, 1e9),
-    channels=st.integers(2, 64).map(lambda half: 2 * half),
-    factor=st.floats(1, 64),
-    low=st.floats(0.5, 4),
-    width=st.floats(0.5, 8),
-    original=st.sampled_from([64, 4096, 8192]),
-    scaled=st.booleans(),
-)
-@settings(max_examples=40)
-def test_rotary_frequencies_are_those_of_transformers(
-    theta: float, channels: int, factor: float, low: float, width: float, original: int,
-    scaled: bool,
-) -> None:  # fmt: skip
-    from types import SimpleNamespace
-
-    from lctw_megatron.model.gpt import _rotary
-
-    initialize(LayoutConfig(), 1)
-    scaling = RopeScaling(
-        factor=factor,
-        low_freq_factor=low,
-        high_freq_factor=low + width,
-        original_max_position_embeddings=original,
-    )
-    model = ModelConfig(**MODEL | {"rope_theta": theta, "rope_scaling": scaled and scaling or None})
-    config = SimpleNamespace(kv_channels=channels, use_cpu_initialization=True)
-    rotary = _rotary(model, config, torch.distributed.group.WORLD)
-    expected = hugging_face_inv_freq(theta, channels, scaling if scaled else None)
-    plain = hugging_face_inv_freq(theta, channels, None)
-    turns = original * plain / (2 * torch.pi)
-    # Between the bands both compute the place in a band of `width` turns in float32: a rounding of
-    # the turns there is one of turns / width in the frequency.
-    allowed = torch.finfo(torch.float32).eps * plain * (4 + (4 * turns / width if scaled else 0))
-    assert ((rotary.inv_freq - expected).abs() <= allowed).all()
-    outside = (turns < 0.99 * low) | (turns > 1.01 * (low + width)) | (not scaled)
-    assert rotary.inv_freq[outside].equal(expected[outside])
 
 
 def test_queries_are_rotated_as_by_transformers_at_far_positions() -> None:

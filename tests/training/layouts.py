@@ -203,6 +203,29 @@ def passes(prefix: str, folder: str, cases: list[Case]) -> list[dict[str, Any]]:
     return [one_pass(make_run(prefix, folder, *case)) for case in cases]
 
 
+def stretched(
+    prefix: str, folder: str, layouts: dict[str, list[dict[str, Any]]], ropes: dict[str, Any]
+) -> dict[str, list[dict[str, Any]]]:
+    """``one_pass`` with each of ``ropes`` under its layouts, packed, scored by its own windows."""
+    return {
+        rope: [
+            one_pass(
+                make_run(
+                    prefix,
+                    folder,
+                    layout,
+                    "pack",
+                    "dense",
+                    "self",
+                    model={"rope_scaling": ropes[rope]},
+                )  # fmt: skip
+            )
+            for layout in own
+        ]
+        for rope, own in layouts.items()
+    }
+
+
 def trainings(prefix: str, folder: str, cases: list[Case]) -> list[dict[str, Any]]:
     """``three_steps`` of every case, one after the other on these ranks."""
     return [

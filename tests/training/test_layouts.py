@@ -19,6 +19,7 @@ from tests.training.layouts import (
     one_pass,
     passes,
     relative_error,
+    stretched,
     three_steps,
     trainings,
 )
@@ -120,6 +121,42 @@ def test_the_pairwise_table_covers_what_it_says() -> None:
         assert {packing for packing, _, _ in cases} == set(PACKINGS)
         assert {mode for _, _, mode in cases} == {"frozen", "self"}
         assert {scheme for _, scheme, _ in cases} & {"uniform", "sparse"}
+
+
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+# The windows of self-scoring are 16 tokens, sequences 64: dynamic turns the two by other angles.
+ROPES: dict[str, dict[str, Any]] = {
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 12},
+    "yarn": _YARN | {"mscale": 1.5, "mscale_all_dim": 0.5, "truncate": False},
+    "llama3": {"factor": 4.0, "original_max_position_embeddings": 16},
+}
+ROPE_LAYOUTS = {
+    "linear": ["CP2"],
+    "dynamic": ["TP2+SP", "CP2", "PP2"],
+    "yarn": ["TP2", "CP2", "PP2"],
+    "llama3": ["CP2"],
+}
+
+
+def test_every_stretched_rope_equals_one_process(data: str, tmp_path: Path) -> None:
+    for_each = {rope: [LAYOUTS[name][1] for name in names] for rope, names in ROPE_LAYOUTS.items()}
+    answers = run_distributed(stretched, 2, data, str(tmp_path), for_each, ROPES)
+    losses = set()
+    for rope, layouts in for_each.items():
+        run = make_run(
+            data, str(tmp_path), {}, "pack", "dense", "self", model={"rope_scaling": ROPES[rope]}
+        )
+        expected = one_pass(run)
+        losses.add(expected["metrics"]["loss/weighted"])
+        for number, layout in enumerate(layouts):
+            metrics = answers[0][rope][number]["metrics"]
+            for name, value in expected["metrics"].items():
+                assert metrics[name] == pytest.approx(value, rel=1e-10, abs=1e-12), (rope, layout)
+            found = gather([answer[rope][number]["gradients"] for answer in answers])
+            for name, gradient in gather([expected["gradients"]]).items():
+                assert relative_error(found[name], gradient) < 1e-10, (rope, layout, name)
+    assert len(losses) == len(ROPES)  # or they would prove nothing
 
 
 THREE_STEPS = [("chunk", "uniform", "frozen"), ("pack", "sparse", "self")]
