@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from lctw_megatron.evaluation.harness_tasks import RULER
 from lctw_megatron.evaluation.recall_result import show
 from lctw_megatron.report.estimate import Measured, difference, is_beyond, level
 from lctw_megatron.report.groups import Group
@@ -67,7 +68,19 @@ def benchmark_lines(groups: Sequence[Group]) -> list[str]:
 
 
 def _records(harness: dict[str, Any] | None) -> list[dict[str, Any]]:
-    return list(harness["results"]) if harness else []
+    """The results, and RULER's means over its tasks, by length."""
+    if not harness:
+        return []
+    means = [
+        {
+            "task": f"ruler, {len(mean['tasks'])} of {len(RULER)} tasks",
+            "length": int(length),
+            "main": "score",
+            "metrics": {"score": [mean["mean"], mean["error"]]},
+        }
+        for length, mean in harness.get("ruler", {}).items()
+    ]
+    return [*harness["results"], *means]
 
 
 def _name(record: dict[str, Any]) -> str:

@@ -29,7 +29,8 @@ def write_harness(folder: Path, score: float, error: float = 0.02) -> None:
         {"task": "arc_easy", "length": None, "main": "acc", "metrics": {"acc": [score, error]}},
         {"task": "ruler_vt", "length": 4096, "main": "score", "metrics": {"score": [0.5, None]}},
     ]
-    content = {"format": "lctw-megatron harness 1", "settings": {}, "results": records, "ruler": {}}
+    content = {"format": "lctw-megatron harness 1", "settings": {}, "results": records}
+    content["ruler"] = {"4096": {"mean": 0.5, "error": 0.1, "tasks": ["ruler_vt", "ruler_cwe"]}}
     (folder / "harness.json").write_text(json.dumps(content))
 
 
@@ -80,7 +81,7 @@ def test_the_sentences_name_where_and_of_how_many(groups):
     assert "more than 2 standard errors" in reading and "by chance" in reading
     assert dense.startswith("dense: better in recall nats at 1k, 4k; loss ")
     assert "on far targets" in dense and "worse" not in dense and "benchmark" not in dense
-    assert rho == "rho: better in benchmark arc_easy (of 10 comparisons)."
+    assert rho == "rho: better in benchmark arc_easy (of 11 comparisons)."
 
 
 def test_one_seed_is_said(groups):
@@ -105,7 +106,7 @@ def test_benchmarks_are_a_row_each_and_marked(groups):
     assert rows[0] == ["benchmark", "uniform", "dense", "rho"]
     # 0.51 and 0.52: s² / 2 = 0.005², and 0.02 of the samples.
     assert rows[1] == ["arc_easy", "0.515 ±0.021", "0.515 ±0.021", "0.715 ±0.021 ✓"]
-    assert rows[2][0] == "ruler_vt at 4k"
+    assert rows[2][0] == "ruler_vt at 4k" and rows[3][0] == "ruler, 2 of 13 tasks at 4k"
 
 
 def test_weights_are_shown_of_who_has_any(groups):
