@@ -59,7 +59,7 @@ def test_a_rank_that_hangs_in_a_step_is_named_and_ends_the_job_with_all_stacks(
         training=settings,
     )  # fmt: skip
     with pytest.raises(RuntimeError, match=f"died with exit code {STATUS}"):
-        run_distributed(train, 2, run, timeout=120)
+        run_distributed(train, 2, run)
     log = capfd.readouterr().err
     for rank, place in enumerate(("_schedule", "stand_still")):
         mine = [line for line in log.splitlines() if line.startswith(f"[rank {rank}] ")]
