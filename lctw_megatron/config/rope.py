@@ -102,6 +102,15 @@ def effective_theta(model: ModelConfig, length: int) -> float:
     return model.rope_theta * stretch ** (width / (width - 2))
 
 
+def narrowest_forward(model: ModelConfig, window: int) -> int:
+    """The fewest positions that a window may be run as, where it has fewer tokens: all ``window``
+    if the angles depend on how many there are, or scores would depend on what runs beside it."""
+    scaling = model.rope_scaling
+    if scaling is None or scaling.rope_type != "dynamic":
+        return 1
+    return window if window > (scaling.original_max_position_embeddings or 0) else 1
+
+
 def longest_context(model: ModelConfig) -> int | None:
     """Tokens that the model is made for."""
     scaling = model.rope_scaling
@@ -112,7 +121,7 @@ def longest_context(model: ModelConfig) -> int | None:
 
 def exported_maximum(model: ModelConfig, longest: int) -> int:
     """`max_position_embeddings` of ``model``, where the recipe gives none, after training on
-    ``longest`` tokens: never less than yarn's factor stretches to, as transformers before 4.56
+    ``longest`` tokens: never less than yarn's factor stretches to, as transformers 4.51 to 4.55
     reads the factor from it; the original maximum under dynamic, whose angles depend on it."""
     scaling = model.rope_scaling
     original = scaling.original_max_position_embeddings if scaling else None
@@ -147,8 +156,8 @@ def rope_line(model: ModelConfig) -> str:
         parts.append(f"attention factor {attention_factor(scaling):.6g}")
         if original and maximum and not math.isclose(maximum / original, scaling.factor):
             parts.append(
-                f"which transformers before 4.56 reads as factor {maximum / original:g}, the ratio "
-                "of the maxima"
+                f"which transformers 4.51 to 4.55 reads as factor {maximum / original:g}, the "
+                "ratio of the maxima"
             )
     return ", ".join(parts)
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lctw_megatron.config.rope import narrowest_forward
 from lctw_megatron.config.schema import LayoutConfig
 from lctw_megatron.data.token_dataset import TokenDataset
 from lctw_megatron.errors import InputError
@@ -49,6 +50,7 @@ class Scorer:
         self.model = first_rank_decides(lambda: read_manifest(checkpoint)).model
         assert self.model.vocab_size is not None  # a checkpoint's is filled in
         self.vocab_size = self.model.vocab_size
+        self.narrowest = narrowest_forward(self.model, window)
         self.chunks = build_model(
             self.model,
             layout,
@@ -108,7 +110,7 @@ class Scorer:
         """(width, windows of one forward, rows of the table): forwards of one shape go through the
         pipeline together."""
         for (width, number), same in groupby(
-            forwards(table, self.tokens_per_forward, self.window),
+            forwards(table, self.tokens_per_forward, self.window, self.narrowest),
             lambda batch: (batch[1], len(batch[0])),
         ):
             yield width, number, np.concatenate([rows for rows, _ in same])

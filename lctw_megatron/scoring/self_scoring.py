@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from lctw_megatron.config.rope import narrowest_forward
 from lctw_megatron.data import zigzag
 from lctw_megatron.data.batch import IGNORE
 from lctw_megatron.platform.host_copies import to_device
@@ -75,16 +76,17 @@ def cut_windows(batch: Batch, window: int, stride: int, bos_id: int | None) -> t
     return tuple(torch.cat(stream) for stream in zip(*parts, strict=True))
 
 
-def window_widths(scored: Tensor, window: int, multiple: int = 1) -> np.ndarray:
+def window_widths(scored: Tensor, window: int, multiple: int = 1, narrowest: int = 1) -> np.ndarray:
     """How many positions of each window are run, of ``scored`` bool [windows, K]: int64 [windows].
 
     A piece's last window may end early, and what follows its last scored target is computed for
     nothing. Few widths (``round_width``), as kernels are compiled for every shape, that are
-    multiples of ``multiple`` where the window is.
+    multiples of ``multiple`` where the window is, and none below ``narrowest``.
     """
     needed = (scored * torch.arange(1, scored.shape[1] + 1)).amax(1).tolist()
     return np.array(
-        [min(-(-round_width(n) // multiple) * multiple, window) for n in needed], dtype=np.int64
+        [min(-(-max(round_width(n), narrowest) // multiple) * multiple, window) for n in needed],
+        dtype=np.int64,
     )
 
 
@@ -105,7 +107,9 @@ class SelfScorer:
         self.tokens_per_forward = tokens_per_forward
         self.bos_id = bos_id
         self.group = context_group
-        config = getattr(chunks[0], "module", chunks[0]).config
+        model = getattr(chunks[0], "module", chunks[0])
+        config = model.config
+        self._narrowest = narrowest_forward(model.rotary_pos_emb.model, window)
         # Sequence parallelism splits the windows too.
         self._multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
 
@@ -126,7 +130,7 @@ class SelfScorer:
         parameter = next(self.chunks[0].parameters())
         dtype = torch.promote_types(parameter.dtype, torch.float32)
         losses = torch.zeros(sum(places), dtype=dtype, device=parameter.device)
-        widths = window_widths(where >= 0, self.window, self._multiple)
+        widths = window_widths(where >= 0, self.window, self._multiple, self._narrowest)
         # Longest first, so that context ranks get alike windows.
         mine = np.argsort(-widths, kind="stable")[rank::size]
         for width in np.unique(widths[mine])[::-1].tolist():

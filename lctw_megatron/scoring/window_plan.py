@@ -113,18 +113,18 @@ class WindowPlan:
 
 
 def forwards(
-    table: Table, tokens_per_forward: int, window: int
+    table: Table, tokens_per_forward: int, window: int, narrowest: int = 1
 ) -> Iterator[tuple[NDArray[np.int64], int]]:
     """The batches in which the windows of a block are run: (rows of ``table``, width).
 
     Longest windows first, so that little is padded. rows x width is at most ``tokens_per_forward``
-    unless a single window is longer.
+    unless a single window is longer. No width is below ``narrowest``.
     """
     lengths = table[:, 2] - table[:, 1]
     order = np.argsort(-lengths, kind="stable")
     begin = 0
     while begin < len(order):
-        width = min(round_width(int(lengths[order[begin]])), window)
+        width = min(max(round_width(int(lengths[order[begin]])), narrowest), window)
         rows, left = max(1, tokens_per_forward // width), len(order) - begin
         if rows > left:
             rows = 1 << (left.bit_length() - 1)

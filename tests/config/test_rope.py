@@ -109,8 +109,8 @@ def test_dynamic_trains_beyond_the_maximum_that_it_is_exported_with():
         (
             YARN | {"factor": 2},
             "yarn, factor 2, original maximum 8,192, maximum 32,768, theta 500,000, "
-            "attention factor 1.06931, which transformers before 4.56 reads as factor 4, the ratio "
-            "of the maxima",
+            "attention factor 1.06931, which transformers 4.51 to 4.55 reads as factor 4, the "
+            "ratio of the maxima",
         ),
         (
             YARN | {"rope_type": "dynamic"},

@@ -94,11 +94,17 @@ def test_what_has_such_a_name_or_form_but_another_content_is_refused(
         import_hf(hf, tmp_path / "checkpoint")
 
 
-def test_scaled_frequencies_are_known_as_well(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["llama31_tied", "llama_linear", "llama_yarn", "qwen2_dynamic"])
+def test_scaled_frequencies_are_known_as_well(name: str, tmp_path: Path) -> None:
     from transformers import AutoConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    hf = make_model("llama31_tied", tmp_path / "plain")
+    hf = make_model(name, tmp_path / "plain")
     rotary = LlamaRotaryEmbedding(AutoConfig.from_pretrained(hf))
-    stored = {"a.inv_freq": rotary.inv_freq, "b.inv_freq": rotary.inv_freq.half()}
+    cosines, _ = rotary(torch.zeros(1), torch.arange(32)[None])  # times yarn's attention factor
+    stored = {
+        "a.inv_freq": rotary.inv_freq,
+        "b.inv_freq": rotary.inv_freq.half(),
+        "c.cos_cached": cosines,
+    }
     import_hf(with_tensors(hf, tmp_path / "hf", stored), tmp_path / "checkpoint")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from lctw_megatron.config.schema import LayoutConfig, ModelConfig
+from lctw_megatron.config.schema import LayoutConfig, ModelConfig, RopeScaling
 from lctw_megatron.data import zigzag
 from lctw_megatron.model.device_batch import move
 from lctw_megatron.scoring import self_scoring
@@ -50,7 +50,7 @@ def chunks() -> list[Any]:
     return model_under({})
 
 
-def model_under(layout: dict[str, Any]) -> list[Any]:
+def model_under(layout: dict[str, Any], **changes: Any) -> list[Any]:
     from lctw_megatron.model.gpt import build_model
     from lctw_megatron.platform.world import initialize
 
@@ -58,7 +58,7 @@ def model_under(layout: dict[str, Any]) -> list[Any]:
     world = initialize(sizes, 1)
     options: dict[str, Any] = dict(dtype=torch.float32, device=world.device, seed=1)
     return build_model(
-        ModelConfig(**MODEL), sizes, max_sequence_length=WINDOW, packed=False, **options
+        ModelConfig(**MODEL | changes), sizes, max_sequence_length=WINDOW, packed=False, **options
     )
 
 
@@ -95,6 +95,19 @@ def test_windows_grouped_by_width_score_as_padded_ones_and_read_less(
     assert torch.equal(known, ~grouped.isnan()) and known.sum() > 1000
     assert (grouped - padded)[known].abs().max() < 1e-6 * padded[known].abs().max()
     assert read < 0.9 * read_padded
+
+
+@pytest.mark.parametrize(("original", "whole"), [(WINDOW - 1, True), (WINDOW, False)])
+def test_windows_are_run_whole_where_a_dynamic_rope_turns_by_their_width(
+    batch: dict[str, torch.Tensor], original: int, whole: bool
+) -> None:
+    dynamic = RopeScaling(rope_type="dynamic", factor=4, original_max_position_embeddings=original)
+    chunks = model_under({}, rope_scaling=dynamic)
+    found, read = scored(chunks, batch)
+    with mock.patch.object(self_scoring, "round_width", lambda length: WINDOW):
+        padded, read_padded = scored(chunks, batch)
+    assert (read == read_padded) == whole
+    torch.testing.assert_close(found, padded, equal_nan=True)
 
 
 @pytest.mark.parametrize("multiple", [1, 4, 48])

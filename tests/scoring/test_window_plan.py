@@ -76,6 +76,8 @@ def test_a_forward_fits_its_windows_and_its_budget(
         for rows, width in batches:
             assert width >= (table[rows, 2] - table[rows, 1]).max()
             assert len(rows) == 1 or len(rows) * width <= tokens_per_forward
+        whole = forwards(table, tokens_per_forward, windowing.window, windowing.window)
+        assert all(width == windowing.window for _, width in whole)
 
 
 def test_forwards_have_few_shapes_and_little_padding() -> None:
