@@ -159,8 +159,8 @@ class Trainer:
         """Steps until the last one (0) or a signal (REQUEUE_STATUS)."""
         training = self.config.training
         done = self.first_step
-        for line in first_lines(self.config, self.world, self.loader, done):
-            self.print_rank_0(line)
+        lines = first_lines(self.config, self.world, self.loader, done)
+        on_first_rank(lambda: print(*lines, sep="\n", flush=True))  # which looks at the start
         if done > training.steps:
             self.print_rank_0(f"already past training.steps {training.steps}: at step {done}")
             return 0
