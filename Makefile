@@ -19,8 +19,8 @@ TORCH ?= torch==2.13.0
 # A container's own: its torch and TransformerEngine fit its GPUs, and pip would replace them.
 PYTHON_GPU ?= python3
 
-# Two at a time: many tests start ranks of their own. With WORKERS= one after the other.
-WORKERS ?= -n 2 --dist loadgroup
+# Two files of tests at a time: many tests start ranks of their own. WORKERS= is one after the other.
+WORKERS ?= -n 2 --dist loadfile
 
 VENV := .venv
 VENV_NEXT := .venv-next

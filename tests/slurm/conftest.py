@@ -24,12 +24,15 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallSlurm]:
 @pytest.fixture(scope="session")
 def chain(slurm: SmallSlurm, tmp_path_factory: pytest.TempPathFactory) -> Launched:
     """The recipe, finished on SLURM."""
+    # Nothing begins before all was looked at, however slow this machine is.
+    slurm.run("scontrol", "update", "PartitionName=main", "State=DOWN")
     launched = launch(tmp_path_factory.mktemp("chain"), slurm=slurm)
     waiting = slurm.jobs()
     assert len(waiting) == len(STAGES) + 1, launched.out  # score-parts is an array of two
     assert sorted(waiting) == sorted(["1", "2", "3_0", "3_1", "4", "5", "6", "7", "8"])
     said = call("launch.py", "status", launched.output, slurm=slurm)
     assert "pending, job 3, 0 of 2 parts done" in said, said
+    slurm.run("scontrol", "update", "PartitionName=main", "State=UP")
     slurm.wait_until_empty(550)  # minutes, where others use the cores too
     assert launched.done() == STAGES - {"score-parts"}, launched.logs()
     return launched
