@@ -111,7 +111,7 @@ def test_padding_that_transformers_takes_is_not_spoken_of(
     hf = with_config(plain, tmp_path / "hf", pad_token_id=pad)
     lines: list[str] = []
     import_hf(hf, tmp_path / "checkpoint", log=lines.append)
-    assert lines == []
+    assert [line for line in lines if not line.startswith("rope: ")] == []
 
 
 def settings_that_leave(folder: Path, text: str) -> str:

@@ -209,6 +209,7 @@ def test_without_bos_a_line_says_so_and_no_sample_begins_with_one(hf_folder, tmp
     bos = load_tokenizer(hf_folder).identity.bos_id
     assert len(sample.ids) == 601 and bos not in sample.ids
     assert sample.short(256, maker.bos_id).tokens[0] == sample.ids[-257]
-    manifest = SimpleNamespace(model=SimpleNamespace(max_position_embeddings=4096))
+    model = SimpleNamespace(max_position_embeddings=4096, rope_scaling=None)
+    manifest = SimpleNamespace(model=model)
     (line,) = evaluate_recall._notes(RecallSettings(["one_key"], [600]), manifest, maker)
     assert line.startswith("the tokenizer puts no BOS before a text")
