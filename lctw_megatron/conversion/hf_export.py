@@ -63,10 +63,10 @@ def export_hf(
     config_values(
         manifest.model, name, {}
     )  # refuses what has no config.json, before anything is written
-    log(f"rope: {rope_line(manifest.model)}")
     with conversion_into(output, source, log) as folder:
         if folder is None:
             return Conversion(len(shapes), parameters, 0)
+        log(f"rope: {rope_line(manifest.model)}")
         files = plan_files(shapes, target, max_file_bytes)
         with SafetensorsWriter(folder, files, target) as writer:
             _write(reader, tensors, writer)

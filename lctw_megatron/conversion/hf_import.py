@@ -59,7 +59,6 @@ def import_hf(
             + ", ".join(config.ignored))  # fmt: skip
     for note in config.notes:
         log(note)
-    log(f"rope: {rope_line(config.model)}")
     with SafetensorsFolder(hf) as source:
         if passed := check_tensors(source, config.model, tensors):
             log(f"{hf}: hold no weights, left out: {few(passed, most=2)}")
@@ -75,6 +74,7 @@ def import_hf(
         with conversion_into(output, source_of, log) as folder:
             if folder is None:
                 return Conversion(len(sizes), sum(sizes), 0)
+            log(f"rope: {rope_line(config.model)}")
             side_files.bring_in(hf, folder)
             _write(source, tensors, dtypes.TORCH[name], folder)
             write_manifest(folder, manifest)

@@ -4,7 +4,6 @@ import contextlib
 import gc
 import importlib
 import importlib.util
-import json
 import os
 import random
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from lctw_megatron.data.json_object import parse_json
 from lctw_megatron.errors import InputError
 from lctw_megatron.evaluation.harness_folder import ModelFolder
 from lctw_megatron.evaluation.harness_tasks import MARGIN, Call, without_network
@@ -58,7 +58,7 @@ def model_arguments(model: ModelFolder, settings: HarnessSettings, max_length: i
             reason = "is set from the folder" if name in ours else "is not NAME=VALUE"
             raise InputError(f"--model-args {text}: {reason}")
         try:
-            further[name] = json.loads(value)
+            further[name] = parse_json(value)
         except ValueError:
             further[name] = {"True": True, "False": False}.get(value, value)
     return further | ours
