@@ -34,6 +34,8 @@ class Heartbeat:
 
     def __init__(self, run_dir: Path) -> None:
         self._path = path_in(run_dir)
+        with suppress(OSError):
+            self._path.unlink(missing_ok=True)  # of the start before
         self._last = Beat("", 0, 0.0)
         self._first: tuple[int, float] | None = None
         """The first step of this start, and when it began."""

@@ -94,7 +94,6 @@ class Trainer:
         self.hang = HangWatch(
             run.training.hang_minutes, self.world.rank, lambda: write_record(self.world.rank)
         )
-        self._now("starting", 0)
         self.loader = self._open_data(run)
         source = self.loader.sources[0]
         asked, tokenizer = run, source.tokenizer
@@ -109,6 +108,7 @@ class Trainer:
         if run.training.eval_interval:
             _ = self.validation  # refused now, not at its first step
         clock.end("data index")
+        self._now("starting", 0)  # nothing is in the folder of a run whose data are refused
         files = on_first_rank(lambda: TokenizerFolder(tokenizer, start and start / TOKENIZER))
         self.chunks = build_model(
             run.model,
