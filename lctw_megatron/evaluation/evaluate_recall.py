@@ -27,6 +27,7 @@ from lctw_megatron.evaluation.recall_samples import (
     depths_of,
     samples_of,
 )
+from lctw_megatron.evaluation.remeasured import still_holds
 from lctw_megatron.model.checkpoint import CheckpointManifest, agreed_checkpoint
 from lctw_megatron.ownership import sole_writer
 from lctw_megatron.platform.capabilities import capabilities
@@ -85,7 +86,7 @@ def recall_to_file(
             if samples_file is not None:
                 _write_samples(samples_file, maker, settings, described["depths"])
             found = read_recall(output)
-            if found is not None and found["settings"] == described:
+            if still_holds(output, found and found["settings"], described):
                 return found
             held.enter_context(sole_writer(Path(output), print))
             return None

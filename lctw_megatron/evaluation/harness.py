@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lctw_megatron.atomic import atomic_file, write_json
-from lctw_megatron.errors import InputError, few
+from lctw_megatron.errors import InputError
 from lctw_megatron.evaluation.harness_folder import ModelFolder, check_words
 from lctw_megatron.evaluation.harness_library import (
     HarnessSettings,
@@ -21,6 +21,7 @@ from lctw_megatron.evaluation.harness_library import (
 )
 from lctw_megatron.evaluation.harness_result import FORMAT, read_harness, ruler_means, to_record
 from lctw_megatron.evaluation.harness_tasks import Call, calls_for, downloads
+from lctw_megatron.evaluation.remeasured import still_holds
 from lctw_megatron.ownership import sole_writer
 
 
@@ -57,11 +58,8 @@ def harness_to_file(
     library = Library(model, settings)
     with sole_writer(output, print):
         found = read_harness(output)
-        before = found["settings"] if found else described
-        changed = [name for name, value in described.items() if before.get(name) != value]
-        if changed:
-            print(f"{output}: was measured with another {few(changed)}, is replaced", flush=True)
-        records = found["results"] if found and not changed else []
+        holds = still_holds(output, found and found["settings"], described)
+        records = found["results"] if found and holds else []
         left = [
             call
             for call in calls

@@ -202,6 +202,7 @@ def test_tools_from_checkpoint_to_report(trained, capsys):
     shown = capsys.readouterr().out.splitlines()
     assert shown[-1] == shown[-2] and "LongPPL" in shown[-1]
     assert evaluate_model.main([*arguments, "--key-checkpoint", run]) == 0
+    assert "was measured with another key_" in capsys.readouterr().out
     again = json.loads(path.read_text())
     assert again["longppl"]["longppl"] == results[0][0]["longppl"]["longppl"]
     text = write_report([run], folder / "report", None)

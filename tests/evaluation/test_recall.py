@@ -149,7 +149,9 @@ def test_the_command_writes_what_each_sample_gave_and_says_it(
     written = output.stat().st_mtime_ns
     assert call(evaluate_model.main, capsys, *arguments, *files).status == 0
     assert output.stat().st_mtime_ns == written  # finished work is not done again
-    assert call(evaluate_model.main, capsys, *arguments, *files[:2], "--seed", 1).status == 0
+    answer = call(evaluate_model.main, capsys, *arguments, *files[:2], "--seed", 1)
+    assert answer.status == 0
+    assert f"{output}: was measured with another seed, is replaced" in answer.out
     other = read_recall(output)
     assert other is not None and not same_samples(other["cells"], result["cells"])
 
