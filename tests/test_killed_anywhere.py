@@ -73,12 +73,14 @@ def for_export(root: Path, ask: Callable[[str], Any]) -> list[str]:
 
 
 def content(root: Path) -> dict[str, Any]:
-    """Every file: its bytes, or of metrics what two runs have in common."""
+    """Every file: its bytes, or of metrics and heartbeats what two runs have in common."""
     found: dict[str, Any] = {}
     for path in sorted(root.rglob("*")):
         name = str(path.relative_to(root))
         if path.name == "metrics.jsonl":
             found[name] = logged(path.parent)
+        elif path.name == "heartbeat.json":
+            found[name] = json.loads(path.read_text())["step"]
         elif path.name == ".metadata":
             found[name] = "an identifier of its own"
         elif path.name == "checkpoint.json":  # with that file's checksum

@@ -108,8 +108,8 @@ class Trainer:
         if run.training.eval_interval:
             _ = self.validation  # refused now, not at its first step
         clock.end("data index")
-        self._now("starting", 0)  # nothing is in the folder of a run whose data are refused
         files = on_first_rank(lambda: TokenizerFolder(tokenizer, start and start / TOKENIZER))
+        self._now("starting", 0)  # nothing is in the folder of a run whose data are refused
         self.chunks = build_model(
             run.model,
             run.layout,
