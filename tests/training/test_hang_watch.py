@@ -29,7 +29,7 @@ def train(run: RunConfig) -> int:
     from lctw_megatron.training import hang_watch, loop
     from lctw_megatron.training.step import Stepper
 
-    hang_watch._GRACE_SECONDS = 5.0
+    hang_watch._GRACE_SECONDS = 15.0
     real = Stepper.gradients
 
     def gradients(self: Stepper, step: int, batches: Any) -> Any:
@@ -53,7 +53,8 @@ def test_a_rank_that_hangs_in_a_step_is_named_and_ends_the_job_with_all_stacks(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = tmp_path / "run"
-    settings = {"steps": 4, "hang_minutes": 8 / 60}
+    # More than a step takes where other tests run beside this one.
+    settings = {"steps": 4, "hang_minutes": 30 / 60}
     run = make_run(
         make_data(tmp_path), str(run_dir), {"context": 2}, "chunk", "dense", "frozen",
         training=settings,
@@ -63,7 +64,7 @@ def test_a_rank_that_hangs_in_a_step_is_named_and_ends_the_job_with_all_stacks(
     log = capfd.readouterr().err
     for rank, place in enumerate(("_schedule", "stand_still")):
         mine = [line for line in log.splitlines() if line.startswith(f"[rank {rank}] ")]
-        assert mine[0].endswith(" no progress for 8 s since the begin of training, 2 steps done:")
+        assert mine[0].endswith(" no progress for 30 s since the begin of training, 2 steps done:")
         assert any(f" in {place}" in line for line in mine), log
         assert any(re.search(r"loop\.py.* in run_to_end", line) for line in mine), log
         # What torch recorded of the collectives lies in the run folder, and the log says so.
