@@ -145,7 +145,7 @@ class SmallSlurm:
         seconds = _seconds(self.run("squeue", "--noheader", f"--job={job}", "--format=%M").strip())
         # Between 40 s and 100 s from now: time enough to save.
         self.run("scontrol", "update", f"JobId={job}", f"TimeLimit={(seconds + 40) // 60 + 1}")
-        running = ("RUNNING", "STOPPED")
+        running = ("RUNNING", "SIGNALING", "STOPPED")
         _wait_for(lambda: self.jobs().get(job) not in running, "the signal", 150)
         self.run("scontrol", "update", f"JobId={job}", "TimeLimit=30")
 
