@@ -3,10 +3,13 @@
 import argparse
 import os
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from lctw_megatron.cli import positive, run_command
 from lctw_megatron.errors import InputError
+
+if TYPE_CHECKING:
+    from lctw_megatron.config.schema import LayoutConfig
 
 LOSSES = """Held-out loss of a checkpoint by position and by the distance of a target's last
 occurrence; with --window also LongPPL and the gain from long context. Alone, or under torchrun.
@@ -248,8 +251,13 @@ def _add_forward(verb: argparse.ArgumentParser) -> None:
     add("--context", metavar="CP", type=positive, default=1, help="context-parallel ranks")
 
 
-def _losses(options: argparse.Namespace) -> int:
+def _layout(options: argparse.Namespace) -> "LayoutConfig":
     from lctw_megatron.config.schema import LayoutConfig
+
+    return LayoutConfig(tensor=options.tensor, pipeline=options.pipeline, context=options.context)
+
+
+def _losses(options: argparse.Namespace) -> int:
     from lctw_megatron.evaluation.evaluate import EvaluationSettings, evaluate_to_file
 
     settings = EvaluationSettings(
@@ -263,16 +271,14 @@ def _losses(options: argparse.Namespace) -> int:
         beta=options.beta,
         tokens_per_forward=options.tokens_per_forward,
     )
-    layout = LayoutConfig(tensor=options.tensor, pipeline=options.pipeline, context=options.context)
     output = options.output or Path(options.checkpoint) / "evaluation.json"
-    line = evaluate_to_file(options.checkpoint, options.data, output, settings, layout)
+    line = evaluate_to_file(options.checkpoint, options.data, output, settings, _layout(options))
     if line:
         print(line)
     return 0
 
 
 def _recall(options: argparse.Namespace) -> int:
-    from lctw_megatron.config.schema import LayoutConfig
     from lctw_megatron.evaluation.evaluate_recall import RecallSettings, recall_to_file
     from lctw_megatron.evaluation.recall_result import to_rows
     from lctw_megatron.report.table import to_text
@@ -286,13 +292,12 @@ def _recall(options: argparse.Namespace) -> int:
         haystack=options.haystack,
         window=options.window,
     )
-    layout = LayoutConfig(tensor=options.tensor, pipeline=options.pipeline, context=options.context)
     output = options.output or Path(options.checkpoint) / "recall.json"
     result = recall_to_file(
         options.checkpoint,
         output,
         settings,
-        layout,
+        _layout(options),
         options.tokens_per_forward,
         options.write_samples,
     )

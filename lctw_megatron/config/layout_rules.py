@@ -82,7 +82,7 @@ def check_layout(run: RunConfig, world_size: int | None = None) -> LayoutSizes:
     return LayoutSizes(
         world_size=world_size,
         data=data,
-        model_ranks=layout.tensor * layout.pipeline * layout.context,
+        model_ranks=layout.model_ranks,
         sequences=sequences,
         micro_batches=micro_batches,
         layers_per_chunk=run.model.num_layers // (layout.pipeline * chunks),
@@ -170,7 +170,7 @@ def _check_batch(
     )
     if world_size is None:
         return None, None, None
-    model_ranks = layout.tensor * layout.pipeline * layout.context
+    model_ranks = layout.model_ranks
     _must_divide(
         world_size,
         "number of ranks",

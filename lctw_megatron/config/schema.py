@@ -203,6 +203,11 @@ class LayoutConfig(Section):
     """Rows of logits that exist at a time in the loss; default: as many as fit into 2 GiB on a GPU,
     64 MiB on a CPU (layout_rules.loss_block_rows)."""
 
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that hold one model between them."""
+        return self.tensor * self.pipeline * self.context
+
 
 class WeightingConfig(Section):
     """Scores (a scheme and where the short losses come from) and post-processing: weighting/."""

@@ -19,8 +19,8 @@ from lctw_megatron.data.token_dataset import TokenDataset
 from lctw_megatron.errors import InputError
 from lctw_megatron.evaluation.longppl import STRIDE, WINDOW, key_tokens, perplexity
 from lctw_megatron.evaluation.probes import Probes, context_of, distance_of
-from lctw_megatron.evaluation.remeasured import still_holds
 from lctw_megatron.evaluation.result_file import FORMAT, read_evaluation
+from lctw_megatron.evaluation.saved_result import still_holds
 from lctw_megatron.model.checkpoint import CheckpointManifest, find_checkpoint, read_manifest
 from lctw_megatron.ownership import sole_writer
 from lctw_megatron.platform.capabilities import capabilities

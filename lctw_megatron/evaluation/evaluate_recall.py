@@ -27,7 +27,7 @@ from lctw_megatron.evaluation.recall_samples import (
     depths_of,
     samples_of,
 )
-from lctw_megatron.evaluation.remeasured import still_holds
+from lctw_megatron.evaluation.saved_result import still_holds
 from lctw_megatron.model.checkpoint import CheckpointManifest, agreed_checkpoint
 from lctw_megatron.ownership import sole_writer
 from lctw_megatron.platform.capabilities import capabilities

@@ -21,7 +21,7 @@ from lctw_megatron.evaluation.harness_library import (
 )
 from lctw_megatron.evaluation.harness_result import FORMAT, read_harness, ruler_means, to_record
 from lctw_megatron.evaluation.harness_tasks import Call, calls_for, downloads
-from lctw_megatron.evaluation.remeasured import still_holds
+from lctw_megatron.evaluation.saved_result import still_holds
 from lctw_megatron.ownership import sole_writer
 
 

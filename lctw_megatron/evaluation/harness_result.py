@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from lctw_megatron.data.json_object import read_json
 from lctw_megatron.errors import InputError
 from lctw_megatron.evaluation.harness_tasks import RULER, Call
+from lctw_megatron.evaluation.saved_result import read_result
 
 FORMAT = "lctw-megatron harness 1"
 """Of harness.json. Its keys:
@@ -91,17 +91,11 @@ def to_rows(result: dict[str, Any]) -> list[list[str]]:
 
 def read_harness(path: str | Path) -> dict[str, Any] | None:
     """The contents of a harness.json; None if there is none. InputError if it is no such."""
-    try:
-        value = read_json(path)
-    except FileNotFoundError:
-        return None
-    except InputError as error:
-        raise InputError(f"{error}; run the harness again") from None
-    if not isinstance(value, dict) or value.get("format") != FORMAT:
-        raise InputError(f"{path}: not a file of the format {FORMAT!r}; name another output")
-    results = value.get("results")
+    again = "run the harness again"
+    value = read_result(path, FORMAT, again)
+    results = value.get("results") if value else []
     if not isinstance(results, list) or not all(map(_is_record, results)):
-        raise InputError(f"{path}: damaged; run the harness again")
+        raise InputError(f"{path}: damaged; {again}")
     return value
 
 

@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from lctw_megatron.data.json_object import read_json
-from lctw_megatron.errors import InputError
 from lctw_megatron.evaluation.buckets import Difference, Pair, paired_difference
+from lctw_megatron.evaluation.saved_result import read_result
 
 FORMAT = "lctw-megatron recall 1"
 """Of recall.json. Its keys:
@@ -98,15 +97,7 @@ def same_samples(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]
 
 def read_recall(path: str | Path) -> dict[str, Any] | None:
     """The contents of a recall.json; None if there is none. InputError if it is no such."""
-    try:
-        value = read_json(path)
-    except FileNotFoundError:
-        return None
-    except InputError as error:
-        raise InputError(f"{error}; measure recall again") from None
-    if not isinstance(value, dict) or value.get("format") != FORMAT:
-        raise InputError(f"{path}: not a file of the format {FORMAT!r}; name another output")
-    return value
+    return read_result(path, FORMAT, "measure recall again")
 
 
 def to_rows(result: dict[str, Any]) -> list[list[str]]:

@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from lctw_megatron.data.json_object import read_json
-from lctw_megatron.errors import InputError
+from lctw_megatron.evaluation.saved_result import read_result
 
 FORMAT = "lctw-megatron evaluation 1"
 """Of evaluation.json. Losses are nats a target. Its keys:
@@ -27,12 +26,4 @@ weights     see ``weight_sample``; null for a run with uniform weights; or why t
 
 def read_evaluation(path: str | Path) -> dict[str, Any] | None:
     """The contents of an evaluation.json; None if there is none. InputError if it is no such."""
-    try:
-        value = read_json(path)
-    except FileNotFoundError:
-        return None
-    except InputError as error:
-        raise InputError(f"{error}; evaluate again") from None
-    if not isinstance(value, dict) or value.get("format") != FORMAT:
-        raise InputError(f"{path}: not a file of the format {FORMAT!r}; name another output")
-    return value
+    return read_result(path, FORMAT, "evaluate again")

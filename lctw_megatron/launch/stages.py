@@ -20,6 +20,7 @@ from lctw_megatron.config.load import checkpoints_of
 from lctw_megatron.config.schema import (
     MOST_DOCUMENT_BYTES,
     EvaluationConfig,
+    LayoutConfig,
     PrepareConfig,
     RecallProbes,
     Recipe,
@@ -231,7 +232,7 @@ def _train_stage(
         tuple(arguments),
         f"{run.run_dir}/checkpoints",
         needs=tuple(dict.fromkeys(needs)),
-        model_ranks=run.layout.tensor * run.layout.pipeline * run.layout.context,
+        model_ranks=run.layout.model_ranks,
         scales=True,
         restarts=True,
         # Without defaults, so that a field that is new in the schema changes nothing.
@@ -253,24 +254,31 @@ def _verify_stage(run: RunConfig) -> Stage:
     return Stage(f"verify-{run.name}", "verify", arguments, folder, (f"export-{run.name}",))
 
 
+def _layout_options(layout: LayoutConfig) -> list[tuple[str, int]]:
+    """Of tools/evaluate_model.py, those that are not its defaults."""
+    sizes = [
+        ("--tensor", layout.tensor),
+        ("--pipeline", layout.pipeline),
+        ("--context", layout.context),
+    ]
+    return [(option, size) for option, size in sizes if size > 1]
+
+
 def _evaluate_stage(recipe: Recipe, evaluation: EvaluationConfig, run: RunConfig) -> Stage:
     arguments = ["tools/evaluate_model.py", "losses"]
     arguments += ["--checkpoint", f"{run.run_dir}/checkpoints"]
     output = f"{run.run_dir}/evaluation.json"
     arguments += ["--data", evaluation.data, "--output", output]
     needs = [*_data_needs(recipe, [evaluation.data]), f"train-{run.name}"]
-    layout = run.layout
-    for option, value, default in [
-        ("--sequence-length", evaluation.sequence_length, None),
-        ("--max-sequences", evaluation.max_sequences, None),
-        ("--window", evaluation.window, None),
-        ("--stride", evaluation.stride, None),
-        ("--near", evaluation.near, None),
-        ("--tensor", layout.tensor, 1),
-        ("--pipeline", layout.pipeline, 1),
-        ("--context", layout.context, 1),
+    for option, value in [
+        ("--sequence-length", evaluation.sequence_length),
+        ("--max-sequences", evaluation.max_sequences),
+        ("--window", evaluation.window),
+        ("--stride", evaluation.stride),
+        ("--near", evaluation.near),
+        *_layout_options(run.layout),
     ]:
-        if value != default:
+        if value is not None:
             arguments += [option, str(value)]
     if key := evaluation.key_checkpoint:
         arguments += ["--key-checkpoint", checkpoints_of(recipe, key)]
@@ -282,26 +290,23 @@ def _evaluate_stage(recipe: Recipe, evaluation: EvaluationConfig, run: RunConfig
         tuple(arguments),
         output,
         needs=tuple(needs),
-        model_ranks=layout.tensor * layout.pipeline * layout.context,
+        model_ranks=run.layout.model_ranks,
     )
 
 
 def _recall_stage(recipe: Recipe, recall: RecallProbes, run: RunConfig) -> Stage:
-    layout = run.layout
     arguments = ["tools/evaluate_model.py", "recall"]
     arguments += ["--checkpoint", f"{run.run_dir}/checkpoints"]
     output = f"{run.run_dir}/recall.json"
     arguments += ["--output", output, "--lengths", *map(str, recall.lengths)]
     arguments += ["--tasks", *recall.tasks]
     arguments += ["--depths", str(recall.depths), "--samples", str(recall.samples)]
-    for option, value, default in [
-        ("--haystack", recall.haystack, None),
-        ("--window", recall.window, None),
-        ("--tensor", layout.tensor, 1),
-        ("--pipeline", layout.pipeline, 1),
-        ("--context", layout.context, 1),
+    for option, value in [
+        ("--haystack", recall.haystack),
+        ("--window", recall.window),
+        *_layout_options(run.layout),
     ]:
-        if value != default:
+        if value is not None:
             arguments += [option, str(value)]
     haystack = [recall.haystack] if recall.haystack else []
     return Stage(
@@ -310,7 +315,7 @@ def _recall_stage(recipe: Recipe, recall: RecallProbes, run: RunConfig) -> Stage
         tuple(arguments),
         output,
         needs=(*_data_needs(recipe, haystack), f"train-{run.name}"),
-        model_ranks=layout.tensor * layout.pipeline * layout.context,
+        model_ranks=run.layout.model_ranks,
         scales=True,
     )
 

@@ -95,7 +95,7 @@ def initialize(layout: LayoutConfig, seed: int, timeout_minutes: float = 30) -> 
                 backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
             )
     size = dist.get_world_size()
-    model_ranks = layout.tensor * layout.pipeline * layout.context
+    model_ranks = layout.model_ranks
     if size % model_ranks:
         raise InputError(
             f"layout: tensor {layout.tensor} x pipeline {layout.pipeline} x context "
