@@ -1,24 +1,12 @@
 """What every command line shares: exit statuses and one-line errors."""
 
-import errno
 import os
 import sys
 import warnings
 from collections.abc import Callable
 
 from lctw_megatron import __version__
-from lctw_megatron.errors import InputError
-
-# The errors of the operating system that a user can mend and that need no traceback.
-_MENDABLE = {
-    errno.ENOSPC: "no space left on the disk; free some or choose another folder",
-    errno.EDQUOT: "the disk quota is used up; free some space or choose another folder",
-    errno.EACCES: "permission denied",
-    errno.EROFS: "the file system is read-only",
-    errno.ENOENT: "no such file or folder",
-    errno.EISDIR: "this is a folder, a file was expected",
-    errno.ENOTDIR: "this is a file, a folder was expected",
-}
+from lctw_megatron.errors import MENDABLE, InputError, exit_status
 
 
 def run_command(main: Callable[[list[str]], int | None]) -> None:
@@ -44,16 +32,16 @@ def run_command(main: Callable[[list[str]], int | None]) -> None:
         if debug:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        status = 2
+        status = exit_status(error)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
     except OSError as error:
-        if debug or error.errno not in _MENDABLE:
+        if debug or error.errno not in MENDABLE:
             raise
         place = f"{error.filename}: " if error.filename else ""
-        print(f"error: {place}{_MENDABLE[error.errno]}", file=sys.stderr)
-        status = 2
+        print(f"error: {place}{MENDABLE[error.errno]}", file=sys.stderr)
+        status = exit_status(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130

@@ -1,5 +1,6 @@
 """The one exception for mistakes a user can mend, and how its one line lists things."""
 
+import errno
 from collections.abc import Sequence
 
 
@@ -9,6 +10,24 @@ class InputError(ValueError):
     The message is one line that names the file or field, what was found, what was expected and
     what to do. Every command prints it without a traceback and exits with status 2 (see ``cli``).
     """
+
+
+MENDABLE = {
+    errno.ENOSPC: "no space left on the disk; free some or choose another folder",
+    errno.EDQUOT: "the disk quota is used up; free some space or choose another folder",
+    errno.EACCES: "permission denied",
+    errno.EROFS: "the file system is read-only",
+    errno.ENOENT: "no such file or folder",
+    errno.EISDIR: "this is a folder, a file was expected",
+    errno.ENOTDIR: "this is a file, a folder was expected",
+}
+"""The errors of the operating system that a user can mend and that need no traceback."""
+
+
+def exit_status(error: InputError | OSError) -> int:
+    """What a command ends with: 2 for what a user can mend, 1, which batch scripts try again, for
+    what may be the machine's."""
+    return 2 if isinstance(error, InputError) or error.errno in MENDABLE else 1
 
 
 def few(items: Sequence[object], separator: str = ", ", most: int = 8) -> str:

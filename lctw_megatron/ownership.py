@@ -85,7 +85,7 @@ def holder(lock: Path) -> tuple[str, bool] | None:
             owner = _read(file, lock)
     except (FileNotFoundError, InputError):
         return None
-    return (_named(owner), _has_ended(owner, False)) if owner else None
+    return (_named(owner), _has_ended(owner, False, takes=False)) if owner else None
 
 
 @contextlib.contextmanager
@@ -191,8 +191,9 @@ def _named(owner: dict[str, Any]) -> str:
     return f"process {owner.get('process')} on host {owner.get('host')}{job}"
 
 
-def _has_ended(owner: dict[str, Any], locked: bool) -> bool:
-    """Whether the owner that the file names is gone; ``locked``: the kernel let us in."""
+def _has_ended(owner: dict[str, Any], locked: bool, takes: bool = True) -> bool:
+    """Whether the owner that the file names is gone; ``locked``: the kernel let us in; ``takes``:
+    it is asked to take its place, not by who looks on, perhaps from within its job."""
     if owner.get("host") == socket.gethostname():
         if locked:
             return True
@@ -205,7 +206,7 @@ def _has_ended(owner: dict[str, Any], locked: bool) -> bool:
         except (psutil.Error, KeyError, TypeError, ValueError):
             return False
     job = owner.get("job")
-    if job and job == os.environ.get("SLURM_JOB_ID"):
+    if takes and job and job == os.environ.get("SLURM_JOB_ID"):
         return True  # requeued: SLURM ends a job before it starts it again
     running = _runs(str(job)) if job else None
     return locked if running is None else not running

@@ -80,6 +80,16 @@ def test_a_job_that_was_requeued_on_another_host_is_its_own_successor(
         pass
 
 
+def test_who_looks_on_from_within_the_job_does_not_take_its_owner_for_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record(tmp_path / "lock", job="77")
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setattr(ownership, "_runs", lambda job: True)
+    found = ownership.holder(tmp_path / "lock")
+    assert found is not None and not found[1]
+
+
 @pytest.mark.parametrize(("answer", "enters"), [(True, False), (False, True), (None, True)])
 def test_of_another_host_squeue_is_asked_and_then_the_kernel(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: bool | None, enters: bool

@@ -20,6 +20,7 @@ from lctw_megatron.config.layout_rules import loss_block_rows
 from lctw_megatron.config.schema import LayoutConfig
 from lctw_megatron.errors import InputError
 from lctw_megatron.platform.capabilities import capabilities
+from lctw_megatron.platform.world import default_device
 
 
 def time_head(results: dict[str, Any]) -> None:
@@ -61,6 +62,7 @@ def gpu_benchmark(output: Path, only: list[str]) -> int:
         raise InputError(f"--only {' '.join(unknown)}: no such part; there are: {', '.join(PARTS)}")
     if not capabilities().gpu:
         raise InputError("benchmark gpu: torch sees no GPU; run it on a machine that has one")
+    torch.cuda.set_device(default_device())
     results: dict[str, Any] = {
         "machine": capabilities().line(),
         "bf16 matmul TFLOP/s": matmul_tflops(),

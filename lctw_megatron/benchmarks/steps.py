@@ -11,14 +11,14 @@ from lctw_megatron.model import spec
 from lctw_megatron.training import flops
 
 
-def random_batches(run: RunConfig, seed: int = 0) -> list[dict[str, Tensor]]:
-    """The micro batches of a step as the loader gives them (of one sequence unless the run says),
-    one document a sequence, with made-up short losses.
+def random_batches(run: RunConfig, data_ranks: int = 1, seed: int = 0) -> list[dict[str, Tensor]]:
+    """The micro batches of a step as the loader gives them to one of ``data_ranks`` (of one
+    sequence unless the run says), one document a sequence, with made-up short losses.
     """
     rows, length = run.training.micro_batch_size or 1, run.data.sequence_length
     generator = torch.Generator().manual_seed(seed)
     batches = []
-    for _ in range(run.training.global_batch_size // rows):
+    for _ in range(run.training.global_batch_size // (rows * data_ranks)):
         text = torch.randint(run.model.vocab_size or 0, (rows, length + 1), generator=generator)
         tokens, labels = text[:, :-1].contiguous(), text[:, 1:].contiguous()
         short_loss = torch.rand(rows, length, generator=generator) * 12
@@ -46,7 +46,8 @@ class StepBench:
         from lctw_megatron.training.optimizer import build_optimizer, wrap_data_parallel
 
         self.run = run
-        self.device = initialize(run.layout, run.seed).device
+        world = initialize(run.layout, run.seed)
+        self.device, self.data_ranks = world.device, world.data_size
         self.chunks = build_model(
             run.model,
             run.layout,
@@ -74,7 +75,7 @@ def step_benchmark(
     The first is what the others' `time_ratio` and `flops_ratio` refer to.
     """
     bench = StepBench(run)
-    batches = random_batches(run)
+    batches = random_batches(run, bench.data_ranks)
     steppers = {name: bench.stepper(weighting) for name, weighting in weightings.items()}
     costs = measure_in_turn(
         [lambda s=stepper: s.step(0, batches) for stepper in steppers.values()],  # type: ignore

@@ -25,6 +25,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from lctw_megatron.config.rope import is_read
 from lctw_megatron.config.rules import check_evaluation, check_run, check_scores_fit, check_scoring
 from lctw_megatron.config.schema import (
     ClusterConfig,
@@ -75,6 +76,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     shared, _ = _expand(values, where)
     check_values(RecipeFile, shared, where)
     shared_run = {key: shared.pop(key) for key in list(shared) if key in RunSections.model_fields}
+    replace_seeds({}, shared_run, where)
     complete = {}
     for name, changes in runs.items():
         if not isinstance(changes or {}, dict):
@@ -82,7 +84,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         own, whole = _expand(changes or {}, where)
         check_values(RunSections, own, where, f"runs.{name}")
         base = {key: value for key, value in shared_run.items() if key not in whole}
-        replace_seeds(base, own)
+        replace_seeds(base, own, f"{where}: runs.{name}")
         complete[name] = _merge(base, own)
     for text in overrides:
         _override(shared, complete, text)
@@ -184,13 +186,13 @@ def _expand(values: dict[str, Any], where: str) -> tuple[dict[str, Any], set[str
 
 
 def _merge(base: Any, changes: Any) -> Any:
-    """``changes`` over ``base``: mappings field by field, anything else replaced, as is a
-    rope_scaling of another type, which has other fields. Copies."""
+    """``changes`` over ``base``: mappings field by field, anything else replaced. Of a rope_scaling
+    goes what another type has not. Copies."""
     if not isinstance(base, dict) or not isinstance(changes, dict):
         return deepcopy(changes)
-    if changes.get("rope_type", base.get("rope_type")) != base.get("rope_type"):
-        return deepcopy(changes)
     merged = deepcopy(base)
+    if "rope_type" in changes:
+        merged = {name: merged[name] for name in merged if is_read(changes["rope_type"], name)}
     for key, value in changes.items():
         merged[key] = _merge(merged.get(key), value)
     return merged
@@ -218,7 +220,7 @@ def _override(shared: dict[str, Any], runs: dict[str, dict[str, Any]], text: str
     for target in targets:
         for section in whole:
             target.pop(section, None)
-        replace_seeds(target, nested)
+        replace_seeds(target, nested, where)
         target.update(_merge(target, nested))
 
 

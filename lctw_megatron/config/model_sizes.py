@@ -19,10 +19,15 @@ class LayerSizes:
     norms: int
 
 
+def head_width(model: ModelConfig) -> int:
+    """Of queries, keys and values."""
+    return model.kv_channels or model.hidden_size // model.num_attention_heads
+
+
 def layer_sizes(model: ModelConfig) -> LayerSizes:
     """The sizes of one layer of ``model``."""
     heads = model.num_attention_heads
-    width = model.kv_channels or model.hidden_size // heads
+    width = head_width(model)
     query, key_value = heads * width, (model.num_query_groups or heads) * width
     hidden = model.hidden_size
     return LayerSizes(

@@ -10,6 +10,7 @@ The types and the meaning of their fields are transformers' (modeling_rope_utils
 
 import math
 
+from lctw_megatron.config.model_sizes import head_width
 from lctw_megatron.config.schema import ModelConfig, RopeScaling
 from lctw_megatron.errors import InputError, few
 
@@ -29,6 +30,14 @@ config's `max_position_embeddings` there; here it is a field like that of the ot
 maximum follows from it (``exported_maximum``)."""
 
 
+def is_read(kind: object, name: str) -> bool:
+    """Whether ``name`` is a field of `rope_scaling` that type ``kind`` reads; of an unknown one
+    all are, for whoever refuses it."""
+    if not isinstance(kind, str) or kind not in FIELDS or name == "rope_type":
+        return True
+    return name in FIELDS[kind] or (kind, name) == ("dynamic", "original_max_position_embeddings")
+
+
 def check_rope(model: ModelConfig, where: str = "model.") -> None:
     """Refuse a `rope_scaling` whose fields do not fit together. InputError; ``where`` is put before
     the field's name."""
@@ -37,9 +46,7 @@ def check_rope(model: ModelConfig, where: str = "model.") -> None:
         return
     kind, original = scaling.rope_type, scaling.original_max_position_embeddings
     name = f"{where}rope_scaling"
-    known = {"rope_type", *FIELDS[kind]}
-    if kind == "dynamic":
-        known.add("original_max_position_embeddings")
+    known = {n for n in RopeScaling.model_fields if is_read(kind, n)}
     if kind != "linear" and original is None:
         raise InputError(
             f"{name}.original_max_position_embeddings is missing; rope_type {kind} needs the "
@@ -64,7 +71,7 @@ def check_rope(model: ModelConfig, where: str = "model.") -> None:
         raise InputError(
             f"{where}rope_theta is {model.rope_theta:g}, expected more than 1 for yarn"
         )
-    if kind == "dynamic" and _width(model) <= 2:
+    if kind == "dynamic" and head_width(model) <= 2:
         raise InputError(f"{name}: rope_type dynamic needs heads wider than 2, found 2")
 
 
@@ -98,7 +105,7 @@ def effective_theta(model: ModelConfig, length: int) -> float:
     original = scaling.original_max_position_embeddings
     assert original is not None
     stretch = scaling.factor * max(length, original) / original - (scaling.factor - 1)
-    width = _width(model)
+    width = head_width(model)
     return model.rope_theta * stretch ** (width / (width - 2))
 
 
@@ -116,7 +123,10 @@ def longest_context(model: ModelConfig) -> int | None:
     scaling = model.rope_scaling
     if scaling is not None and scaling.rope_type == "dynamic":
         return int(scaling.factor * (scaling.original_max_position_embeddings or 0))
-    return model.max_position_embeddings
+    maximum = model.max_position_embeddings
+    if scaling is not None and scaling.rope_type == "yarn" and maximum:
+        return exported_maximum(model, maximum)
+    return maximum
 
 
 def exported_maximum(model: ModelConfig, longest: int) -> int:
@@ -137,6 +147,8 @@ def exported_maximum(model: ModelConfig, longest: int) -> int:
 def rope_line(model: ModelConfig) -> str:
     """Type, factor, original and new maximum, effective theta; for the start and end of a run."""
     scaling, maximum = model.rope_scaling, longest_context(model)
+    if scaling is not None and scaling.rope_type == "yarn":
+        maximum = model.max_position_embeddings  # of which transformers makes something else
     longest = f"maximum {maximum:,}" if maximum else "maximum not set"
     if scaling is None:
         return f"default, {longest}, theta {model.rope_theta:,.9g}"
@@ -160,7 +172,3 @@ def rope_line(model: ModelConfig) -> str:
                 "ratio of the maxima"
             )
     return ", ".join(parts)
-
-
-def _width(model: ModelConfig) -> int:
-    return model.kv_channels or model.hidden_size // model.num_attention_heads

@@ -11,12 +11,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from lctw_megatron.config.model_sizes import head_width
 from lctw_megatron.config.rope import check_rope
 from lctw_megatron.config.schema import ModelConfig
 from lctw_megatron.conversion import dtypes
 from lctw_megatron.conversion.architectures import ARCHITECTURES, Llama, architecture
 from lctw_megatron.conversion.hf_rope import read_rope, rope_values
-from lctw_megatron.conversion.placement import head_width, query_groups
+from lctw_megatron.conversion.placement import query_groups
 from lctw_megatron.data.json_object import read_json_object
 from lctw_megatron.data.tokenizer_files import CONFIG, is_token_id
 from lctw_megatron.errors import InputError

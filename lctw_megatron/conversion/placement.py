@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lctw_megatron.config.layout_rules import padded_vocabulary
+from lctw_megatron.config.model_sizes import head_width
 from lctw_megatron.config.schema import ModelConfig
 from lctw_megatron.conversion.architectures import Row, architecture
 
@@ -76,10 +77,6 @@ def stored_tensors(model: ModelConfig) -> Iterator[StoredTensor]:
 
 def query_groups(model: ModelConfig) -> int:
     return model.num_query_groups or model.num_attention_heads
-
-
-def head_width(model: ModelConfig) -> int:
-    return model.kv_channels or model.hidden_size // model.num_attention_heads
 
 
 def _sizes(model: ModelConfig) -> dict[str, int]:

@@ -70,4 +70,4 @@ def _name_for_all_versions(path: Path) -> None:
     if isinstance(settings.get("extra_special_tokens"), list):
         named["additional_special_tokens"] = named.pop("extra_special_tokens")
     if named != settings:
-        path.write_text(json.dumps(named, indent=2, ensure_ascii=False) + "\n")
+        path.write_text(json.dumps(named, indent=2) + "\n")

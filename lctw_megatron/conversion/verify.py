@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lctw_megatron.config.model_sizes import head_width
 from lctw_megatron.config.schema import ModelConfig
 from lctw_megatron.conversion import dtypes
 from lctw_megatron.conversion.checkpoint_reader import CheckpointReader
@@ -16,7 +17,6 @@ from lctw_megatron.conversion.hf_import import check_tensors, largest_bytes, rea
 from lctw_megatron.conversion.hf_safetensors import SafetensorsFolder, tensor_of
 from lctw_megatron.conversion.placement import (
     StoredTensor,
-    head_width,
     query_groups,
     stored_tensors,
 )

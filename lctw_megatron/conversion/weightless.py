@@ -10,10 +10,10 @@ import math
 import torch
 from torch import Tensor
 
+from lctw_megatron.config.model_sizes import head_width
 from lctw_megatron.config.rope import attention_factor
 from lctw_megatron.config.schema import ModelConfig
 from lctw_megatron.conversion.hf_safetensors import SafetensorsFolder
-from lctw_megatron.conversion.placement import head_width
 from lctw_megatron.model.rotary import frequencies
 
 FREQUENCY_NAMES = ("inv_freq", "rope.freqs")
@@ -47,11 +47,11 @@ def is_weightless(source: SafetensorsFolder, name: str, model: ModelConfig) -> b
     return _is_causal_mask(value) or _are_angles(value, model, width)
 
 
-def _frequencies(model: ModelConfig, width: int) -> list[Tensor]:
+def _frequencies(model: ModelConfig) -> list[Tensor]:
     """float64 [width / 2]: 1 / theta^(2i/width); and scaled, if the model's are."""
     plain = model.model_copy(update={"rope_scaling": None})
     variants = [model] if model.rope_scaling is None else [model, plain]
-    return [frequencies(variant, width, 1, torch.float64) for variant in variants]
+    return [frequencies(variant, 1, torch.float64) for variant in variants]
 
 
 def _are_frequencies(value: Tensor, model: ModelConfig, width: int) -> bool:
@@ -61,7 +61,7 @@ def _are_frequencies(value: Tensor, model: ModelConfig, width: int) -> bool:
     precision = 4 * max(torch.finfo(value.dtype).eps, torch.finfo(torch.float32).eps)
     return any(
         torch.allclose(value.double(), exact, rtol=precision, atol=1e-7)
-        for exact in _frequencies(model, width)
+        for exact in _frequencies(model)
     )
 
 
@@ -71,7 +71,7 @@ def _are_angles(value: Tensor, model: ModelConfig, width: int) -> bool:
     if not value.is_floating_point() or value.shape[1] != width:
         return False
     positions = torch.arange(len(value), dtype=torch.float64)
-    angles = torch.outer(positions, _frequencies(model, width)[0]).repeat(1, 2)
+    angles = torch.outer(positions, _frequencies(model)[0]).repeat(1, 2)
     precision = 4 * torch.finfo(value.dtype).eps + 1e-6 * len(value)
     return any(
         torch.allclose(value.double(), factor * function(angles), rtol=0, atol=precision)

@@ -17,10 +17,10 @@ FORMAT = "lctw-megatron harness 1"
 
 settings    what the results depend on besides task and length, with the identity of the weights
 results     one of each call: `call` (what was asked for), `task`, `length` (null but for RULER),
-            `metrics`: name: [value, standard error or null], `main` (the metric to show; higher is
-            better), `samples`, `fewshot`, `version` of the task, `max_length`, `seconds`, `file`
-            (what the harness itself returned, beside harness.json) and for groups `parts`: the
-            metrics of each task
+            `metrics`: name: [value, standard error or null], `main` (the metric to show),
+            `lower_is_better` (of that metric; files of before lack it), `samples`, `fewshot`,
+            `version` of the task, `max_length`, `seconds`, `file` (what the harness itself
+            returned, beside harness.json) and for groups `parts`: the metrics of each task
 ruler       length: `mean`, `error` and `tasks`: the mean over RULER's tasks at that length, which
             are all 13 only where `tasks` names as many
 """
@@ -47,11 +47,14 @@ def to_record(call: Call, results: dict[str, Any], seconds: float) -> dict[str, 
     if not metrics:
         raise InputError(f"task {call.task}: lm-evaluation-harness returned no metric for it")
     counts = [count["effective"] for count in results["n-samples"].values()]
+    main = _main(metrics)
+    directions = results.get("higher_is_better", {}).get(top, {})
     record = {
         "call": asdict(call),
         "task": top or call.task,
         "length": call.length,
-        "main": _main(metrics),
+        "main": main,
+        "lower_is_better": directions.get(main.partition(",")[0]) is False,
         "metrics": metrics,
         "samples": sum(counts),
         "fewshot": results["n-shot"].get(top, call.fewshot),

@@ -46,12 +46,6 @@ class Sums:
         assert found is not None
         return found
 
-    def minus(self, other: "Sums") -> Difference:
-        """The paired difference of two models over the same samples."""
-        found = paired_difference(Pair(self.values, other.values, self.units))
-        assert found is not None
-        return found
-
 
 def sums(cells: Sequence[dict[str, Any]], kind: str) -> Sums | None:
     """``kind`` (one of VALUES) of cells that differ in depth only, a sample's depths taken
@@ -87,12 +81,6 @@ def select(
         and length in (None, cell["length"])
         and (depth is ... or depth == cell["depth"])
     ]
-
-
-def same_samples(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> bool:
-    """Whether two lists of cells were measured on the same samples."""
-    digests = [[cell["samples_digest"] for cell in cells] for cells in (ours, theirs)]
-    return bool(digests[0]) and digests[0] == digests[1]
 
 
 def read_recall(path: str | Path) -> dict[str, Any] | None:

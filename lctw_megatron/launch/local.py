@@ -24,10 +24,11 @@ def run_stages(graph: StageGraph, stages: Sequence[Stage], ranks: int | None = N
     allows. Stops at the first stage that fails, with its status; start again to go on.
     """
     check_needs(graph, stages)
-    names = {stage.name for stage in stages}
+    names = {stage.name for stage in stages if not graph.is_done(stage)}
     for run in graph.runs:  # not after hours of scoring
         if f"train-{run.name}" in names:
             check_trackers(run.training.trackers)
+    graph.folder.mkdir(parents=True, exist_ok=True)
     for number, stage in enumerate(stages, 1):
         title = f"[{number}/{len(stages)}] {stage.name}"
         if graph.is_done(stage):
@@ -48,7 +49,6 @@ def run_stages(graph: StageGraph, stages: Sequence[Stage], ranks: int | None = N
 
 def running_mark(graph: StageGraph, stage: Stage) -> Path:
     """The lock file that is there while ``stage`` runs here."""
-    graph.folder.mkdir(parents=True, exist_ok=True)
     return graph.folder / f".{stage.name}.lock"
 
 

@@ -37,7 +37,7 @@ class RunStatus:
 
 def run_status(run: RunConfig) -> RunStatus:
     folder, steps = Path(run.run_dir), run.training.steps
-    beat, owner, lines = read_beat(folder), holder(folder / ".lock"), []
+    beat, owner = read_beat(folder), holder(folder / ".lock")
     lines = last_metrics(folder / "metrics.jsonl")
     saved = _newest_checkpoint(folder / "checkpoints")
     done = saved or 0

@@ -64,7 +64,8 @@ def check_sums_together(folder: Path, sums: Mapping[str, str]) -> None:
         for name in part
     }
     complaints = [complaint for _, complaint in found]
-    complaints.append(first_rank_decides(lambda: _complaint(folder, late)))
+    if late:  # or not, alike on all ranks
+        complaints.append(first_rank_decides(lambda: _complaint(folder, late)))
     for complaint in filter(None, complaints):
         raise InputError(complaint)
 

@@ -132,12 +132,10 @@ class _Rotary(RotaryEmbedding):
             use_cpu_initialization=config.use_cpu_initialization,
             cp_group=group,
         )
-        self.model, self.width = model, config.kv_channels
+        self.model = model
 
     def get_emb(self, max_seq_len: int, offset: int = 0) -> Tensor:
-        if self.model.rope_scaling is not None:
-            device = self.inv_freq.device
-            self.inv_freq: Tensor = frequencies(self.model, self.width, max_seq_len, device=device)
+        self.inv_freq: Tensor = frequencies(self.model, max_seq_len, device=self.inv_freq.device)
         return super().get_emb(max_seq_len, offset)
 
 

@@ -9,19 +9,19 @@ import math
 import torch
 from torch import Tensor
 
+from lctw_megatron.config.model_sizes import head_width
 from lctw_megatron.config.rope import effective_theta, turns
 from lctw_megatron.config.schema import ModelConfig, RopeScaling
 
 
 def frequencies(
     model: ModelConfig,
-    width: int,
     length: int,
     dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Radians a position, [width / 2], in a forward over ``length`` positions."""
-    scaling, theta = model.rope_scaling, effective_theta(model, length)
+    """Radians a position, [head width / 2], in a forward over ``length`` positions."""
+    scaling, theta, width = model.rope_scaling, effective_theta(model, length), head_width(model)
     exponents = torch.arange(0, width, 2, dtype=dtype, device=device) / width
     plain = 1.0 / theta**exponents
     if scaling is None or scaling.rope_type == "dynamic":

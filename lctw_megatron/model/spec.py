@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lctw_megatron.config.model_sizes import head_width
 from lctw_megatron.config.rope import attention_factor
 from lctw_megatron.config.schema import LayoutConfig, ModelConfig
 from lctw_megatron.errors import InputError
@@ -82,7 +83,7 @@ def transformer_config(
         modules = {"selective": ["core_attn"], "mlp": ["mlp"]}[acting]
         recompute = {"recompute_granularity": "selective", "recompute_modules": modules}
     _check_fields(model, dtype, packed, fields)
-    width = model.kv_channels or model.hidden_size // model.num_attention_heads
+    width = head_width(model)
     settings = dict(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,

@@ -1,16 +1,15 @@
 """Where torch keeps the kernels it compiles.
 
 Its own choice is a folder of the node's /tmp, which is gone when a requeued job starts elsewhere.
-A site that has a faster place names it in `cluster.environment`, for example
-`TORCHINDUCTOR_CACHE_DIR: $SCRATCH/inductor`.
+A site that has a faster place names both in `cluster.environment`, for example
+`TORCHINDUCTOR_CACHE_DIR: $SCRATCH/inductor` and `TRITON_CACHE_DIR: $SCRATCH/triton`.
 """
 
-import os
 from pathlib import Path
 
+from lctw_megatron.platform.run_environment import point
+
 _FOLDERS = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
-_ours: dict[str, str] = {}
-"""What was put there for an earlier run of this process."""
 
 
 def keep_compiled(run_dir: Path) -> None:
@@ -18,5 +17,4 @@ def keep_compiled(run_dir: Path) -> None:
     environment names a place. On every rank, before anything is compiled. Ranks may share the
     folder: files are written beside it and renamed."""
     for name, folder in _FOLDERS.items():
-        if os.environ.get(name) in (None, _ours.get(name)):
-            _ours[name] = os.environ[name] = str(run_dir.absolute() / "compile_cache" / folder)
+        point(name, str(run_dir.absolute() / "compile_cache" / folder))

@@ -9,20 +9,18 @@ import os
 from pathlib import Path
 
 from lctw_megatron.atomic import atomic_file
+from lctw_megatron.platform.run_environment import point
 
 _BUFFER = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
 _FILES = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
 """Where torch writes: this and the rank's number."""
-_ours: str | None = None
-"""What was put there for an earlier run of this process."""
 
 
 def record_into(run_dir: Path) -> None:
     """Let torch write what a collective that times out leaves into ``run_dir``, unless the
     environment names a place. On every rank, before the process groups are formed."""
-    global _ours
-    if all(os.environ.get(name) in (None, _ours) for name in _FILES):
-        _ours = os.environ[_FILES[-1]] = str(run_dir.absolute() / "flight_recorder" / "rank_")
+    if _FILES[0] not in os.environ:
+        point(_FILES[1], str(run_dir.absolute() / "flight_recorder" / "rank_"))
     if recorder_line():  # torch makes no folders
         Path(_place()).parent.mkdir(parents=True, exist_ok=True)
 

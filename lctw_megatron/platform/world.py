@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from lctw_megatron.config.schema import LayoutConfig
-from lctw_megatron.errors import InputError
+from lctw_megatron.errors import InputError, exit_status
 from lctw_megatron.platform.capabilities import capabilities, local_gpu
 from lctw_megatron.platform.cpu import patch_megatron
 from lctw_megatron.platform.gpu import fuse_small_operations
@@ -167,16 +167,16 @@ def first_rank_decides(
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return decide()
-    answer: list[Any] = [None, False]
+    answer: list[Any] = [None, 0]
     error: InputError | OSError | None = None
     if dist.get_rank() == 0:
         try:
             answer[0] = decide()
         except (InputError, OSError) as refusal:
-            error, answer[1] = refusal, True
+            error, answer[1] = refusal, exit_status(refusal)
     dist.broadcast_object_list(answer, 0, group)
     if answer[1]:
-        raise error or SystemExit(2)
+        raise error or SystemExit(answer[1])
     return answer[0]
 
 

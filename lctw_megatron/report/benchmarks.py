@@ -10,6 +10,7 @@ from lctw_megatron.evaluation.recall_result import show
 from lctw_megatron.report.estimate import Measured, difference, is_beyond, level
 from lctw_megatron.report.groups import Group
 from lctw_megatron.report.measures import seed_of
+from lctw_megatron.report.runs import RunRecord
 from lctw_megatron.report.table import Rows, marked, short_number
 
 
@@ -17,6 +18,13 @@ def benchmark_names(groups: Sequence[Group]) -> list[str]:
     """Of all runs, in the order of the first that has them."""
     runs = [run for group in groups for run in group.runs if run.harness]
     return list(dict.fromkeys(_name(record) for run in runs for record in _records(run.harness)))
+
+
+def lower_is_better(groups: Sequence[Group], name: str) -> bool:
+    """Whether a smaller value of the task's main metric is a better one, as of a perplexity."""
+    runs = [run for group in groups for run in group.runs]
+    records = [record for run in runs for record in _records(run.harness)]
+    return any(record.get("lower_is_better", False) for record in records if _name(record) == name)
 
 
 def benchmark(group: Group, name: str) -> Measured | None:
@@ -44,7 +52,7 @@ def benchmark_table(groups: Sequence[Group]) -> Rows:
     measured = [group for group in groups if any(run.harness for run in group.runs)]
     rows: Rows = [["benchmark", *(group.name for group in measured)]]
     for name in benchmark_names(measured):
-        first = benchmark(groups[0], name)
+        first, lower = benchmark(groups[0], name), lower_is_better(measured, name)
         row = [name]
         for group in measured:
             value = benchmark(group, name)
@@ -52,7 +60,7 @@ def benchmark_table(groups: Sequence[Group]) -> Rows:
                 row.append("-")
                 continue
             gap = difference(value, first)
-            better = gap is not None and gap.mean > 0
+            better = gap is not None and (gap.mean < 0) == lower
             row.append(marked(show(level(value)), better, is_beyond(gap)))
         rows.append(row)
     return rows
@@ -62,8 +70,8 @@ def benchmark_lines(groups: Sequence[Group]) -> list[str]:
     if not benchmark_names(groups):
         return []
     return [
-        "Benchmarks: lm-evaluation-harness, the main metric of each task, higher is better; ± over "
-        "seeds and samples. Single answers are not kept, so differences are not paired by sample."
+        "Benchmarks: lm-evaluation-harness, the main metric of each task; ± over seeds and "
+        "samples. Single answers are not kept, so differences are not paired by sample."
     ]
 
 
@@ -86,6 +94,11 @@ def _records(harness: dict[str, Any] | None) -> list[dict[str, Any]]:
 def _name(record: dict[str, Any]) -> str:
     length = record.get("length")
     return f"{record['task']} at {short_number(length)}" if length else record["task"]
+
+
+def samples_by_name(run: RunRecord) -> dict[Any, Any]:
+    """Task -> on what it was measured."""
+    return {_name(record): _samples(record) for record in _records(run.harness)}
 
 
 def _samples(record: dict[str, Any]) -> tuple[Any, ...]:

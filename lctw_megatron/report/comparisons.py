@@ -8,7 +8,7 @@ from lctw_megatron.errors import few
 from lctw_megatron.evaluation.buckets import Difference
 from lctw_megatron.evaluation.recall_result import show
 from lctw_megatron.report import measures
-from lctw_megatron.report.benchmarks import benchmark, benchmark_names
+from lctw_megatron.report.benchmarks import benchmark, benchmark_names, lower_is_better
 from lctw_megatron.report.cost import hours_name, training_cost
 from lctw_megatron.report.estimate import BEYOND, Measured, difference, is_beyond, level
 from lctw_megatron.report.groups import Group
@@ -43,14 +43,16 @@ def comparisons(groups: Sequence[Group]) -> list[Comparison]:
     """All that at least one group measured: recall at each length in the mean over the tasks, loss
     with long and short contexts, loss at a short length, benchmarks."""
     benchmarks = [
-        Comparison("benchmark", name, partial(benchmark, name=name), False, in_table=False)
+        Comparison(
+            "benchmark", name, partial(benchmark, name=name), lower_is_better(groups, name), False
+        )
         for name in benchmark_names(groups)
     ]
     return _recall_comparisons(groups) + _loss_comparisons(groups) + benchmarks
 
 
 def _recall_comparisons(groups: Sequence[Group]) -> list[Comparison]:
-    tasks, lengths = measures.tasks_of(groups), measures.lengths_of(groups)
+    tasks, lengths = measures.shared_tasks(groups), measures.lengths_of(groups)
     found = []
     for kind, name in (("right", "recall"), ("nats", "recall nats")):
         for length in lengths:
@@ -128,11 +130,12 @@ def verdict_lines(groups: Sequence[Group]) -> list[str]:
     """How to read the overview, then one line a group: where it is better, where worse, of how many
     comparisons."""
     baseline, lines, made = groups[0], [], 0
+    compared = [(comparison, comparison.read(baseline)) for comparison in comparisons(groups)]
     for group in groups[1:]:
         sure: dict[str, dict[str, list[str]]] = {BETTER: {}, WORSE: {}}
         count = 0
-        for comparison in comparisons(groups):
-            found = difference(comparison.read(group), comparison.read(baseline))
+        for comparison, theirs in compared:
+            found = difference(comparison.read(group), theirs)
             if found is not None and found.error is not None:
                 count += 1
                 better, is_sure = verdict(found, comparison)
@@ -158,9 +161,9 @@ def _reading_lines(groups: Sequence[Group], made: int) -> list[str]:
         f"{BETTER} better, {WORSE} worse than {groups[0].name} by more than {BEYOND:g} standard "
         f"errors (±, over seeds and samples); without a mark it is not sure. Of {made} comparisons "
         f"about {max(1, round(0.046 * made))} would be marked by chance, more with few seeds. "
-        "Recall: mean of all tasks, share of answers right and nats an answer token. Loss: nats a "
-        "target of held-out text, after so many tokens of context. Cost: of one run's training "
-        "steps, without what scoring a corpus takes once."
+        "Recall: mean of the tasks that all have, share of answers right and nats an answer token. "
+        "Loss: nats a target of held-out text, after so many tokens of context. Cost: of one run's "
+        "training steps, without what scoring a corpus takes once."
     ]
     single = [group.name for group in groups if len(group.runs) == 1]
     if single:

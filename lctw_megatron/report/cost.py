@@ -73,8 +73,9 @@ def cost_table(groups: Sequence[Group]) -> Rows:
 def _hours(run: RunRecord, work: int) -> float | None:
     """A line stands for the steps since the one before it (`training.log_interval`)."""
     series, rate = run.series("speed/seconds"), run.series("speed/tflops_per_rank")
-    if not len(series) or not len(rate) or rate.values[-1] <= 0:
+    known = rate.values * series.values if len(rate) == len(series) else np.zeros(0)
+    if not len(known) or known.min() <= 0:
         return None
-    ranks = round(work / (rate.values[-1] * 1e12 * series.values[-1]))
+    ranks = np.maximum(np.round(work / (known * 1e12)), 1)  # a resumed run may have others
     covered = np.diff(series.steps, prepend=-1)
-    return float((covered * series.values).sum()) * max(ranks, 1) / 3600
+    return float((covered * series.values * ranks).sum()) / 3600

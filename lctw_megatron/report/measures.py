@@ -1,7 +1,7 @@
-"""What is compared: quantities of a group of runs, from its evaluation.json and recall.json files.
+"""What is compared: quantities of a group of runs, from its evaluation.json and recall.json.
 
-Of a group's runs those that were measured count, on the samples of the first of them; ``left_out``
-tells which others there are.
+Of a group's runs those that were measured count, on the samples of the first of them;
+``left_out.py`` tells which others there are.
 """
 
 import json
@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from lctw_megatron.errors import few
 from lctw_megatron.evaluation.probes import short_length
 from lctw_megatron.evaluation.recall_result import select, sums
 from lctw_megatron.report.estimate import Block, Measured, of_blocks
@@ -60,28 +59,14 @@ def tasks_of(groups: Sequence[Group]) -> list[str]:
     return list(dict.fromkeys(task for settings in found for task in settings["tasks"]))
 
 
+def shared_tasks(groups: Sequence[Group]) -> list[str]:
+    """Those that every group has of which recall was measured at all."""
+    measured = [tasks_of([group]) for group in groups if has_recall(group)]
+    return [task for task in tasks_of(groups) if all(task in tasks for tasks in measured)]
+
+
 def lengths_of(groups: Sequence[Group]) -> list[int]:
     return sorted({length for found in _recall_settings(groups) for length in found["lengths"]})
-
-
-def left_out(groups: Sequence[Group]) -> list[str]:
-    """Runs of a group that were measured on other samples than its first, a line each kind."""
-    kinds: dict[str, Callable[[RunRecord], str | None]] = {
-        "held-out losses": lambda run: _loss_samples(run),
-        "recall": lambda run: None if run.recall is None else _recall_samples(run.recall["cells"]),
-    }
-    lines = []
-    for what, samples in kinds.items():
-        for group in groups:
-            found = [(run.name, samples(run)) for run in group.runs]
-            known = [(name, value) for name, value in found if value is not None]
-            others = [name for name, value in known if value != known[0][1]]
-            if others:
-                lines.append(
-                    f"{group.name}: {what}: {few(others)} left out, measured on other samples than "
-                    f"{known[0][0]}."
-                )
-    return lines
 
 
 def _of_runs(
@@ -101,7 +86,7 @@ def _of_runs(
     return of_blocks([seed for seed, _ in same], samples, blocks)
 
 
-def _loss_samples(run: RunRecord) -> str | None:
+def loss_samples(run: RunRecord) -> str | None:
     if run.evaluation is None:
         return None
     keys = ("tokens_fingerprint", "sequence_length", "near")
@@ -112,7 +97,7 @@ def _loss_samples(run: RunRecord) -> str | None:
 def _loss_block(
     run: RunRecord, probes: str, bins: Iterable[int] | None
 ) -> tuple[str, list[Block]] | None:
-    samples = _loss_samples(run)
+    samples = loss_samples(run)
     if samples is None or run.evaluation is None:
         return None
     found = run.evaluation[probes]

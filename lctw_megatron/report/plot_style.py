@@ -70,8 +70,7 @@ def colour_of(run: Named, runs: Sequence[Named]) -> str:
 
 def marker_of(run: Named, runs: Sequence[Named]) -> str:
     """The second round of colours has other markers than the first."""
-    number = number_of(run, runs)
-    return MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
+    return MARKERS[number_of(run, runs) % len(MARKERS)]
 
 
 def line_of(run: Named, runs: Sequence[Named]) -> dict[str, Any]:

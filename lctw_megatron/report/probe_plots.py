@@ -70,16 +70,16 @@ def _by_bucket(groups: Sequence[Group], probes: str, label: str) -> Figure | Non
     first, evaluation = evaluated[0], _evaluation(evaluated[0])
     settings, bins = evaluation["settings"], evaluation[probes]["bins"]
     targets = evaluation[probes]["targets"]
-    base = _losses(first, probes, len(bins))
     # What was measured on other sequences has nothing to do with these bins.
     whole = measures.loss(first, probes)
     others = [g for g in evaluated[1:] if difference(measures.loss(g, probes), whole) is not None]
+    losses = {group.name: _losses(group, probes, len(bins)) for group in [first, *others]}
     with new_figure(8, 6.6 if others else 3.9) as figure:
         ratios = [2, 3] if others else [1]
         grid = figure.add_gridspec(len(ratios), 1, height_ratios=ratios)
         above = axes = figure.add_subplot(grid[0])
         for group in [first, *others]:
-            levels = [None if x is None else level(x) for x in _losses(group, probes, len(bins))]
+            levels = [None if x is None else level(x) for x in losses[group.name]]
             _line(above, bins, _means(levels), group, groups)
         above.set_ylabel("nats a target")
         above.set_title("held-out loss")
@@ -89,8 +89,8 @@ def _by_bucket(groups: Sequence[Group], probes: str, label: str) -> Figure | Non
             axes.axhline(0, **line_of(first, groups))
             ends = [0.0]
             for group in others:
-                ours = _losses(group, probes, len(bins))
-                found = [difference(a, b) for a, b in zip(ours, base, strict=True)]
+                pairs = zip(losses[group.name], losses[first.name], strict=True)
+                found = [difference(ours, base) for ours, base in pairs]
                 means = _means(found)
                 errors = np.array([np.nan if d is None else d.error or np.nan for d in found])
                 _line(axes, bins, means, group, groups, BEYOND * errors)
@@ -119,9 +119,14 @@ def _losses(group: Group, probes: str, bins: int) -> list[Measured | None]:
 
 
 def _gains(group: Group) -> list[np.ndarray]:
-    """Of each run that has them: float64 [bins]."""
-    found = [run.evaluation["distance"] for run in group.runs if run.evaluation is not None]
-    return [_numbers(part["gain"]) for part in found if "gain" in part]
+    """Of each run that has them, on the samples and windows of the first: float64 [bins]."""
+    runs = [(run, run.evaluation) for run in group.runs if run.evaluation is not None]
+    found = [
+        ((measures.loss_samples(run), evaluation["settings"]["window"]), evaluation["distance"])
+        for run, evaluation in runs
+        if "gain" in evaluation["distance"]
+    ]
+    return [_numbers(part["gain"]) for how, part in found if how == found[0][0]]
 
 
 def _means(found: Sequence[Difference | None]) -> np.ndarray:

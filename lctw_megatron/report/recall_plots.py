@@ -29,13 +29,13 @@ of a task how far back its facts are, and its nats would leave no room to tell t
 
 
 def recall_difference(groups: Sequence[Group]) -> Figure | None:
-    """What groups differ from the first by, over the length, in the mean over the tasks; None where
-    nothing is to compare."""
+    """What groups differ from the first by, over the length, in the mean over the tasks that all
+    have; None where nothing is to compare."""
     measured = [group for group in groups if measures.has_recall(group)]
     others = measured[1:]
     if not others or measured[0] is not groups[0]:
         return None
-    tasks, lengths = measures.tasks_of(measured), measures.lengths_of(measured)
+    tasks, lengths = measures.shared_tasks(measured), measures.lengths_of(measured)
     with new_figure(10, 4.6) as figure:
         panels = figure.subplots(1, 2)
         for panel, (kind, name) in zip(panels, KINDS.items(), strict=True):

@@ -25,7 +25,7 @@ from lctw_megatron.report.curve_plots import (
     weight_curves,
 )
 from lctw_megatron.report.groups import Group, group_runs
-from lctw_megatron.report.measures import left_out
+from lctw_megatron.report.left_out import left_out
 from lctw_megatron.report.page import Section, render_page
 from lctw_megatron.report.plot_style import write_png
 from lctw_megatron.report.probe_plots import (

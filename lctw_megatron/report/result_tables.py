@@ -85,8 +85,8 @@ def run_table(runs: Sequence[RunRecord]) -> Rows:
 def explain(runs: Sequence[RunRecord]) -> list[str]:
     """What the tables need to be read rightly, a line each."""
     lines = []
-    # A run of which only recall was measured lacks nothing.
-    missing = [run.name for run in runs if run.evaluation is None and run.recall is None]
+    # A run of which only recall or benchmarks were measured lacks nothing.
+    missing = [run.name for run in runs if not any((run.evaluation, run.recall, run.harness))]
     if missing:
         lines.append(
             f"{few(missing)}: no evaluation.json; make it with tools/evaluate_model.py "

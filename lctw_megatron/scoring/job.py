@@ -230,7 +230,7 @@ class Job:
         if longest is not None and self.windowing.window > longest:
             raise InputError(
                 f"--window {self.windowing.window}: the scorer {path} was made for at most "
-                f"{longest} tokens (max_position_embeddings); choose a smaller window"
+                f"{longest} tokens; choose a smaller window"
             )
 
     def _check_tokenizer(self) -> None:

@@ -307,10 +307,12 @@ def newest_checkpoint(
     return None
 
 
-def resume(checkpoint: Path, chunks: list[Any], optimizer: Any) -> None:
+def resume(
+    checkpoint: Path, manifest: CheckpointManifest, chunks: list[Any], optimizer: Any
+) -> None:
     """Load weights and optimizer of what ``newest_checkpoint`` gave. All ranks call it. InputError
     if they do not fit."""
-    if not first_rank_decides(lambda: read_manifest(checkpoint).optimizer):
+    if not manifest.optimizer:
         raise InputError(
             f"{checkpoint}: holds no state of an optimizer; to begin from its weights name it as "
             "`start` of a new run_dir"

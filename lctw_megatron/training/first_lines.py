@@ -1,21 +1,24 @@
 """What a run says of itself before its first step."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from lctw_megatron.config.rope import rope_line
 from lctw_megatron.config.schema import RunConfig
 from lctw_megatron.config.schemes import needs_short_loss
 from lctw_megatron.data.loader import TokenLoader
 from lctw_megatron.model import spec
-from lctw_megatron.model.checkpoint import find_checkpoint, read_manifest
+from lctw_megatron.model.checkpoint import read_manifest
 from lctw_megatron.platform.capabilities import capabilities
 from lctw_megatron.platform.flight_recorder import recorder_line
 from lctw_megatron.platform.world import World
 
 
-def first_lines(run: RunConfig, world: World, loader: TokenLoader, done: int) -> Iterator[str]:
+def first_lines(
+    run: RunConfig, start: Path | None, world: World, loader: TokenLoader, done: int
+) -> Iterator[str]:
     """The machine, what of the recipe does not act, and what is about to be trained, ``done`` steps
-    being behind it."""
+    being behind it. start: the checkpoint that it began with, if any."""
     yield capabilities().line()
     if line := recorder_line():
         yield line
@@ -30,7 +33,7 @@ def first_lines(run: RunConfig, world: World, loader: TokenLoader, done: int) ->
             "model.attention te: float32 takes our layers, as TransformerEngine multiplies it in "
             "TF32"
         )
-    yield f"rope: {_rope(run)}"
+    yield f"rope: {_rope(run, start)}"
     yield from loader.packing_cost_lines() + loader.scores_lines()
     yield (
         f"{run.name}: steps {done}..{run.training.steps}, {world.size} ranks, "
@@ -40,8 +43,8 @@ def first_lines(run: RunConfig, world: World, loader: TokenLoader, done: int) ->
     )
 
 
-def _rope(run: RunConfig) -> str:
+def _rope(run: RunConfig, start: Path | None) -> str:
     """Of the model that is trained, and of what it starts from where that is another."""
     ours = rope_line(run.model)
-    start = rope_line(read_manifest(find_checkpoint(run.start)).model) if run.start else ours
-    return ours if start == ours else f"{start} -> {ours}"
+    before = rope_line(read_manifest(start).model) if start else ours
+    return ours if before == ours else f"{before} -> {ours}"

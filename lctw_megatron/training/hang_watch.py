@@ -59,7 +59,7 @@ class HangWatch:
         self._moved.wait()  # nothing has begun yet
         while not self._closed:
             self._moved.clear()
-            if not self._moved.wait(self._seconds):
+            if not self._moved.wait(self._seconds) and not self._closed:
                 self._end()
 
     def _end(self) -> None:

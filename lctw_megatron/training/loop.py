@@ -17,11 +17,7 @@ from lctw_megatron.data.sequence_source import check_one_tokenizer
 from lctw_megatron.data.validation import ValidationLoader
 from lctw_megatron.errors import InputError
 from lctw_megatron.model import spec
-from lctw_megatron.model.checkpoint import (
-    TOKENIZER,
-    CheckpointManifest,
-    load_weights,
-)
+from lctw_megatron.model.checkpoint import TOKENIZER, CheckpointManifest, load_weights
 from lctw_megatron.model.gpt import build_model
 from lctw_megatron.platform.capabilities import capabilities
 from lctw_megatron.platform.compile_cache import keep_compiled
@@ -69,7 +65,8 @@ def train(run: RunConfig, allow_changes: bool = False) -> int:
     record_into(Path(run.run_dir))
     keep_compiled(Path(run.run_dir))
     initialize(run.layout, run.seed, run.training.distributed_timeout_minutes)
-    on_first_rank(lambda: check_trackers(run.training.trackers))
+    if run.training.trackers:
+        on_first_rank(lambda: check_trackers(run.training.trackers))
     with one_run_in(Path(run.run_dir)):
         clock.end("process groups")
         trainer = Trainer(run, allow_changes, clock)
@@ -98,9 +95,10 @@ class Trainer:
         source = self.loader.sources[0]
         asked, tokenizer = run, source.tokenizer
         run, start = first_rank_decides(lambda: complete_run(asked, tokenizer, source.prefix))
+        self.start = start
         folder = Path(run.run_dir) / "checkpoints"
         own = newest_checkpoint(folder, self.print_rank_0)
-        memory = least_usable_memory(self.world.device)
+        memory = 0 if run.training.micro_batch_size else least_usable_memory(self.world.device)
         size = choose_micro_batch(run, self.world.size, memory, own and own[1])
         self.config = run = with_micro_batch(run, size)
         check_layout(run, self.world.size)
@@ -132,7 +130,7 @@ class Trainer:
                 on_first_rank(lambda: check_unchanged(run, manifest))
             if manifest.loader is not None:
                 self.loader.load_state_dict(manifest.loader, allow_changes)
-            resume(path, self.chunks, self.optimizer)
+            resume(path, manifest, self.chunks, self.optimizer)
             self.first_step = manifest.step
         clock.end("optimizer")
         self.log = on_first_rank(self._open_log)
@@ -149,7 +147,7 @@ class Trainer:
         )
         if own is not None:
             on_first_rank(lambda: self.writer.apply_retention(self.first_step))
-        self.recall = TrainingRecall(run, tokenizer) if run.training.recall else None
+        self.recall = TrainingRecall(run, tokenizer, start) if run.training.recall else None
         self.stop = StopRequest(self.world.device)
         self.spikes = SpikeWatch()
         self.stragglers = StragglerWatch(self.world.device)
@@ -159,7 +157,7 @@ class Trainer:
         """Steps until the last one (0) or a signal (REQUEUE_STATUS)."""
         training = self.config.training
         done = self.first_step
-        lines = first_lines(self.config, self.world, self.loader, done)
+        lines = first_lines(self.config, self.start, self.world, self.loader, done)
         on_first_rank(lambda: print(*lines, sep="\n", flush=True))  # which looks at the start
         if done > training.steps:
             self.print_rank_0(f"already past training.steps {training.steps}: at step {done}")
@@ -295,7 +293,8 @@ class Trainer:
             self.first_step,
             self.config.training.tensorboard,
             capabilities().line(),
-            open_trackers(self.config),
+            # A finished run that is started again has nothing to say there.
+            open_trackers(self.config) if self.first_step < self.config.training.steps else [],
         )
 
     def _saves_after(self, done: int) -> bool:

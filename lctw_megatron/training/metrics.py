@@ -86,8 +86,8 @@ class MetricsLog:
     rank only.
 
     After a resume the lines of steps that were not kept in the checkpoint are cut off, so the file
-    holds every step once. The first line after every start says on what ``machine`` (text) and
-    what ``note`` was told.
+    holds every step once. The first line after every start says, in that file only, on what
+    ``machine`` (text) and what ``note`` was told.
     """
 
     def __init__(

@@ -17,7 +17,7 @@ from lctw_megatron.errors import InputError
 from lctw_megatron.evaluation.recall import Cell, measure
 from lctw_megatron.evaluation.recall_samples import RecallSample, SampleMaker, depths_of
 from lctw_megatron.evaluation.sequence_losses import SequenceLosses
-from lctw_megatron.model.checkpoint import TOKENIZER, find_checkpoint
+from lctw_megatron.model.checkpoint import TOKENIZER
 from lctw_megatron.platform.world import World, first_rank_decides
 
 SEED = 0
@@ -28,15 +28,16 @@ TOKENS_PER_FORWARD = 16384
 class TrainingRecall:
     """What a run measures, in repeated sentences."""
 
-    def __init__(self, run: RunConfig, tokenizer: TokenizerIdentity) -> None:
+    def __init__(self, run: RunConfig, tokenizer: TokenizerIdentity, start: Path | None) -> None:
         """run: complete, with `training.recall`. tokenizer: the data's; where its files are gone,
-        those of the run's start are read. Raises InputError for what could not be measured later.
+        those of ``start`` are read, the checkpoint that the run began with. Raises InputError for
+        what could not be measured later.
         """
         assert run.training.recall and run.model.vocab_size
         self.config = config = run.training.recall
         self.layout = run.layout
         try:
-            known = first_rank_decides(lambda: _load(run, Path(tokenizer.path)))
+            known = first_rank_decides(lambda: _load(Path(tokenizer.path), start))
             self.maker = SampleMaker(known, None, SEED, run.model.vocab_size)
             for length in config.lengths:
                 for task in config.tasks:
@@ -67,7 +68,5 @@ class TrainingRecall:
                 yield self.maker(task, length, depths[number % len(depths)], number)
 
 
-def _load(run: RunConfig, place: Path) -> Tokenizer:
-    if run.start and not place.exists():
-        place = find_checkpoint(run.start) / TOKENIZER
-    return load_tokenizer(place)
+def _load(place: Path, start: Path | None) -> Tokenizer:
+    return load_tokenizer(start / TOKENIZER if start and not place.exists() else place)

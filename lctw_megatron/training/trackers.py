@@ -28,8 +28,9 @@ from lctw_megatron.errors import InputError
 PROJECT = "lctw-megatron"
 """Project or experiment, unless the library's variable names one."""
 _RETRY_SECONDS = 60.0
-_CLOSING_SECONDS = 60.0
-"""For what has not been sent when the run ends."""
+_CLOSING_SECONDS = 20.0
+"""For what has not been sent when the run ends. Less than SLURM's KillWait of 30: after a signal
+the ranks that have left make srun end this one."""
 
 
 def check_trackers(names: Sequence[str]) -> None:

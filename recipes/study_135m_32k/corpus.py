@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
+from lctw_megatron.atomic import atomic_file
+
 SHORTEST, LONGEST = 110_000, 1_500_000
 """Characters of a document."""
 _NUMBER = re.compile(r"0[xX][0-9a-fA-F]+|[0-9]{2,}")
@@ -40,12 +42,10 @@ def main(arguments: list[str]) -> int:
     if not found:
         return refuse(f"no document of {SHORTEST:,} to {LONGEST:,} characters in the inputs")
     chosen = evenly(found, options.characters)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    work = options.output.with_name(f".{options.output.name}.tmp")
-    with open(work, "w", encoding="utf-8") as file:
+    with atomic_file(options.output) as file:
         for name, text in chosen:
-            file.write(json.dumps({"source": name, "text": text}, ensure_ascii=False) + "\n")
-    work.replace(options.output)
+            line = json.dumps({"source": name, "text": text}, ensure_ascii=False)
+            file.write(f"{line}\n".encode())
     size = sum(len(text) for _, text in chosen)
     print(f"{options.output}: {len(chosen)} of {len(found)} documents, {size:,} characters")
     return 0
@@ -130,12 +130,14 @@ class Page(HTMLParser):
         self._hidden = 0
 
     def handle_starttag(self, tag: str, attributes: object) -> None:
+        if tag == "body":  # the end of the head may be left out
+            self._hidden = 0
         self._hidden += tag in ("script", "style", "head")
         if tag in ("p", "div", "li", "h1", "h2", "h3", "h4", "tr", "pre", "br"):
             self.parts.append("\n\n")
 
     def handle_endtag(self, tag: str) -> None:
-        self._hidden -= tag in ("script", "style", "head")
+        self._hidden = max(0, self._hidden - (tag in ("script", "style", "head")))
 
     def handle_data(self, data: str) -> None:
         if not self._hidden:

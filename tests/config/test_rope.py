@@ -8,7 +8,7 @@ from lctw_megatron.config.load import CONFIGS, _merge, load_recipe, resolve_run
 from lctw_megatron.config.rope import check_rope, exported_maximum, longest_context, rope_line
 from lctw_megatron.config.rules import check_run
 from lctw_megatron.config.schema import ModelConfig
-from lctw_megatron.config.yaml_text import parse_yaml
+from lctw_megatron.config.yaml_text import parse_yaml, to_yaml
 from lctw_megatron.errors import InputError
 from tests.config.test_layout_rules import run_config
 
@@ -57,7 +57,10 @@ model: {base: llama32_1b, rope_scaling: %s}
     [
         ("{rope_type: longrope, factor: 4}", "rope_scaling.rope_type is 'longrope', expected"),
         ("{rope_type: linear, factor: 0.5}", "rope_scaling.factor is 0.5, expected greater than"),
-        ("{rope_type: yarn, factor: 4}", f"rope_scaling.{ORIGINAL} is missing"),
+        (
+            f"{{rope_type: yarn, factor: 4, {ORIGINAL}: null}}",
+            f"rope_scaling.{ORIGINAL} is missing",
+        ),
         ("{rope_type: yarn, factor: 4, beta: 1}", "beta: no such field; did you mean"),
     ],
 )
@@ -122,6 +125,39 @@ def test_dynamic_trains_beyond_the_maximum_that_it_is_exported_with():
 def test_one_line_says_type_factor_maxima_and_theta(scaling, line):
     given = model(scaling, rope_theta=5e5, max_position_embeddings=32768)
     assert rope_line(given) == line
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        # Named or not, the type is the same, and the rest stays.
+        ({"rope_type": "llama3", "factor": 16}, {ORIGINAL: 8192, "factor": 16}),
+        ({"rope_type": "yarn"}, {ORIGINAL: 8192, "factor": 8.0, "rope_type": "yarn"}),
+        ({"rope_type": "linear"}, {"factor": 8.0, "rope_type": "linear", ORIGINAL: None}),
+    ],
+)
+def test_of_another_type_only_what_it_has_not_goes(tmp_path, changes, expected):
+    values = {"name": "a", "output_dir": "out", "data": {"train": "x"}, "training": {"steps": 1}}
+    values["model"] = {"base": "llama31_8b", "rope_scaling": changes}
+    (tmp_path / "recipe.yaml").write_text(to_yaml(values))
+    scaling = resolve_run(load_recipe(tmp_path / "recipe.yaml")).model.rope_scaling
+    assert {name: getattr(scaling, name) for name in expected} == expected
+
+
+def test_the_order_of_set_drops_nothing(tmp_path):
+    values = {"name": "a", "output_dir": "out", "data": {"train": "x"}, "training": {"steps": 1}}
+    (tmp_path / "recipe.yaml").write_text(to_yaml(values | {"model": "llama3_8b"}))
+    field = "model.rope_scaling"
+    settings = [f"{field}.factor=4", f"{field}.attention_factor=1.2", f"{field}.rope_type=yarn"]
+    found = load_recipe(tmp_path / "recipe.yaml", [*settings, f"{field}.{ORIGINAL}=8192"])
+    scaling = resolve_run(found).model.rope_scaling
+    assert (scaling.factor, scaling.attention_factor) == (4, 1.2)
+
+
+def test_a_scorer_under_yarn_is_made_for_what_its_factor_stretches_to():
+    given = model(YARN, max_position_embeddings=8192)
+    assert longest_context(given) == 32768
+    assert "maximum 8,192" in rope_line(given) and "factor 1, the ratio" in rope_line(given)
 
 
 def test_the_commented_lines_of_a_fragment_are_ropes_that_fit():

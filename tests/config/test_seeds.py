@@ -60,6 +60,8 @@ def test_what_is_set_later_takes_the_place(recipe, override, runs):
         ("{seed: 9}", "{}", "start is base, neither a run"),  # there are two
         ("[5, 7]", "[5, 5]", "runs.dense: seeds 5, 5 name one twice"),
         ("[5, 7]", "[]", "runs.dense.seeds is []"),
+        ("{seed: 9}", "{seed: 9, seeds: [1]}", "runs.base: seed and seeds are both given"),
+        ("seeds: [1, 2]", "seed: 9\nseeds: [1, 2]", "seed and seeds are both given"),
         ("[5, 7]", "[-1]", "runs.dense.seeds"),
         ("  uniform:", "  dense-seed7:", "two runs are named dense-seed7"),
     ],

@@ -60,7 +60,9 @@ def test_beats_are_few_but_every_stage_is_said(tmp_path: Path, monkeypatch: Any)
     Heartbeat(tmp_path / "file").beat("starting", 0)  # no folder: nothing is raised
 
 
-def test_a_run_is_alive_stale_dead_or_finished(plan: Plan) -> None:
+def test_a_run_is_alive_stale_dead_or_finished(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
     run = next(run for run in plan().runs if run.name == "base")  # 100 steps of 8 x 256 tokens
     folder = Path(run.run_dir)
     assert run_status(run).text == "step 0/100 (0 %), no checkpoint, not started"

@@ -1,5 +1,6 @@
 """Rotary frequencies and attention factors are those of transformers, for every type of scaling."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from lctw_megatron.config.rope import FIELDS, attention_factor
 from lctw_megatron.config.schema import ModelConfig, RopeScaling
+from lctw_megatron.model.gpt import _Rotary
 from lctw_megatron.model.rotary import frequencies
 
 
@@ -71,10 +73,14 @@ def test_frequencies_and_attention_factors_are_those_of_transformers(
 ) -> None:
     model = stretched(theta, width, scaling)
     expected, factor = of_transformers(model, length)
-    found = frequencies(model, width, length)
+    found = frequencies(model, length)
     # dynamic: transformers computes theta in float32, whose rounding its powers carry on.
     torch.testing.assert_close(found, expected, rtol=8 * EPS, atol=0)
     assert attention_factor(scaling) == pytest.approx(factor, rel=1e-12)
+    config = SimpleNamespace(kv_channels=width, use_cpu_initialization=True)
+    rotary = _Rotary(model, config, None)
+    rotary.get_emb(length)
+    assert rotary.inv_freq.equal(found)  # what the model turns with
     if scaling is None:
         assert found.equal(expected)
 
@@ -92,7 +98,7 @@ def test_llama3_frequencies_are_those_of_transformers(
         original_max_position_embeddings=original,
     )  # fmt: skip
     model = stretched(theta, width, scaling)
-    found, (expected, _) = frequencies(model, width, 1), of_transformers(model, 1)
+    found, (expected, _) = frequencies(model, 1), of_transformers(model, 1)
     plain, _ = of_transformers(stretched(theta, width, None), 1)
     turned = original * plain / (2 * torch.pi)
     # Between the bands both compute the place in a band of `band` turns in float32: a rounding of

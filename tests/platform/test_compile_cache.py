@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from lctw_megatron.platform import compile_cache
 from lctw_megatron.platform.compile_cache import keep_compiled
 
 NAMES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
@@ -16,14 +15,22 @@ NAMES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 def test_each_run_has_its_own_unless_the_environment_names_a_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compile_cache, "_ours", {})
-    for name in NAMES:
+    for name in (*NAMES, *(f"LCTW_{name}" for name in NAMES)):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     for run in ("one", "two"):
         keep_compiled(tmp_path / run)
         for name, folder in zip(NAMES, ("inductor", "triton"), strict=True):
             assert os.environ[name] == str(tmp_path / run / "compile_cache" / folder)
+    # A process that this one starts knows whose they are.
+    code = (
+        "import os, sys; from pathlib import Path; "
+        "from lctw_megatron.platform.compile_cache import keep_compiled; "
+        "keep_compiled(Path(sys.argv[1])); print(os.environ['TRITON_CACHE_DIR'])"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "child")]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert said.strip() == str(tmp_path / "child/compile_cache/triton")
     monkeypatch.setenv(NAMES[0], "/fast/disk")
     keep_compiled(tmp_path / "three")
     assert os.environ[NAMES[0]] == "/fast/disk"

@@ -1,9 +1,13 @@
 """How a process learns that it is one of several."""
 
+import errno
+import os
+
 import pytest
 
 from lctw_megatron.errors import InputError
-from lctw_megatron.platform.world import started_together
+from lctw_megatron.platform.world import first_rank_decides, started_together
+from tests.distributed import run_distributed
 
 
 def test_tasks_of_a_plain_srun_do_not_take_themselves_for_the_only_rank(monkeypatch):
@@ -17,3 +21,26 @@ def test_tasks_of_a_plain_srun_do_not_take_themselves_for_the_only_rank(monkeypa
         started_together()
     monkeypatch.setenv("RANK", "2")
     assert started_together()
+
+
+def leave(number: int) -> object:
+    def fail() -> None:
+        raise OSError(number, os.strerror(number))
+
+    try:
+        first_rank_decides(fail)
+    except OSError as error:
+        return error.errno
+    except SystemExit as leaving:
+        return f"status {leaving.code}"
+    return "goes on"
+
+
+def leave_twice() -> list[object]:
+    return [leave(number) for number in (errno.EIO, errno.ENOSPC)]
+
+
+def test_the_others_leave_with_the_status_of_the_first_rank():
+    # What may be the machine's is tried again, a full disk is not.
+    first, other = run_distributed(leave_twice, 2)
+    assert first == [errno.EIO, errno.ENOSPC] and other == ["status 1", "status 2"]

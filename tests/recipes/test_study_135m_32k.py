@@ -76,11 +76,15 @@ def test_texts_are_joined_in_their_order_until_they_are_long(corpus, tmp_path):
     for number in range(1, 12):
         (folder / f"chapter_{number}.txt").write_text(f"{number}. " + "word " * 6000)
     (folder / "chapter_12.html").write_text("<head><title>no</title></head><p>The <b>end</b></p>")
+    # The tags of the head may be left out.
+    (folder / "chapter_13.html").write_text("<head><title>no</title><body><p>Post</p>")
+    (folder / "chapter_14.html").write_text("<title>Scriptum</title></head><p>um</p>")
     documents = corpus.prose(folder)
     assert [name for name, _ in documents] == ["book-0", "book-1"]
     starts = [int(line.partition(".")[0]) for line in documents[0][1].splitlines() if line]
     assert starts == [1, 2, 3, 4]
-    assert documents[1][1].endswith("The end\n\n") and "no" not in documents[1][1]
+    assert "The end\n\nPost\n\n" in documents[1][1] and "no" not in documents[1][1]
+    assert documents[1][1].endswith("um\n\n")
 
 
 def test_a_part_of_the_documents_is_spread_over_all(corpus):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,8 @@ from lctw_megatron.errors import InputError
 from lctw_megatron.report.benchmarks import benchmark_table
 from lctw_megatron.report.comparisons import overview_table, verdict_lines
 from lctw_megatron.report.cost import cost_table, training_cost
-from lctw_megatron.report.groups import group_runs
-from lctw_megatron.report.measures import left_out
+from lctw_megatron.report.groups import Group, group_runs
+from lctw_megatron.report.left_out import left_out
 from lctw_megatron.report.report import write_report
 from lctw_megatron.report.result_tables import weight_table
 from lctw_megatron.report.runs import read_run, read_runs
@@ -109,6 +110,37 @@ def test_benchmarks_are_a_row_each_and_marked(groups):
     assert rows[2][0] == "ruler_vt at 4k" and rows[3][0] == "ruler, 2 of 13 tasks at 4k"
 
 
+def test_of_a_perplexity_less_is_better(folders, tmp_path):
+    made = []
+    for name, value in (("one", 9.0), ("two", 5.0)):
+        made.append(write_run(tmp_path / name))
+        record = {"task": "wikitext", "length": None, "main": "word_perplexity"}
+        record |= {"metrics": {"word_perplexity": [value, 0.1]}, "lower_is_better": True}
+        content = {"format": "lctw-megatron harness 1", "results": [record], "ruler": {}}
+        (made[-1] / "harness.json").write_text(json.dumps(content))
+    runs, first = read_runs([str(folder) for folder in made])
+    found = group_runs(runs, first)
+    assert benchmark_table(found)[1] == ["wikitext", "9.000 ±0.100", "5.000 ±0.100 ✓"]
+    assert any("better in benchmark wikitext" in line for line in verdict_lines(found))
+
+
+def test_hours_of_a_run_that_went_on_on_other_ranks_are_those_of_its_lines(groups):
+    run = groups[0].first
+    work, metrics = step_flops(run.config), [dict(line) for line in run.metrics]
+    metrics[-1]["speed/tflops_per_rank"] = work / SECONDS / (2 * RANKS) / 1e12
+    steps = metrics[-1]["step"] - metrics[-2]["step"]
+    hours = training_cost(replace(run, metrics=metrics)).hours
+    assert hours == pytest.approx((60 + steps) * SECONDS * RANKS / 3600)
+
+
+def test_a_task_that_one_group_alone_has_leaves_the_others_compared(groups):
+    run = groups[1].first
+    settings = run.recall["settings"] | {"tasks": [*run.recall["settings"]["tasks"], "code"]}
+    more = replace(run, recall=run.recall | {"settings": settings})
+    assert overview_table([groups[0], Group("dense", (more,))])[0][2] == "recall at 1k"
+    assert overview_table([groups[0], Group("dense", (more,))])[2][2] != "-"
+
+
 def test_weights_are_shown_of_who_has_any(groups):
     rows = weight_table(groups)
     assert [row[0] for row in rows[1:]] == ["uniform", "dense", "rho"]
@@ -159,6 +191,10 @@ def test_runs_evaluated_at_another_length_are_shown_but_not_compared(folders, tm
     runs, first = read_runs([folders[0], str(short)])
     assert overview_table(group_runs(runs, first))[2][5:8] == ["-", "-", "-"]
     assert "short" in write_report([folders[0], str(short)], tmp_path / "out", None)
+    # Seeds of one group, too.
+    config = dump_yaml(runs[0].config.model_copy(update={"seed": 9}))
+    (short / "run.yaml").write_text(config)
+    assert "left out" in write_report([folders[0], str(short)], tmp_path / "seeds", None)
 
 
 @pytest.mark.parametrize("content", ["[]", "{", '"results": [1]', '"results": [{"task": "a"}]'])

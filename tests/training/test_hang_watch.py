@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch._C import _distributed_c10d
 
 from lctw_megatron.config.schema import RunConfig
-from lctw_megatron.platform import flight_recorder
 from lctw_megatron.training.exit_status import REQUEUE_STATUS
 from lctw_megatron.training.hang_watch import STATUS
 from tests.distributed import run_distributed
@@ -51,10 +50,8 @@ def train(run: RunConfig) -> int:
 
 # Both ranks share each sequence: they wait for each other in every layer.
 def test_a_rank_that_hangs_in_a_step_is_named_and_ends_the_job_with_all_stacks(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    for name in flight_recorder._FILES:  # of a run that an earlier test made in this process
-        monkeypatch.delenv(name, raising=False)
     run_dir = tmp_path / "run"
     # More than a step takes where other tests run beside this one.
     settings = {"steps": 4, "hang_minutes": 30 / 60}

@@ -196,10 +196,10 @@ def memory(data: str, folder: str) -> dict[str, float]:
     owner.stepper.step(0, list(owner.loader.step(0)))
     parameters = sum(p.numel() for chunk in owner.chunks for p in chunk.parameters())
     added = {"saving": peak(lambda: owner.save(1))}
-    path, _ = newest_checkpoint(Path(folder) / "checkpoints", print)
+    path, manifest = newest_checkpoint(Path(folder) / "checkpoints", print)
     files = path.glob(f"__{dist.get_rank()}_*.distcp")
     added["stores"] = sum(file.stat().st_size for file in files)
-    added["loading"] = peak(lambda: resume(path, owner.chunks, owner.optimizer))
+    added["loading"] = peak(lambda: resume(path, manifest, owner.chunks, owner.optimizer))
     owner.close()
     # float32 weights and gradients, and an eighth of two moments.
     return added | {"holds": parameters * (4 + 4 + 8 / 8)}

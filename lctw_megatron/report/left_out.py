@@ -1,0 +1,45 @@
+"""Runs of a group that do not count, since they were measured on other samples than its first."""
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+from lctw_megatron.errors import few
+from lctw_megatron.report.benchmarks import samples_by_name
+from lctw_megatron.report.groups import Group
+from lctw_megatron.report.measures import loss_samples
+from lctw_megatron.report.runs import RunRecord
+
+Samples = dict[Hashable, Any]
+"""What was measured -> the identity of the samples it was measured on."""
+
+
+def left_out(groups: Sequence[Group]) -> list[str]:
+    """A line each group and kind of measurement."""
+    kinds: dict[str, Callable[[RunRecord], Samples]] = {
+        "held-out losses": lambda run: {"": loss_samples(run)} if run.evaluation else {},
+        "recall": _recall_samples,
+        "benchmarks": samples_by_name,
+    }
+    lines = []
+    for what, samples in kinds.items():
+        for group in groups:
+            known = [(run.name, found) for run in group.runs if (found := samples(run))]
+            others = [name for name, found in known if not _agree(found, known[0][1])]
+            if others:
+                lines.append(
+                    f"{group.name}: {what}: {few(others)} left out, measured on other samples than "
+                    f"{known[0][0]}."
+                )
+    return lines
+
+
+def _agree(ours: Samples, theirs: Samples) -> bool:
+    """In all that both have."""
+    return all(ours[name] == theirs[name] for name in ours.keys() & theirs.keys())
+
+
+def _recall_samples(run: RunRecord) -> Samples:
+    return {
+        (cell["task"], cell["length"], cell["depth"]): cell["samples_digest"]
+        for cell in (run.recall or {"cells": []})["cells"]
+    }
