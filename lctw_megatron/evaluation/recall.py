@@ -7,6 +7,7 @@ decoding would have given.
 """
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple
@@ -71,13 +72,22 @@ def measure(
 ) -> Iterator[Measured]:
     """``samples`` of one ``length`` with what the model makes of them, and with ``window`` also of
     a context of only so many tokens. A collective call."""
-    while some := list(islice(samples, model.sequences_at_once(length))):
+    for some in _ahead(samples, model.sequences_at_once(length)):
         found = model.losses_and_likeliest([sample.whole() for sample in some])
         short = None
         if window is not None:
             short = _in_turns(model, [sample.short(window, bos_id) for sample in some])
         for row, sample in enumerate(some):
             yield Measured(sample, found[:, row], None if short is None else short[:, row])
+
+
+def _ahead(samples: Iterator[RecallSample], at_once: int) -> Iterator[list[RecallSample]]:
+    """``samples`` in lists; while the model works on one the next is made."""
+    with ThreadPoolExecutor(1) as maker:
+        coming = maker.submit(lambda: list(islice(samples, at_once)))
+        while some := coming.result():
+            coming = maker.submit(lambda: list(islice(samples, at_once)))
+            yield some
 
 
 def _in_turns(model: SequenceLosses, samples: Sequence[Sample]) -> np.ndarray:

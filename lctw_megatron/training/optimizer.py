@@ -18,6 +18,7 @@ from lctw_megatron.config.schema import TrainingConfig
 from lctw_megatron.model.spec import with_fields
 from lctw_megatron.platform.capabilities import capabilities
 from lctw_megatron.platform.cpu import optimizer_construction
+from lctw_megatron.platform.gradient_norm import use_norm_at_once
 from lctw_megatron.platform.torch_adam import prepare_torch_adam
 
 
@@ -91,6 +92,7 @@ def build_optimizer(
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         part.init_state_fn(part.optimizer, config)
     prepare_torch_adam(optimizer)
+    use_norm_at_once()
     return optimizer
 
 
