@@ -143,8 +143,8 @@ def _results(groups: Sequence[Group]) -> Section:
 
 def _weights(groups: Sequence[Group], folder: Path) -> list[Section]:
     """The statistics, and a page of text of each group that has weights; folded if several."""
-    examples = [group.example for group in groups]
-    texts = [_text_section(run, run.weights, folder) for run in examples if run.weights]
+    shown = [(group.example, group.example.weights) for group in groups]
+    texts = [_text_section(run, found, folder) for run, found in shown if found and found["page"]]
     if len(texts) > 1:
         texts = [replace(text, folded="show the text") for text in texts]
     return [Section("The weights in numbers", [weight_table(groups)]), *texts]

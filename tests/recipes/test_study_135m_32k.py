@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -10,18 +11,27 @@ import pytest
 
 from lctw_megatron.config.load import load_recipe, resolve_run
 from lctw_megatron.launch.stage_graph import build_stage_graph
+from lctw_megatron.report.comparisons import overview_table
+from lctw_megatron.report.groups import group_runs
+from lctw_megatron.report.runs import read_runs
+from lctw_megatron.report.table import to_markdown
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "study_135m_32k"
 RECIPE = str(FOLDER / "recipe.yaml")
+RESULTS = FOLDER / "results"
 MODEL = resolve_run(load_recipe(RECIPE, ["model=smollm2_135m"]), "uniform-seed1").model
+
+
+def script(name: str):
+    specification = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def corpus():
-    specification = importlib.util.spec_from_file_location("corpus", FOLDER / "corpus.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    return script("corpus")
 
 
 def test_every_scheme_has_the_same_orders_of_the_data_and_differs_in_nothing_else():
@@ -100,3 +110,23 @@ def test_nothing_long_enough_is_one_line_and_leaves_nothing(corpus, tmp_path, ca
     assert capsys.readouterr().err.count("\n") == 1 and not output.exists()
     assert corpus.main(["code", str(tmp_path / "no.tar"), "--output", str(output)]) == 1
     assert "no.tar" in capsys.readouterr().err
+
+
+def test_the_table_of_the_readme_is_that_of_the_results_beside_it():
+    runs, first = read_runs(sorted(RESULTS.glob("*/")), RESULTS / "uniform-seed1")
+    table = to_markdown(overview_table(group_runs(runs, first)))
+    assert table in (FOLDER / "README.md").read_text()
+
+
+def test_finished_runs_are_kept_without_texts_and_others_are_named(tmp_path, capsys):
+    runs, kept = tmp_path / "runs", tmp_path / "kept"
+    shutil.copytree(RESULTS, runs)
+    (runs / "uniform-seed1" / "recall.json").unlink()
+    evaluation = runs / "dense75-seed1" / "evaluation.json"
+    measured = json.loads(evaluation.read_text())
+    evaluation.write_text(json.dumps(measured | {"weights": measured["weights"] | {"page": "a"}}))
+    assert script("keep").main([str(runs), "--output", str(kept)]) == 0
+    assert f"{runs / 'uniform-seed1'}: not finished, left out" in capsys.readouterr().out
+    assert [folder.name for folder in kept.iterdir()] == ["dense75-seed1"]
+    for file in (RESULTS / "dense75-seed1").iterdir():
+        assert (kept / "dense75-seed1" / file.name).read_bytes() == file.read_bytes()

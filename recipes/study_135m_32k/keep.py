@@ -1,0 +1,67 @@
+"""Keep the numbers of the study's finished runs beside the recipe, small enough to be committed.
+
+    keep.py runs/study_135m_32k
+
+Of each run that was trained, evaluated and asked for its recall: run.yaml, metrics.jsonl,
+evaluation.json and recall.json, which is what tools/report.py reads. Not its weights, and not the
+page of training text in evaluation.json, whose licence is not ours.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from lctw_megatron.atomic import atomic_file
+from lctw_megatron.evaluation.recall_result import read_recall
+from lctw_megatron.evaluation.result_file import read_evaluation
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", type=Path, metavar="FOLDER", help="the recipe's output_dir")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="default: %(default)s")
+    options = parser.parse_args(arguments)
+    for log in sorted(options.runs.glob("*/metrics.jsonl")):
+        evaluation = read_evaluation(log.parent / "evaluation.json")
+        recall = read_recall(log.parent / "recall.json")
+        if evaluation is None or recall is None:
+            print(f"{log.parent}: not finished, left out")
+            continue
+        kept = options.output / log.parent.name
+        kept.mkdir(parents=True, exist_ok=True)
+        _copy(log, kept)
+        _copy(log.parent / "run.yaml", kept)
+        if isinstance(evaluation.get("weights"), dict):
+            evaluation["weights"]["page"] = None
+        _write(kept / "evaluation.json", evaluation)
+        _write(kept / "recall.json", recall)
+        print(f"kept: {kept}")
+    return 0
+
+
+def _copy(file: Path, folder: Path) -> None:
+    with atomic_file(folder / file.name) as copy:
+        copy.write(file.read_bytes())
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    """A line for each entry, and for each cell of a recall."""
+    with atomic_file(path, "w") as file:
+        entries = [f"{json.dumps(name)}: {_lines(entry)}" for name, entry in value.items()]
+        file.write("{\n" + ",\n".join(entries) + "\n}\n")
+
+
+def _lines(entry: Any) -> str:
+    if isinstance(entry, list) and entry and isinstance(entry[0], dict):
+        return "[\n" + ",\n".join(map(json.dumps, entry)) + "\n]"
+    return json.dumps(entry)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
