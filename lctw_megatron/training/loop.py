@@ -99,7 +99,8 @@ class Trainer:
         folder = Path(run.run_dir) / "checkpoints"
         own = newest_checkpoint(folder, self.print_rank_0)
         memory = 0 if run.training.micro_batch_size else least_usable_memory(self.world.device)
-        size = choose_micro_batch(run, self.world.size, memory, own and own[1])
+        device = self.world.device.type
+        size = choose_micro_batch(run, self.world.size, memory, own and own[1], device)
         self.config = run = with_micro_batch(run, size)
         check_layout(run, self.world.size)
         self.loader.cut(size)
