@@ -128,6 +128,8 @@ def evaluate(
         check_data(place, manifest, dataset)
         if completed.key_checkpoint:
             check_data(*_look(completed.key_checkpoint), dataset)
+        assert completed.sequence_length
+        open_held_out(prefix, completed.sequence_length)  # refused once, and its index made once
         return place, completed, describe(completed, place, dataset)
 
     place, settings, described = first_rank_decides(begin)
