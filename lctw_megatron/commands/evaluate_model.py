@@ -253,8 +253,10 @@ def _add_forward(verb: argparse.ArgumentParser) -> None:
 
 def _layout(options: argparse.Namespace) -> "LayoutConfig":
     from lctw_megatron.config.schema import LayoutConfig
+    from lctw_megatron.config.validation_errors import build
 
-    return LayoutConfig(tensor=options.tensor, pipeline=options.pipeline, context=options.context)
+    sizes = {name: getattr(options, name) for name in ("tensor", "pipeline", "context")}
+    return build(LayoutConfig, sizes, "the options")
 
 
 def _losses(options: argparse.Namespace) -> int:
@@ -279,18 +281,22 @@ def _losses(options: argparse.Namespace) -> int:
 
 
 def _recall(options: argparse.Namespace) -> int:
+    from lctw_megatron.config.schema import RecallProbes
+    from lctw_megatron.config.validation_errors import build
     from lctw_megatron.evaluation.evaluate_recall import RecallSettings, recall_to_file
     from lctw_megatron.evaluation.recall_result import to_rows
     from lctw_megatron.report.table import to_text
 
+    given = {name: getattr(options, name) for name in RecallProbes.model_fields}
+    probes = build(RecallProbes, given, "the options")
     settings = RecallSettings(
-        tasks=list(dict.fromkeys(options.tasks)),
-        lengths=sorted(set(options.lengths)),
-        depths=options.depths,
-        samples=options.samples,
+        tasks=list(dict.fromkeys(probes.tasks)),
+        lengths=sorted(set(probes.lengths)),
+        depths=probes.depths,
+        samples=probes.samples,
         seed=options.seed,
-        haystack=options.haystack,
-        window=options.window,
+        haystack=probes.haystack,
+        window=probes.window,
     )
     output = options.output or Path(options.checkpoint) / "recall.json"
     result = recall_to_file(

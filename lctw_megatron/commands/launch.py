@@ -2,7 +2,7 @@
 
 import argparse
 
-from lctw_megatron.cli import run_command
+from lctw_megatron.cli import positive, run_command
 
 EPILOG = """\
 again:
@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add(
         "--ranks",
-        type=int,
+        type=positive,
         metavar="N",
         help="here: ranks of training and scoring; default: the GPUs, on a CPU the layout's fewest",
     )

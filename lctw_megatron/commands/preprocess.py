@@ -4,6 +4,7 @@ import argparse
 
 from lctw_megatron.cli import positive, run_command
 from lctw_megatron.config.schema import MOST_DOCUMENT_BYTES, PrepareConfig
+from lctw_megatron.config.validation_errors import build
 from lctw_megatron.data.preprocessing.preprocess import preprocess
 
 EPILOG = """\
@@ -21,6 +22,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--input",
+        dest="inputs",
         nargs="+",
         action="extend",
         required=True,
@@ -92,21 +94,8 @@ def main(arguments: list[str]) -> int | None:
     options = parser().parse_args(arguments)
     if options.validation_documents < 0:
         parser().error("--validation-documents: a number from 0 on is expected")
-    preprocess(
-        PrepareConfig(
-            inputs=options.input,
-            output_prefix=options.output_prefix,
-            tokenizer=options.tokenizer,
-            train_sentencepiece=options.train_sentencepiece,
-            validation_documents=options.validation_documents,
-            max_bytes=options.max_bytes,
-            max_document_bytes=options.max_document_bytes,
-            text_field=options.text_field,
-            skip_bad=options.skip_bad,
-            workers=options.workers,
-        ),
-        options.window,
-    )
+    given = {name: getattr(options, name) for name in PrepareConfig.model_fields}
+    preprocess(build(PrepareConfig, given, "the options"), options.window)
     return None
 
 

@@ -92,13 +92,15 @@ def main(arguments: list[str]) -> int:
 
 def _score(options: argparse.Namespace) -> int:
     from lctw_megatron.config.schema import LayoutConfig
+    from lctw_megatron.config.validation_errors import build
     from lctw_megatron.platform.capabilities import capabilities
     from lctw_megatron.platform.world import first_rank_decides, join
     from lctw_megatron.scoring.job import Job
     from lctw_megatron.scoring.score_corpus import Request, score
     from lctw_megatron.scoring.windows import Windowing
 
-    layout = LayoutConfig(tensor=options.tensor, pipeline=options.pipeline)
+    sizes = {"tensor": options.tensor, "pipeline": options.pipeline}
+    layout = build(LayoutConfig, sizes, "the options")
     windowing = Windowing(
         options.window, options.stride, options.sequence_length, options.score_first_window
     )

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from lctw_megatron.cli import run_command
+from lctw_megatron.cli import positive, run_command
 from lctw_megatron.training.exit_status import leaving_when_asked
 
 
@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> int:
         "costs; train nothing",
     )
     parser.add_argument(
-        "--ranks", type=int, metavar="N", help="with --dry-run: how many ranks there will be"
+        "--ranks", type=positive, metavar="N", help="with --dry-run: how many ranks there will be"
     )
     parser.add_argument(
         "--memory",
@@ -72,7 +72,7 @@ def _train(options: argparse.Namespace) -> int:
     check_megatron_fields(run)
     if options.dry_run:
         from lctw_megatron.platform.rank_memory import usable_memory
-        from lctw_megatron.training.estimate import describe_layout
+        from lctw_megatron.training.estimate import describe_layout, planned_device
         from lctw_megatron.training.micro_batch import (
             choose_micro_batch,
             describe_micro_batch,
@@ -86,11 +86,13 @@ def _train(options: argparse.Namespace) -> int:
             raise InputError(f"--memory is {options.memory}, expected GiB above 0")
         ranks = options.ranks or run.layout.model_ranks
         memory = usable_memory(ranks, options.memory)
-        chosen = with_micro_batch(run, choose_micro_batch(run, ranks, memory))
+        device = planned_device(run, options.memory)
+        size = choose_micro_batch(run, ranks, memory, device=device)
+        chosen = with_micro_batch(run, size)
         sys.stdout.write(dump_yaml(chosen))
-        sys.stdout.write(describe_layout(chosen, options.ranks))
+        sys.stdout.write(describe_layout(chosen, options.ranks, device))
         if chosen != run:
-            print(describe_micro_batch(chosen, ranks, memory))
+            print(describe_micro_batch(chosen, ranks, memory, device))
         run = chosen
         print(*describe_save(run, options.ranks, options.write_speed), sep="\n")
         return 0

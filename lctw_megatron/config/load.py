@@ -182,7 +182,19 @@ def _expand(values: dict[str, Any], where: str) -> tuple[dict[str, Any], set[str
             changes = {key: inner for key, inner in value.items() if key != "base"}
             expanded[section] = _merge(load_fragment(section, str(value["base"]), where), changes)
             whole.add(section)
+    _check_truncate(expanded.get("model"), where)
     return expanded, whole
+
+
+def _check_truncate(model: Any, where: str) -> None:
+    """Refuse a null that transformers reads as false, and whoever left the field to its default,
+    true, would not expect."""
+    scaling = model.get("rope_scaling") if isinstance(model, dict) else None
+    if isinstance(scaling, dict) and scaling.get("truncate", True) is None:
+        raise InputError(
+            f"{where}: model.rope_scaling.truncate is null, expected true or false; leave it out "
+            "for the default, true"
+        )
 
 
 def _merge(base: Any, changes: Any) -> Any:

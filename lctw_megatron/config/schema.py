@@ -11,7 +11,14 @@ Longer than 350 lines: a reader of recipes finds every field in one file.
 from typing import Annotated, Any, Literal, get_args
 from unicodedata import category
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+)
 
 Positive = Annotated[int, Field(gt=0, le=2**31 - 1)]
 Bytes = Annotated[int, Field(gt=0, le=2**62)]
@@ -147,6 +154,11 @@ class RopeScaling(Section):
     mscale_all_dim: Annotated[float, Field(ge=0, le=1e6)] | None = None
     truncate: bool | None = None
     """yarn: the bounds between kept and divided are rounded to whole frequencies; default: true."""
+
+    @model_serializer(mode="wrap")
+    def _as_given(self, whole: Any) -> dict[str, Any]:
+        """Without nulls: transformers reads a null `truncate` as false, and a recipe refuses it."""
+        return {name: value for name, value in whole(self).items() if value is not None}
 
 
 class ModelConfig(Section):

@@ -23,7 +23,8 @@ from lctw_megatron.conversion.hf_import import Conversion
 from lctw_megatron.conversion.placement import StoredTensor, stored_tensors
 from lctw_megatron.conversion.safetensors_writer import SafetensorsWriter, plan_files
 from lctw_megatron.data.tokenizer_files import CONFIG
-from lctw_megatron.model.checkpoint import MANIFEST, find_checkpoint, read_manifest
+from lctw_megatron.model.checkpoint import find_checkpoint, read_manifest
+from lctw_megatron.model.checkpoint_folder import MANIFEST
 from lctw_megatron.progress import Progress
 
 MAX_FILE_BYTES = 5 * 10**9

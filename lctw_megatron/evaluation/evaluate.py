@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -17,7 +18,7 @@ from lctw_megatron.data.batch import Sample
 from lctw_megatron.data.sequence_source import SequenceSource
 from lctw_megatron.data.token_dataset import TokenDataset
 from lctw_megatron.errors import InputError
-from lctw_megatron.evaluation.longppl import STRIDE, WINDOW, key_tokens, perplexity
+from lctw_megatron.evaluation.longppl import STRIDE, WINDOW, key_tokens, summary
 from lctw_megatron.evaluation.probes import Probes, context_of, distance_of
 from lctw_megatron.evaluation.result_file import FORMAT, read_evaluation
 from lctw_megatron.evaluation.saved_result import still_holds
@@ -127,6 +128,8 @@ def evaluate(
         check_data(place, manifest, dataset)
         if completed.key_checkpoint:
             check_data(*_look(completed.key_checkpoint), dataset)
+        assert completed.sequence_length
+        open_held_out(prefix, completed.sequence_length)  # refused once, and its index made once
         return place, completed, describe(completed, place, dataset)
 
     place, settings, described = first_rank_decides(begin)
@@ -134,20 +137,21 @@ def evaluate(
     length = settings.sequence_length
     source = open_held_out(prefix, length)
     numbers = chosen_sequences(len(source), settings.max_sequences)
-    keys = _key_tokens(settings, layout, source, numbers) if settings.key_checkpoint else None
+    losses = np.full((len(numbers), length), np.nan, dtype=np.float32)
+    keys = np.zeros(losses.shape, dtype=bool)
+    if settings.key_checkpoint:
+        keys = _key_tokens(settings, layout, source, numbers)
 
     model = ModelLosses(place, layout, length, settings.tokens_per_forward)
     if model.world.is_first:
         print(capabilities().line(), flush=True)
     probes = Probes(len(numbers), length, settings.near)
-    all_losses, key_losses = [], []
     for row, sample, long_loss, short_loss in read_losses(model, source, numbers, settings):
         probes.add(row, long_loss, short_loss, context_of(sample), distance_of(sample))
-        all_losses.append(long_loss[~np.isnan(long_loss)])
-        if short_loss is not None:
-            own = key_tokens(long_loss, short_loss, settings.alpha, settings.beta)
-            key_losses.append(long_loss[own if keys is None else keys[row]])
-    flat = np.concatenate(all_losses)
+        losses[row] = long_loss
+        if short_loss is not None and not settings.key_checkpoint:
+            keys[row] = key_tokens(long_loss, short_loss, settings.alpha, settings.beta)
+    flat = losses[~np.isnan(losses)]
     result: dict[str, Any] = {
         "format": FORMAT,
         "settings": described,
@@ -157,7 +161,9 @@ def evaluate(
         **probes.summary(with_gain=settings.window is not None),
     }
     if settings.window:
-        result["longppl"] = _longppl(flat, np.concatenate(key_losses), settings)
+        result["longppl"] = summary(losses, keys) | {
+            "evaluator": settings.key_checkpoint or "the measured model itself"
+        }
     result["weights"] = sample_or_reason(model, settings.near, settings.max_sequences)
     model.free()
     return result
@@ -178,6 +184,9 @@ def complete(
         length = run.data.sequence_length if run else manifest.model.max_position_embeddings
     if length is None:
         raise InputError(f"{checkpoint}: does not say its sequence length; give --sequence-length")
+    for name in ("alpha", "beta"):
+        if not math.isfinite(value := getattr(settings, name)):
+            raise InputError(f"--{name} is {value}, expected a finite number of nats")
     window, stride = settings.window, settings.stride
     if settings.key_checkpoint and not window:
         window, stride = WINDOW, stride or STRIDE
@@ -296,13 +305,3 @@ def _key_tokens(
         keys[read.row] = key_tokens(read.long_loss, read.short_loss, settings.alpha, settings.beta)
     evaluator.free()
     return keys
-
-
-def _longppl(all_losses: np.ndarray, key_losses: np.ndarray, settings: EvaluationSettings) -> Any:
-    return {
-        "longppl": perplexity(key_losses, np.ones(len(key_losses), dtype=bool)),
-        "perplexity": perplexity(all_losses, np.ones(len(all_losses), dtype=bool)),
-        "key_tokens": len(key_losses),
-        "key_share": len(key_losses) / len(all_losses),
-        "evaluator": settings.key_checkpoint or "the measured model itself",
-    }

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ def harness_to_file(
             # What a file defines may have changed, and the data that it names.
             if Path(call.task).is_file() or not any(call.gave(record) for record in records)
         ]
+        _check_names(output, left, records)
         for line in downloads(left, settings.offline):
             print(line, flush=True)
         for call in left:
@@ -106,10 +108,28 @@ def _result(described: dict[str, Any], records: list[dict[str, Any]]) -> dict[st
     }
 
 
+def _own_name(call: Call) -> str:
+    """Of the files with what the harness returned, without their endings."""
+    length = f"-{call.length}" if call.length else ""
+    return Path(call.task).stem + length + (f"-{call.fewshot}shot" if call.fewshot else "")
+
+
+def _check_names(output: Path, calls: Sequence[Call], records: Sequence[dict[str, Any]]) -> None:
+    """InputError if what one of ``calls`` returns would be written over another's."""
+    taken = {record.get("file"): record["call"]["task"] for record in records}
+    for call in calls:
+        file = f"{output.stem}/{_own_name(call)}.json"
+        other = taken.setdefault(file, call.task)
+        if other != call.task:
+            raise InputError(
+                f"--tasks {call.task}: what it returns would be written over {file}, which is of "
+                f"{other}; rename the file, or give another --output"
+            )
+
+
 def _write_own(output: Path, call: Call, returned: dict[str, Any], log_samples: bool) -> str:
     """What the harness returned, as its own command writes it but for the time in the name."""
-    name = Path(call.task).stem + (f"-{call.length}" if call.length else "")
-    folder = output.with_suffix("")
+    name, folder = _own_name(call), output.with_suffix("")
     with atomic_file(folder / f"{name}.json", "w") as file:
         own = {key: value for key, value in returned.items() if key != "samples"}
         json.dump(own, file, indent=2, default=str, ensure_ascii=False)

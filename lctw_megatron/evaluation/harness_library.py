@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import os
 import random
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ def require_harness(backend: str) -> str:
             'lm-evaluation-harness is not installed: pip install "lctw-megatron[harness]"'
         )
     found = version("lm_eval")
-    if tuple(map(int, found.split(".")[:3])) < (0, 4, 13):
+    if tuple(map(int, re.findall(r"\d+", found)[:3])) < (0, 4, 13):
         raise InputError(f"lm-evaluation-harness {found} is too old: pip install -U lm_eval")
     if backend == "vllm" and importlib.util.find_spec("vllm") is None:
         raise InputError("--backend vllm: vLLM is not installed: pip install vllm, or leave it out")

@@ -22,7 +22,9 @@ there; here that token is scored with 5,120 tokens of context.
 Pure numpy: losses are arrays of one shape, in nats; NaN = not scored.
 """
 
+import hashlib
 import math
+from typing import Any
 
 import numpy as np
 
@@ -49,3 +51,23 @@ def perplexity(loss: np.ndarray, chosen: np.ndarray) -> float | None:
         return None
     mean = float(loss[chosen].mean(dtype=np.float64))
     return math.exp(mean) if mean < 700 else math.inf
+
+
+def summary(loss: np.ndarray, keys: np.ndarray) -> dict[str, Any]:
+    """What evaluation.json says of the losses [N, S] of the model under test and the key tokens,
+    bool [N, S]: LongPPL and the perplexity of all targets (None beyond floats), how many key tokens
+    there are, their summed loss and number in every sequence, for paired comparisons, and a digest
+    of which they are."""
+    live = ~np.isnan(loss)
+    found = {"longppl": perplexity(loss, keys), "perplexity": perplexity(loss, live)}
+    values: dict[str, Any] = {
+        name: value if value is not None and math.isfinite(value) else None
+        for name, value in found.items()
+    }
+    return values | {
+        "key_tokens": int(keys.sum()),
+        "key_share": int(keys.sum()) / int(live.sum()),
+        "sequence_loss": np.where(keys, loss, 0).sum(1, dtype=np.float64).round(6).tolist(),
+        "sequence_targets": keys.sum(1).tolist(),
+        "keys": hashlib.blake2b(np.packbits(keys).tobytes(), digest_size=16).hexdigest(),
+    }

@@ -42,7 +42,13 @@ class RecallSample:
         return self._cut(self.ids)
 
     def short(self, window: int, bos_id: int | None) -> Sample:
-        """Only the last ``window`` inputs, the first of them ``bos_id`` if there is one."""
+        """Only the last ``window`` inputs, the first of them ``bos_id`` if there is one. InputError
+        if question and answers do not fit."""
+        if self.tail > window:
+            raise InputError(
+                f"--window {window}: the question and answers of task {self.task} alone take "
+                f"{self.tail} tokens; give a greater one"
+            )
         ids = self.ids[-window - 1 :].copy()
         if bos_id is not None:
             ids[0] = bos_id

@@ -19,7 +19,8 @@ classes, position, distance   three groups (see ``probes.Probes``), each with `b
             targets that have a short loss
 short       what a longer context costs: `loss` and `targets` of the targets with fewer than
             `length` tokens before them
-longppl     with a window: see ``longppl``
+longppl     with a window: see ``longppl.summary``, and `evaluator`, the model that picked the key
+            tokens
 weights     see ``weight_sample``; null for a run with uniform weights; or why there are none
 """
 

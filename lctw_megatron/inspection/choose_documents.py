@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from lctw_megatron.data.indexed_array import data_path
-from lctw_megatron.data.manifest import TokenManifest, manifest_path, read_manifest
+from lctw_megatron.data.manifest import SidecarManifest, TokenManifest, manifest_path, read_manifest
 from lctw_megatron.data.sidecar import Sidecar, SidecarWriter
 from lctw_megatron.data.token_dataset import TokenDataset, TokenWriter
 from lctw_megatron.errors import InputError
@@ -143,8 +143,10 @@ def _is_there(prefix: str, choice: Choice, sidecars: list[Sidecar]) -> bool:
         found = [Sidecar(chosen, sidecar.name).manifest for sidecar in sidecars]
     except InputError:
         return False
-    return all(
-        (ours.window, ours.stride, ours.scorer)
-        == (its.manifest.window, its.manifest.stride, its.manifest.scorer)
-        for ours, its in zip(found, sidecars, strict=True)
-    )
+    return all(map(_made_alike, found, (sidecar.manifest for sidecar in sidecars)))
+
+
+def _made_alike(ours: SidecarManifest, theirs: SidecarManifest) -> bool:
+    """Whether the values of a choice are those of the dataset, which no fingerprint can tell."""
+    how = (*Windowing._fields, "windows_version", "scorer")
+    return all(getattr(ours, name) == getattr(theirs, name) for name in how)

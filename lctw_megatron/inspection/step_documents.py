@@ -8,6 +8,7 @@ from lctw_megatron.data.token_dataset import TokenDataset
 from lctw_megatron.data.token_text import TokenTexts
 from lctw_megatron.data.tokenizers import load_tokenizer
 from lctw_megatron.errors import InputError
+from lctw_megatron.model.checkpoint_folder import complete_checkpoints
 from lctw_megatron.report.coloured_text import visible
 
 _EXCERPT_TOKENS = 16
@@ -74,7 +75,7 @@ def _texts(dataset: TokenDataset) -> TokenTexts | None:
 
 
 def _loader_state(folder: Path) -> dict | None:
-    from lctw_megatron.model.checkpoint import complete_checkpoints, read_manifest
+    from lctw_megatron.model.checkpoint import read_manifest
 
     checkpoints = complete_checkpoints(folder / "checkpoints")
     return read_manifest(checkpoints[-1]).loader if checkpoints else None

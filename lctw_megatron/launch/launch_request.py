@@ -1,18 +1,20 @@
 """What was asked for with tools/launch.py, carried out now or once more later.
 
-OUTPUT_DIR/launch/order.json holds it, so that `status` and `resume` need the folder only.
+OUTPUT_DIR/launch/order.json holds it, so that `status` and `resume` need the folder only. Of
+launches that differ in their stages alone, side by side or one after the other, it holds all.
 """
 
 import shutil
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from lctw_megatron.atomic import write_json
+from lctw_megatron.atomic import locked, write_json
 from lctw_megatron.config.load import load_fragment
 from lctw_megatron.config.schema import ClusterConfig
 from lctw_megatron.config.shipped import PROJECT
 from lctw_megatron.data.json_object import read_json_object
-from lctw_megatron.errors import InputError
+from lctw_megatron.errors import InputError, few
 from lctw_megatron.launch import local, queue
 from lctw_megatron.launch.stage_graph import StageGraph, build_stage_graph
 
@@ -33,13 +35,17 @@ class LaunchRequest:
 
 def run_request(request: LaunchRequest, dry_run: bool = False) -> int:
     """Run or submit what ``request`` asks for and is not done; with ``dry_run`` only print it."""
+    from lctw_megatron.weighting.parse import parse_weighting  # torch, which `status` does without
+
     graph = stage_graph(request)
+    for run in graph.runs:
+        parse_weighting(run.weighting)
     stages = graph.select(request.stages)
     if request.cluster is None:
         if dry_run:
             print("\n".join(local.command_lines(graph, stages, request.ranks)))
             return 0
-        write_json(graph.folder / "order.json", asdict(request))
+        _keep(request, graph)
         return local.run_stages(graph, stages, request.ranks)
     cluster = cluster_of(graph, request.cluster)
     if dry_run:
@@ -56,9 +62,28 @@ def run_request(request: LaunchRequest, dry_run: bool = False) -> int:
             f"{Path.cwd()}: the jobs' scripts name tools/..., which is not here; start "
             "tools/launch.py in the project's folder"
         )
-    write_json(graph.folder / "order.json", asdict(request))
+    _keep(request, graph)
     queue.submit(graph, stages, cluster)
     return 0
+
+
+def _keep(request: LaunchRequest, graph: StageGraph) -> None:
+    """Write order.json."""
+    path = order_path(graph.recipe.output_dir)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.parent / ".order.lock"):
+        before = None
+        with suppress(InputError):  # there was none, or it is damaged
+            before = read_request(graph.recipe.output_dir)
+        if before is not None:
+            ours, theirs = asdict(request), asdict(before)
+            changed = [name for name in ours if name != "stages" and ours[name] != theirs[name]]
+            if changed:
+                print(f"{path}: was of another {few(changed)}; status and resume go by this launch")
+            elif request.stages:
+                both = dict.fromkeys((*before.stages, *request.stages)) if before.stages else ()
+                request = replace(request, stages=tuple(both))
+        write_json(path, asdict(request))
 
 
 def order_path(output_dir: str) -> Path:

@@ -20,7 +20,12 @@ from lctw_megatron.launch.slurm import Job, stage_jobs
 from lctw_megatron.launch.stage_graph import StageGraph
 from lctw_megatron.launch.stages import Stage, StageState
 from lctw_megatron.launch.submission import Submission
+from lctw_megatron.ownership import sole_writer
 from lctw_megatron.squeue import ask_squeue
+
+
+class NoAnswer(InputError):
+    """squeue does not say what is in the queue, which may pass."""
 
 
 def script_path(graph: StageGraph, job: Job) -> Path:
@@ -54,8 +59,13 @@ def submission(
 
 
 def submit(graph: StageGraph, stages: Sequence[Stage], cluster: ClusterConfig) -> None:
-    """Write the scripts of ``stages`` and submit.sh, and run that."""
-    jobs = plan_jobs(graph, stages, cluster)
+    """Write the scripts of ``stages`` and submit.sh, and run that. InputError if another process
+    is at it: both would submit what the other has, and keep only their own ids."""
+    with sole_writer(_ids_path(graph), print):
+        _submit(graph, plan_jobs(graph, stages, cluster), stages)
+
+
+def _submit(graph: StageGraph, jobs: Sequence[Job], stages: Sequence[Stage]) -> None:
     ids, queued = _read_ids(graph), _queued(graph)
     check_needs(graph, stages, frozenset(queued))
     for job in jobs:
@@ -73,7 +83,7 @@ def submit(graph: StageGraph, stages: Sequence[Stage], cluster: ClusterConfig) -
     waiting_for = dict(queued)
     for name, id in _run(script.path):
         waiting_for[name] = ids[name] = id
-        write_json(graph.folder / "jobs.json", ids)
+        write_json(_ids_path(graph), ids)
         after = [waiting_for[other] for other in needs[name] if other in waiting_for]
         said = f" after {' '.join(after)}" if after else ""
         print(f"{name}: submitted as job {id}{said}", flush=True)
@@ -138,8 +148,12 @@ def _missing_parts(graph: StageGraph, job: Job) -> list[int]:
     return [part for part in range(job.parts or 0) if not graph.is_done(job.stage, part)]
 
 
+def _ids_path(graph: StageGraph) -> Path:
+    return graph.folder / "jobs.json"
+
+
 def _read_ids(graph: StageGraph) -> dict[str, str]:
-    path = graph.folder / "jobs.json"
+    path = _ids_path(graph)
     ids = read_json_object(path) if path.is_file() else {}
     if not all(isinstance(id, str) for id in ids.values()):
         raise InputError(f"{path}: a job's id for every script was expected; remove it")
@@ -155,9 +169,9 @@ def _queue(ids: Sequence[str]) -> dict[str, list[str]]:
     try:
         answer = ask_squeue("--array", "--format=%F %T")
     except subprocess.TimeoutExpired:
-        raise InputError("squeue: no answer after a minute; try again later") from None
+        raise NoAnswer("squeue: no answer after a minute; try again later") from None
     if answer.returncode:
-        raise InputError(f"squeue: {' '.join(answer.stderr.split())[:500]}")
+        raise NoAnswer(f"squeue: {' '.join(answer.stderr.split())[:500]}")
     for line in answer.stdout.splitlines():
         id, _, state = line.strip().partition(" ")
         if not re.fullmatch(r"[A-Z_]+", state):  # a site's wrapper may say more

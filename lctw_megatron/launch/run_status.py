@@ -14,6 +14,7 @@ from statistics import mean
 
 from lctw_megatron.config.schema import RunConfig
 from lctw_megatron.data.metrics_file import last_metrics
+from lctw_megatron.model.checkpoint_folder import complete_checkpoints
 from lctw_megatron.ownership import holder
 from lctw_megatron.progress import clock, human
 from lctw_megatron.training.heartbeat import INTERVAL_SECONDS, Beat, read_beat
@@ -76,10 +77,6 @@ def _sign_of_life(beat: Beat | None, owner: str, allowed: float) -> str:
 
 
 def _newest_checkpoint(folder: Path) -> int | None:
-    if not folder.is_dir():
-        return None
-    from lctw_megatron.model.checkpoint import complete_checkpoints  # which imports torch
-
     found = complete_checkpoints(folder)
     return int(found[-1].name.removeprefix("step_")) if found else None
 

@@ -27,7 +27,7 @@ from lctw_megatron.config.schema import (
     RunConfig,
     ScoringConfig,
 )
-from lctw_megatron.weighting.parse import parse_weighting
+from lctw_megatron.config.schemes import needs_short_loss
 
 KINDS = ("prepare", "score", "train", "export", "verify", "evaluate", "recall", "report")
 
@@ -126,7 +126,7 @@ def _data_needs(recipe: Recipe, prefixes: Iterable[str]) -> list[str]:
 
 def _reads_scores(recipe: Recipe, run: RunConfig) -> bool:
     """Whether the run reads the sidecar that the recipe's scoring section makes."""
-    needs = parse_weighting(run.weighting).scheme.needs_short_loss
+    needs = needs_short_loss(run.weighting.scheme)
     frozen = run.weighting.mode == "frozen"
     return bool(needs and frozen and recipe.scoring and run.data.scores == recipe.scoring.name)
 

@@ -44,10 +44,16 @@ def status(where: str) -> int:
 
 
 def watch(where: str) -> int:
-    """``status`` again and again until everything is done (0) or nothing is under way (1)."""
+    """``status`` again and again until everything is done (0) or nothing is under way (1). A queue
+    that gives no answer is asked again."""
     idle = 0
     while True:
-        seen = look(where)
+        try:
+            seen = look(where)
+        except queue.NoAnswer as error:
+            print(f"{time.strftime('%F %T')} {error}", flush=True)
+            time.sleep(WATCH_SECONDS)
+            continue
         head = _CLEAR if sys.stdout.isatty() else ""
         print(f"{head}{time.strftime('%F %T')}", *seen.lines, sep="\n", flush=True)
         idle = 0 if seen.under_way else idle + 1

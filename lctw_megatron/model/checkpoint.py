@@ -30,12 +30,12 @@ from lctw_megatron.atomic import write_json
 from lctw_megatron.config.schema import ModelConfig, RunConfig, Section
 from lctw_megatron.data.json_object import read_json, read_json_object
 from lctw_megatron.errors import InputError
+from lctw_megatron.model.checkpoint_folder import MANIFEST, complete_checkpoints
 from lctw_megatron.model.checkpoint_metadata import read_index
 from lctw_megatron.model.checksums import check_sums_together, folder_names, sum_files
 from lctw_megatron.model.initialize import sharded_parameters, sharding
 from lctw_megatron.platform.world import first_rank_decides
 
-MANIFEST = "checkpoint.json"
 TOKENIZER = "tokenizer"
 FORMAT = "lctw-megatron checkpoint 1"
 EXTRA_STATE = "_extra_state"
@@ -66,23 +66,6 @@ class CheckpointManifest(Section):
     """The machine and the versions that trained it: platform.capabilities."""
     checksums: dict[str, str] | None = None
     """CRC-32 of every other file (checksums.py). None, as in older checkpoints: not compared."""
-
-
-_STEP_NAME = re.compile(r"step_(\d+)")
-
-
-def step_name(step: int) -> str:
-    return f"step_{step:08d}"
-
-
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints inside ``folder``, oldest first."""
-    found = [
-        (int(match.group(1)), path)
-        for path in (folder.iterdir() if folder.is_dir() else ())
-        if (match := _STEP_NAME.fullmatch(path.name)) and (path / MANIFEST).is_file()
-    ]
-    return [path for _, path in sorted(found)]
 
 
 def find_checkpoint(path: str | Path) -> Path:

@@ -21,7 +21,12 @@ def record_into(run_dir: Path) -> None:
     environment names a place. On every rank, before the process groups are formed."""
     if _FILES[0] not in os.environ:
         point(_FILES[1], str(run_dir.absolute() / "flight_recorder" / "rank_"))
-    if recorder_line():  # torch makes no folders
+
+
+def make_place() -> None:
+    """Make the folder of the files, as torch makes none, if the environment asks for them. Once
+    nothing of the run can be refused any more."""
+    if recorder_line():
         Path(_place()).parent.mkdir(parents=True, exist_ok=True)
 
 

@@ -76,13 +76,16 @@ def _loss_comparisons(groups: Sequence[Group]) -> list[Comparison]:
         ("on far targets", "classes", [1]),
         ("on all", "classes", None),
     ]
-    return [
+    found = [
         # The loss of all targets stands in a table of its own.
         Comparison(
             "loss", where, partial(measures.loss, probes=probes, bins=bins), True, bins is not None
         )
         for where, probes, bins in parts
     ]
+    if any(measures.key_loss(group) is not None for group in groups):
+        found.append(Comparison("loss", "on key tokens", measures.key_loss, True, False))
+    return found
 
 
 def verdict(found: Difference | None, comparison: Comparison) -> tuple[bool, bool]:

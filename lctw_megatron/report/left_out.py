@@ -6,7 +6,7 @@ from typing import Any
 from lctw_megatron.errors import few
 from lctw_megatron.report.benchmarks import samples_by_name
 from lctw_megatron.report.groups import Group
-from lctw_megatron.report.measures import loss_samples
+from lctw_megatron.report.measures import key_samples, loss_samples
 from lctw_megatron.report.runs import RunRecord
 
 Samples = dict[Hashable, Any]
@@ -17,6 +17,7 @@ def left_out(groups: Sequence[Group]) -> list[str]:
     """A line each group and kind of measurement."""
     kinds: dict[str, Callable[[RunRecord], Samples]] = {
         "held-out losses": lambda run: {"": loss_samples(run)} if run.evaluation else {},
+        "key tokens of LongPPL": lambda run: {"": found} if (found := key_samples(run)) else {},
         "recall": _recall_samples,
         "benchmarks": samples_by_name,
     }

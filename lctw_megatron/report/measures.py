@@ -108,6 +108,28 @@ def _loss_block(
     return samples, [Block(losses[:, chosen].sum(1)[None], targets[:, chosen].sum(1))]
 
 
+def key_loss(group: Group) -> Measured | None:
+    """Held-out loss on LongPPL's key tokens, nats each: its exponential is LongPPL. Compared where
+    one evaluator picked the same tokens."""
+    return _of_runs(group, _key_block)
+
+
+def key_samples(run: RunRecord) -> str | None:
+    """None also for files of before, which hold no sums."""
+    found = (run.evaluation or {}).get("longppl") or {}
+    return json.dumps([loss_samples(run), found["keys"]]) if "keys" in found else None
+
+
+def _key_block(run: RunRecord) -> tuple[str, list[Block]] | None:
+    samples = key_samples(run)
+    if samples is None or run.evaluation is None:
+        return None
+    found = run.evaluation["longppl"]
+    return samples, [
+        Block(np.array(found["sequence_loss"])[None], np.array(found["sequence_targets"]))
+    ]
+
+
 def _recall_samples(cells: Sequence[dict]) -> str:
     return json.dumps([[cell["task"], cell["length"], cell["samples_digest"]] for cell in cells])
 

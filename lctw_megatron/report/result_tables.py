@@ -19,27 +19,35 @@ FEW_KEY_TOKENS = 100
 
 
 def loss_table(groups: Sequence[Group]) -> Rows:
-    """Held-out losses of near, far and first-seen targets and of all, a row a group; then, a row a
-    further group, the differences to the first. The first row is the heading."""
+    """Held-out losses of near, far and first-seen targets and of all, and on LongPPL's key tokens
+    if they were measured, a row a group; then, a row a further group, the differences to the first.
+    The first row is the heading."""
     heading = ["held-out loss, nats a target", "all", "near", "far", "first seen"]
     evaluated = [group for group in groups if measures.has_losses(group)]
+    if any(measures.key_loss(group) is not None for group in evaluated):
+        heading.append("key tokens")
     rows: Rows = [heading]
     for group in evaluated:
-        rows.append([group.name, *(_loss(part) for part in _class_losses(group))])
+        rows.append([group.name, *(_loss(part) for part in _losses(group, len(heading)))])
     for group in evaluated[1:]:
         label = f"{group.name} - {evaluated[0].name}"
-        parts = zip(_class_losses(group), _class_losses(evaluated[0]), strict=True)
+        both = (_losses(each, len(heading)) for each in (group, evaluated[0]))
+        parts = zip(*both, strict=True)
         found = [difference(ours, theirs) for ours, theirs in parts]
         if found[0] is None:
-            rows.append([label, "evaluated on other sequences: not compared", "", "", ""])
+            rows.append(
+                [label, "evaluated on other sequences: not compared", *[""] * (len(heading) - 2)]
+            )
         else:
             rows.append([label, *(_marked_difference(part) for part in found)])
     return rows
 
 
-def _class_losses(group: Group) -> list[Measured | None]:
+def _losses(group: Group, width: int) -> list[Measured | None]:
+    """Those of a row of ``width`` columns, the first of which is a name."""
     chosen: list[list[int] | None] = [None, [0], [1], [2]]
-    return [measures.loss(group, "classes", bins) for bins in chosen]
+    found = [measures.loss(group, "classes", bins) for bins in chosen]
+    return [*found, measures.key_loss(group)][: width - 1]
 
 
 def weight_table(groups: Sequence[Group]) -> Rows:
@@ -110,8 +118,8 @@ def explain(runs: Sequence[RunRecord]) -> list[str]:
         )
         if longppl := evaluated.get("longppl"):
             line = (
-                f"LongPPL: short context {settings['window']} tokens, key tokens picked by "
-                f"{longppl['evaluator']}."
+                f"LongPPL, exp of the loss on key tokens: short context {settings['window']} "
+                f"tokens, key tokens picked by {longppl['evaluator']}."
             )
             if longppl["key_tokens"] < FEW_KEY_TOKENS:
                 line += f" On {longppl['key_tokens']} key tokens it says nothing."

@@ -19,18 +19,16 @@ from torch.distributed.checkpoint import CheckpointException
 from lctw_megatron.atomic import sync_directory
 from lctw_megatron.errors import InputError
 from lctw_megatron.model.checkpoint import (
-    MANIFEST,
     TOKENIZER,
     CheckpointManifest,
     agreed_index,
     check_files,
-    complete_checkpoints,
     load_shards,
     model_state,
     read_manifest,
-    step_name,
     write_manifest,
 )
+from lctw_megatron.model.checkpoint_folder import MANIFEST, complete_checkpoints, step_name
 from lctw_megatron.model.checksums import check_sums_together
 from lctw_megatron.model.initialize import sharded_parameters
 from lctw_megatron.platform.world import first_rank_decides

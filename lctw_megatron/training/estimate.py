@@ -71,10 +71,17 @@ class MemoryEstimate:
         return max(self.stages, key=lambda stage: stage.total)
 
 
-def estimate(run: RunConfig, world_size: int) -> MemoryEstimate:
-    """Memory of ``run``, its micro batch size chosen, on ``world_size`` ranks. Without
-    ``model.vocab_size`` (it comes from the tokenizer) embedding, head and loss are left out. Raises
-    InputError for a wrong layout."""
+def planned_device(run: RunConfig, gpu_gib: float | None = None) -> str:
+    """What a plan of ``run`` is for: `cuda`, or `cpu` in float32 on a machine without a GPU, unless
+    one of ``gpu_gib`` GiB was named."""
+    there = gpu_gib is not None or capabilities().gpu is not None
+    return "cuda" if there or run.training.precision == "bf16" else "cpu"
+
+
+def estimate(run: RunConfig, world_size: int, device: str = "cuda") -> MemoryEstimate:
+    """Memory of ``run``, its micro batch size chosen, on ``world_size`` ranks of type ``device``
+    (cuda, cpu). Without ``model.vocab_size`` (it comes from the tokenizer) embedding, head and loss
+    are left out. Raises InputError for a wrong layout."""
     sizes = check_layout(run, world_size)
     assert sizes.data is not None and sizes.micro_batches is not None
     layout, bf16 = run.layout, run.training.precision == "bf16"
@@ -93,7 +100,7 @@ def estimate(run: RunConfig, world_size: int) -> MemoryEstimate:
                 gradients=count * 4,
                 optimizer=optimizer,
                 activations=_activations(run, stage, sizes.micro_batches),
-                loss=_loss(run) if stage == layout.pipeline - 1 else 0,
+                loss=_loss(run, device) if stage == layout.pipeline - 1 else 0,
             )
         )
     return MemoryEstimate(tuple(stages))
@@ -178,8 +185,8 @@ def _activations(run: RunConfig, stage: int, micro_batches: int) -> int:
     return kept + final_norm
 
 
-def _loss(run: RunConfig) -> int:
-    """The head and the loss on a GPU: see model/cross_entropy.py."""
+def _loss(run: RunConfig, device: str) -> int:
+    """The head and the loss: see model/cross_entropy.py."""
     model, layout = run.model, run.layout
     if not model.vocab_size:
         return 0
@@ -187,15 +194,16 @@ def _loss(run: RunConfig) -> int:
     columns = padded_vocabulary(model.vocab_size) // layout.tensor
     tokens = _tokens(run)
     hidden = tokens * model.hidden_size * element
-    rows = min(loss_block_rows(layout, model.vocab_size, "cuda"), tokens)
+    rows = min(loss_block_rows(layout, model.vocab_size, device), tokens)
     block = rows * columns * (4 + element)  # float32 logits, and the softmax in the weights' dtype
+    block += 2 * rows * model.hidden_size * element  # the rows themselves, and their gradient
     weight_gradient = columns * model.hidden_size * 4
     gathered = hidden if layout.sequence else 0
     return gathered + hidden + block + weight_gradient + 4 * tokens
 
 
-def describe_layout(run: RunConfig, world_size: int | None = None) -> str:
-    """What ``--dry-run`` prints: ranks per group, work and memory of a rank.
+def describe_layout(run: RunConfig, world_size: int | None = None, device: str = "cuda") -> str:
+    """What ``--dry-run`` prints: ranks per group, work and memory of a rank on a ``device``.
 
     ``world_size`` None means one copy of the model, without data parallelism.
     """
@@ -229,14 +237,15 @@ def describe_layout(run: RunConfig, world_size: int | None = None) -> str:
     lines.append(
         f"work: {work / 1e12:,.4g} TFLOP a step, {work / 1e12 / sizes.world_size:,.4g} on each rank"
     )
-    lines += _memory_table(estimate(run, sizes.world_size))
+    lines += _memory_table(estimate(run, sizes.world_size, device), device)
     if not run.model.vocab_size:
         lines.append("  without embedding, head and loss: the vocabulary is the tokenizer's")
     return "\n".join(lines) + "\n"
 
 
-def _memory_table(memory: MemoryEstimate) -> list[str]:
-    lines = ["memory of a rank in GiB, estimated (what is counted: training/estimate.py):"]
+def _memory_table(memory: MemoryEstimate, device: str) -> list[str]:
+    where = "GPU" if device == "cuda" else "CPU"
+    lines = [f"memory of a {where} rank in GiB, estimated (counted: training/estimate.py):"]
     columns = ["weights", "gradients", "optimizer", "activations", "loss", "total"]
     lines.append("  stage  layers  parameters" + "".join(f"{name:>12}" for name in columns))
     for number, stage in enumerate(memory.stages):

@@ -21,7 +21,7 @@ from lctw_megatron.model.checkpoint import TOKENIZER, CheckpointManifest, load_w
 from lctw_megatron.model.gpt import build_model
 from lctw_megatron.platform.capabilities import capabilities
 from lctw_megatron.platform.compile_cache import keep_compiled
-from lctw_megatron.platform.flight_recorder import record_into, write_record
+from lctw_megatron.platform.flight_recorder import make_place, record_into, write_record
 from lctw_megatron.platform.gpu import use_deterministic_kernels
 from lctw_megatron.platform.rank_memory import least_usable_memory
 from lctw_megatron.platform.world import World, first_rank_decides, initialize, on_first_rank
@@ -65,12 +65,12 @@ def train(run: RunConfig, allow_changes: bool = False) -> int:
     record_into(Path(run.run_dir))
     keep_compiled(Path(run.run_dir))
     initialize(run.layout, run.seed, run.training.distributed_timeout_minutes)
-    if run.training.trackers:
-        on_first_rank(lambda: check_trackers(run.training.trackers))
+    on_first_rank(lambda: check_trackers(run.training.trackers))
     with one_run_in(Path(run.run_dir)):
         clock.end("process groups")
         trainer = Trainer(run, allow_changes, clock)
         try:
+            make_place()
             return trainer.run_to_end()
         finally:
             trainer.close()
@@ -99,7 +99,8 @@ class Trainer:
         folder = Path(run.run_dir) / "checkpoints"
         own = newest_checkpoint(folder, self.print_rank_0)
         memory = 0 if run.training.micro_batch_size else least_usable_memory(self.world.device)
-        size = choose_micro_batch(run, self.world.size, memory, own and own[1])
+        device = self.world.device.type
+        size = choose_micro_batch(run, self.world.size, memory, own and own[1], device)
         self.config = run = with_micro_batch(run, size)
         check_layout(run, self.world.size)
         self.loader.cut(size)

@@ -25,12 +25,17 @@ def with_micro_batch(run: RunConfig, size: int) -> RunConfig:
 
 
 def choose_micro_batch(
-    run: RunConfig, world_size: int, memory: int, resumed: CheckpointManifest | None = None
+    run: RunConfig,
+    world_size: int,
+    memory: int,
+    resumed: CheckpointManifest | None = None,
+    device: str = "cuda",
 ) -> int:
     """The size that ``run`` names or, if it names none, the one chosen.
 
     memory: bytes that a rank may take, equal on all ranks (platform/rank_memory.py). resumed: what
-    the run goes on from. Where not even 1 fits it is 1. Raises InputError for a wrong layout.
+    the run goes on from. device: cuda or cpu, the type of the ranks' own. Where not even 1 fits it
+    is 1. Raises InputError for a wrong layout.
     """
     if run.training.micro_batch_size:
         return run.training.micro_batch_size
@@ -47,14 +52,16 @@ def choose_micro_batch(
         if micro_batches < fewest or uneven:
             continue
         size = sequences // micro_batches
-        if estimate(with_micro_batch(run, size), world_size).largest.total <= memory:
+        if estimate(with_micro_batch(run, size), world_size, device).largest.total <= memory:
             return size
     return 1
 
 
-def describe_micro_batch(chosen: RunConfig, world_size: int, memory: int) -> str:
+def describe_micro_batch(
+    chosen: RunConfig, world_size: int, memory: int, device: str = "cuda"
+) -> str:
     """A line about what ``choose_micro_batch`` chose."""
-    fits = estimate(chosen, world_size).largest.total <= memory
+    fits = estimate(chosen, world_size, device).largest.total <= memory
     return (
         f"training.micro_batch_size: {chosen.training.micro_batch_size}, chosen for the "
         f"{memory / GIB:.1f} GiB that a rank may take (--memory for another machine's)"

@@ -237,6 +237,7 @@ def test_inspect_data_looks_at_a_step_and_through_a_model(trained, capsys):
             "window 5120 >= sequence length 64",
         ),
         ({"stride": 17}, "stride 17 > window 16"),
+        ({"alpha": math.nan}, "--alpha is nan, expected a finite number of nats"),
         ({"key_checkpoint": "missing"}, "missing: no complete checkpoint found"),
     ],
 )

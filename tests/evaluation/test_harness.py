@@ -17,6 +17,7 @@ import pytest
 
 from lctw_megatron.commands import evaluate_model
 from lctw_megatron.conversion.hf_import import import_hf
+from lctw_megatron.errors import InputError
 from lctw_megatron.evaluation import harness, harness_library
 from lctw_megatron.evaluation.harness_folder import ModelFolder
 from lctw_megatron.evaluation.harness_library import HarnessSettings, model_arguments
@@ -224,6 +225,26 @@ def test_a_task_of_a_file_is_measured_again_for_the_file_may_have_changed(
         harness.harness_to_file(folder, "harness.json", HarnessSettings(["mine.yaml", "arc_easy"]))
     assert [c.task for c in library] == ["mine.yaml", "arc_easy", "mine.yaml"]
     assert len(read_harness("harness.json")["results"]) == 2
+
+
+def test_what_the_harness_returned_is_never_written_over_that_of_another_task(
+    folder, tmp_path, library, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine", "theirs"):
+        Path(name).mkdir()
+        Path(name, "task.yaml").write_text("task: some")
+    both = HarnessSettings(["mine/task.yaml", "theirs/task.yaml"])
+    message = "theirs/task.yaml: what it returns would be written over harness/task.json"
+    with pytest.raises(InputError, match=message):
+        harness.harness_to_file(folder, "harness.json", both)
+    assert not library
+    harness.harness_to_file(folder, "harness.json", HarnessSettings(["mine/task.yaml"]))
+    with pytest.raises(InputError, match=message):
+        harness.harness_to_file(folder, "harness.json", HarnessSettings(["theirs/task.yaml"]))
+    found = harness.harness_to_file(folder, "short.json", HarnessSettings(["short", "arc_easy"]))
+    files = [record["file"] for record in found["results"] if record["task"] == "arc_easy"]
+    assert files == ["short/arc_easy-25shot.json", "short/arc_easy.json"]
 
 
 def test_bad_inputs_are_one_line(folder, tmp_path, library, capsys, monkeypatch):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lctw_megatron.evaluation.longppl import key_tokens, perplexity
+from lctw_megatron.evaluation.longppl import key_tokens, perplexity, summary
 from lctw_megatron.scoring.windows import windows
 
 NAN = float("nan")
@@ -31,6 +31,17 @@ def test_perplexity_is_taken_over_the_chosen_targets_only():
     assert perplexity(loss, chosen) == pytest.approx(math.exp(2.0), rel=1e-12)
     assert perplexity(loss, np.zeros(4, dtype=bool)) is None
     assert perplexity(np.array([1e4]), np.array([True])) == math.inf
+
+
+def test_the_summary_holds_what_a_paired_comparison_needs():
+    loss = np.array([[1.0, 3.0, 100.0, NAN], [2.0, 4.0, 5.0, 0.5]], dtype=np.float32)
+    keys = np.array([[True, True, False, False], [False, False, False, True]])
+    found = summary(loss, keys)
+    assert (found["sequence_loss"], found["sequence_targets"]) == ([4.0, 0.5], [2, 1])
+    assert found["longppl"] == pytest.approx(math.exp(4.5 / 3)) and found["key_share"] == 3 / 7
+    assert found["keys"] == summary(loss + 1, keys)["keys"] != summary(loss, ~keys)["keys"]
+    assert summary(loss, np.zeros_like(keys))["longppl"] is None
+    assert summary(loss * 1e4, keys)["perplexity"] is None  # infinity is no JSON
 
 
 def windowed_loss(tokens: int) -> Callable[[int, int], float]:

@@ -137,6 +137,9 @@ def test_a_short_context_is_the_last_tokens_after_bos(maker):
     assert short.tokens[1:].tolist() == sample.ids[-200:-1].tolist()
     assert short.labels[short.labels != IGNORE].tolist() == sample.ids[sample.answers[0]].tolist()
     assert sample.answer_texts[0] not in maker._tokenizer.decode(short.tokens[:-10])
+    assert sample.short(sample.tail, None).tokens[0] == sample.ids[-sample.tail - 1]
+    with pytest.raises(InputError, match="question and answers of task one_key alone take"):
+        sample.short(sample.tail - 1, None)
 
 
 def test_text_files_and_token_datasets_are_haystacks(hf_folder, tmp_path):

@@ -76,6 +76,12 @@ def test_it_is_made_once_again_after_a_loss_and_anew_for_another_choice(dataset,
     Path(f"{prefix}.short_loss.json").unlink()  # killed before the last manifest
     assert not choose(dataset, prefix).endswith("(already there)")
     assert len(Sidecar(TokenDataset(prefix), "short_loss")) == 2
+    manifest = Path(f"{dataset.prefix}.other.json")
+    write_sidecar(dataset, "other", 1.0)
+    choose(dataset, prefix)
+    assert choose(dataset, prefix).endswith("(already there)")
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"sequence_length": 48}))
+    assert not choose(dataset, prefix).endswith("(already there)")  # it was scored again
     choose(dataset, prefix, keep=1.0)
     assert len(TokenDataset(prefix)) == 5
 

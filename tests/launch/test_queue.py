@@ -9,10 +9,12 @@ import pytest
 
 from lctw_megatron.config.schema import ClusterConfig
 from lctw_megatron.errors import InputError
-from lctw_megatron.launch import queue
+from lctw_megatron.launch import local, queue
+from lctw_megatron.launch import status as status_module
 from lctw_megatron.launch.launch_request import LaunchRequest, read_request, run_request
 from lctw_megatron.launch.status import status
 from lctw_megatron.launch.submission import Submission
+from lctw_megatron.ownership import owned
 from tests.launch.conftest import RECIPE
 
 CPU = ClusterConfig(nodes=2, gpus_per_node=0, tasks_per_node=2)
@@ -234,3 +236,53 @@ def test_stages_that_need_others_not_on_their_way_are_refused(plan, slurm):
     slurm.waiting("1 RUNNING\n")
     queue.submit(made, made.select(["train-base"]), CPU)
     assert slurm.said()["train-base"].startswith("--dependency=afterok:1 ")
+
+
+def test_launchers_side_by_side_keep_each_others_stages(plan, monkeypatch, capsys):
+    plan()
+    monkeypatch.setattr(local, "run_stages", lambda *arguments: 0)
+    for stages in (("train-base",), ("prepare", "train-base"), ("score",)):
+        run_request(LaunchRequest("recipe.yaml", stages=stages))
+    assert read_request("out").stages == ("train-base", "prepare", "score")
+    assert capsys.readouterr().out == ""
+    run_request(LaunchRequest("recipe.yaml"))  # all of them
+    run_request(LaunchRequest("recipe.yaml", stages=("report",)))
+    assert read_request("out").stages == ()
+    run_request(LaunchRequest("recipe.yaml", ("training.steps=50",), ("report",)))
+    assert "order.json: was of another overrides; status and resume" in capsys.readouterr().out
+    assert read_request("out").stages == ("report",)
+
+
+def test_two_submissions_do_not_lose_each_others_ids(plan, slurm):
+    made = plan()
+    made.folder.mkdir(parents=True)
+    with (
+        owned(made.folder / ".jobs.json.lock", "jobs.json"),
+        pytest.raises(InputError, match="jobs.json: is being written by process"),
+    ):
+        queue.submit(made, made.stages, CPU)
+    assert not Path("said").exists()
+
+
+@pytest.mark.parametrize("answer", ["sleep 9", "echo slurm_load_jobs error >&2; exit 1"])
+def test_watch_asks_a_silent_queue_again(plan, slurm, monkeypatch, capsys, answer):
+    made = plan()
+    Path("tools").mkdir()
+    Path("tools/launch.py").touch()
+    run_request(LaunchRequest("recipe.yaml", stages=("prepare",), cluster="slurm"))
+    squeue, mended = Path("stubs/squeue"), Path("stubs/squeue").read_text()
+    squeue.write_text(f"#!/bin/bash\n{answer}\n")
+
+    def ask(*options):
+        return subprocess.run(["squeue"], capture_output=True, text=True, timeout=0.5)
+
+    monkeypatch.setattr(queue, "ask_squeue", ask)
+
+    def sleep(seconds):
+        squeue.write_text(mended)
+        finish(made, "prepare")
+
+    monkeypatch.setattr(status_module.time, "sleep", sleep)
+    assert status_module.watch("out") == 0
+    said = capsys.readouterr().out
+    assert "squeue: " in said and "prepare                  done" in said

@@ -2,6 +2,8 @@
 
 import json
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,7 @@ from lctw_megatron.launch import local, status
 from lctw_megatron.launch.launch_request import LaunchRequest, run_request
 from lctw_megatron.launch.run_status import last_error, run_status
 from lctw_megatron.launch.stage_graph import StageGraph
-from lctw_megatron.model.checkpoint import MANIFEST, step_name
+from lctw_megatron.model.checkpoint_folder import MANIFEST, step_name
 from lctw_megatron.ownership import FORMAT, holder, owned
 from lctw_megatron.training.heartbeat import Heartbeat, path_in, read_beat
 
@@ -182,3 +184,9 @@ def test_watch_ends_with_what_it_watches(monkeypatch: Any, capsys) -> None:
     assert "resume" in said[-1]
     now[0] = "done"
     assert status.watch("out") == 0
+
+
+def test_status_starts_without_torch() -> None:
+    asked = "import sys; import lctw_megatron.launch.status; print('torch' in sys.modules)"
+    answer = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True)
+    assert answer.stdout == "False\n", answer.stderr

@@ -12,6 +12,7 @@ import pytest
 
 from lctw_megatron.config.load import dump_yaml
 from lctw_megatron.errors import InputError
+from lctw_megatron.report.comparisons import verdict_lines
 from lctw_megatron.report.curve_plots import difference_curves, same_batches
 from lctw_megatron.report.groups import Group, group_runs
 from lctw_megatron.report.report import write_report
@@ -134,6 +135,23 @@ def test_runs_measured_on_other_sequences_are_not_compared(tmp_path):
         evaluation["sequences"][0] = [ord(name), 64]
         (tmp_path / name / "evaluation.json").write_text(json.dumps(evaluation))
     assert "not compared" in to_text(loss_table(groups_of(folders)))
+
+
+def test_longppl_is_compared_on_the_same_key_tokens_only(tmp_path):
+    folders = [write_run(tmp_path / name) for name in ("a", "b", "c")]
+    for folder, loss, keys in zip(folders, (6.0, 3.0, 3.0), ("k", "k", "other"), strict=True):
+        path = folder / "evaluation.json"
+        evaluation = json.loads(path.read_text())
+        sums = {"sequence_loss": [loss] * 6, "sequence_targets": [3] * 6, "keys": keys}
+        path.write_text(json.dumps(evaluation | {"longppl": evaluation["longppl"] | sums}))
+    groups = groups_of(folders)
+    rows = loss_table(groups)
+    assert rows[0][-1] == "key tokens"
+    assert [row[-1] for row in rows[1:]] == [
+        "2.0000", "1.0000", "1.0000", "-1.0000 ±0.0000 ✓", "-"
+    ]  # fmt: skip
+    assert "b: better in loss on key tokens (of " in " ".join(verdict_lines(groups))
+    assert len(rows[0]) == len(rows[-1])
 
 
 def test_a_run_that_is_still_training_is_drawn_without_evaluation(tmp_path):

@@ -18,7 +18,8 @@ from lctw_megatron.config.schema import RunConfig
 from lctw_megatron.data.manifest import TokenizerIdentity
 from lctw_megatron.data.token_dataset import TokenDataset, TokenWriter
 from lctw_megatron.errors import InputError
-from lctw_megatron.model.checkpoint import check_files, find_checkpoint, read_manifest, step_name
+from lctw_megatron.model.checkpoint import check_files, find_checkpoint, read_manifest
+from lctw_megatron.model.checkpoint_folder import step_name
 from lctw_megatron.ownership import owned
 from lctw_megatron.training.heartbeat import read_beat
 from tests.distributed import run_distributed

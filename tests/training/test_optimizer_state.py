@@ -69,7 +69,8 @@ def save_gathered(owner: Any, folder: Path) -> None:
     """As checkpoints were written before: whole tensors, and no checksums."""
     from megatron.core import dist_checkpointing
 
-    from lctw_megatron.model.checkpoint import MANIFEST, CheckpointManifest, model_state
+    from lctw_megatron.model.checkpoint import CheckpointManifest, model_state
+    from lctw_megatron.model.checkpoint_folder import MANIFEST
     from lctw_megatron.model.initialize import sharding
 
     folder = folder / "checkpoints" / "step_00000001"

@@ -9,7 +9,8 @@ import pytest
 
 from lctw_megatron.conversion.checkpoint_reader import CheckpointReader
 from lctw_megatron.errors import InputError
-from lctw_megatron.model.checkpoint import MANIFEST, load_weights, read_manifest, write_manifest
+from lctw_megatron.model.checkpoint import load_weights, read_manifest, write_manifest
+from lctw_megatron.model.checkpoint_folder import MANIFEST
 from lctw_megatron.model.checksums import folder_names
 from lctw_megatron.training.checkpoint import newest_checkpoint
 from lctw_megatron.training.loop import Trainer
