@@ -59,6 +59,7 @@ MAY_IMPORT = {
     "evaluation": _MIDDLE,
     "training": {"evaluation"} | _MIDDLE,
     "conversion": _MIDDLE,
+    "plugin": {"weighting"} | _LOW,
     "launch": {"training", "weighting", "model"} | _LOW,
     "report": {"training", "evaluation"} | _LOW,
     "inspection": {"report", "evaluation", "scoring", "weighting", "model"} | _LOW,

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from lctw_megatron.config.schema import Corpus, DataConfig
-from lctw_megatron.data.batch import PieceData, Sample, assemble, usable_scores
+from lctw_megatron.data.batch import PieceData, Sample, assemble
 from lctw_megatron.data.sequence_cache import cached_index
 from lctw_megatron.data.sequences import Piece
 from lctw_megatron.data.sidecar import Sidecar
@@ -121,22 +121,7 @@ class SequenceSource:
             )
         if self.sidecar is None:
             return PieceData(document, offset, tokens)
-        made_with = self.sidecar.manifest
-        losses = self.sidecar.get(document, offset + 1, length)
-        if np.isinf(losses).any():
-            wrong = int(np.argmax(np.isinf(losses)))
-            raise InputError(
-                f"{self.sidecar.prefix}: the short loss of token {offset + 1 + wrong} of document "
-                f"{document} is {losses[wrong]}, expected a finite number or NaN: the sidecar is "
-                "damaged or its scorer overflowed; score again"
-            )
-        # Only where the scorer's windows begin with the piece has its first window been scored on
-        # purpose; elsewhere those values come from windows of text before the piece.
-        begins_with_windows = offset == 0 or made_with.sequence_length is not None
-        keep_first_window = made_with.score_first_window and begins_with_windows
-        return PieceData(
-            document, offset, tokens, usable_scores(losses, made_with.window, keep_first_window)
-        )
+        return PieceData(document, offset, tokens, self.sidecar.usable(document, offset, length))
 
 
 def open_sources(

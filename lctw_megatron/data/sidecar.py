@@ -20,6 +20,7 @@ import numpy as np
 
 from lctw_megatron.atomic import atomic_file
 from lctw_megatron.closing import Closing
+from lctw_megatron.data.batch import usable_scores
 from lctw_megatron.data.fingerprint import content_fingerprint, sample_digest
 from lctw_megatron.data.indexed_array import (
     BLOCK_BYTES,
@@ -76,6 +77,26 @@ class Sidecar(IndexedArrayReader):
                 f"tools/score.py again"
             ) from None
         self._check_dataset()
+
+    def usable(self, document: int, offset: int, length: int) -> np.ndarray:
+        """float32 [length], a copy: the short losses of the targets of a piece with the inputs
+        [offset, offset + length) of a document, without those that say nothing (``usable_scores``).
+
+        InputError for an infinite one.
+        """
+        losses = self.get(document, offset + 1, length)
+        if np.isinf(losses).any():
+            wrong = int(np.argmax(np.isinf(losses)))
+            raise InputError(
+                f"{self.prefix}: the short loss of token {offset + 1 + wrong} of document "
+                f"{document} is {losses[wrong]}, expected a finite number or NaN: the sidecar is "
+                "damaged or its scorer overflowed; score again"
+            )
+        # Only where the scorer's windows begin with the piece has its first window been scored on
+        # purpose; elsewhere those values come from windows of text before the piece.
+        begins_with_windows = offset == 0 or self.manifest.sequence_length is not None
+        keep_first_window = self.manifest.score_first_window and begins_with_windows
+        return usable_scores(losses, self.manifest.window, keep_first_window)
 
     def check(
         self,

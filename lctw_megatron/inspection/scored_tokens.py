@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lctw_megatron.config.load import load_fragment, parse_override
-from lctw_megatron.data.batch import PieceData, Sample, assemble, usable_scores
+from lctw_megatron.data.batch import PieceData, Sample, assemble
 from lctw_megatron.data.indexed_array import index_path
 from lctw_megatron.data.sequence_cache import cached_index
 from lctw_megatron.data.sequences import Packing, Piece, SequenceIndex, Tails, build_index
@@ -238,13 +238,12 @@ class ScoredTokens:
         values = np.full(self._length(pieces), np.nan, dtype=np.float32)
         if sidecar is None:
             return values
-        made, at = sidecar.manifest, 0
+        at = 0
         for document, offset, length in pieces:
-            part = sidecar.get(document, offset + 1, length)
-            if sidecar is self.short:  # as training reads it: see SequenceSource
-                begins = offset == 0 or made.sequence_length is not None
-                part = usable_scores(part, made.window, made.score_first_window and begins)
-            values[at : at + length] = part
+            if sidecar is self.short:  # as training reads it
+                values[at : at + length] = sidecar.usable(document, offset, length)
+            else:
+                values[at : at + length] = sidecar.get(document, offset + 1, length)
             at += length
         return values
 

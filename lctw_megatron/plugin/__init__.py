@@ -1,0 +1,12 @@
+"""Token weights inside a Megatron-LM or Megatron-Bridge run that exists already.
+
+Two things are put into such a run, the rest stays as it is:
+
+    from lctw_megatron.plugin.dataset import ShortLossGPTDataset          # in GPTDataset's place
+    from lctw_megatron.plugin.forward_step import weighted_forward_step
+
+    pretrain(..., weighted_forward_step(forward_step, {"scheme": "dense", "interpolation": 0.75}))
+
+``pretrain_gpt.py`` and ``pretrain_bridge.py`` beside this file are whole scripts that run. Nothing
+of megatron-core is changed.
+"""

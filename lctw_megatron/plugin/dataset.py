@@ -1,0 +1,96 @@
+"""GPTDataset with our sidecar's short losses, in the one stream that reaches the loss function.
+
+Megatron-LM's and Megatron-Bridge's get_batch hand on the keys they know and drop all others, so the
+short loss of every label travels in `loss_mask`, which both of them broadcast over tensor ranks and
+cut over context ranks like the labels: DEAD where the mask was 0, NaN where the label was not
+scored. ``forward_step.weighted_forward_step`` takes it out again.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.datasets.gpt_dataset import GPTDataset
+from megatron.core.datasets.utils import Split
+from torch import Tensor
+
+from lctw_megatron.data.sidecar import Sidecar
+from lctw_megatron.data.token_dataset import TokenDataset
+from lctw_megatron.errors import InputError
+
+DEAD = -1.0
+"""In the place of a short loss, which is at least 0: this label does not count."""
+
+
+class ShortLossGPTDataset(GPTDataset):
+    """GPTDataset, same samples in the same order, whose `loss_mask` float32 [S] holds short losses.
+
+    Only those of the training split come from the sidecar, PREFIX.<sidecar_name>; in the others
+    every live label is not scored, as validation weighs nothing.
+
+    What training by tools/train.py would not use is not scored here either: the first K targets of
+    a piece, where the long context is not longer than the short one. InputError for a sidecar that
+    is missing, made for other data, or does not fit the sequences.
+    """
+
+    sidecar_name = "short_loss"
+    dataset: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.sidecar: Sidecar | None = None
+        if self.index_split == Split.train:
+            self.sidecar = Sidecar(TokenDataset(self.dataset_path), self.sidecar_name)
+            _check_fits(self.sidecar, self.config.sequence_length)
+
+    def __getitem__(self, idx: int | None) -> dict[str, Tensor]:
+        low_level = self.dataset
+        self.dataset = pieces = _Pieces(low_level)  # what the sample is read from, and remembers
+        try:
+            sample = super().__getitem__(idx)
+        finally:
+            self.dataset = low_level
+        mask = sample["loss_mask"]
+        short_loss = torch.full_like(mask, torch.nan, dtype=torch.float32)
+        if self.sidecar is not None:
+            # The loss of the sample's first token belongs to the label before the sample.
+            losses = np.concatenate([_losses(self.sidecar, *piece) for piece in pieces.read])[1:]
+            short_loss[: len(losses)] = torch.from_numpy(losses)
+        sample["loss_mask"] = short_loss.where(mask != 0, torch.full_like(short_loss, DEAD))
+        return sample
+
+
+class _Pieces:
+    """Stands before a low-level dataset while one sample is read: (document, offset, tokens)."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+        self.read: list[tuple[int, int, int]] = []
+
+    def get(self, document: int, offset: int = 0, length: int | None = None) -> np.ndarray:
+        tokens = self.dataset.get(document, offset=offset, length=length)
+        self.read.append((int(document), int(offset), len(tokens)))
+        return tokens
+
+
+def _losses(sidecar: Sidecar, document: int, offset: int, tokens: int) -> np.ndarray:
+    """float32 [tokens]: the short loss of every token of a piece; the first is no target of it."""
+    losses = np.full(tokens, np.nan, dtype=np.float32)
+    if tokens > 1:
+        losses[1:] = sidecar.usable(document, offset, tokens - 1)
+    return losses
+
+
+def _check_fits(sidecar: Sidecar, sequence_length: int) -> None:
+    made = sidecar.manifest
+    if made.sequence_length is not None:
+        raise InputError(
+            f"{sidecar.prefix}: scored with --sequence-length {made.sequence_length}, but the "
+            "samples of GPTDataset begin anywhere in a document; score again without it"
+        )
+    if made.window >= sequence_length:
+        raise InputError(
+            f"{sidecar.prefix}: scored with window {made.window}, but the samples have "
+            f"{sequence_length} tokens: the short context must be shorter; score with a smaller "
+            "window or train longer sequences"
+        )
