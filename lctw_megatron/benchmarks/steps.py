@@ -56,6 +56,7 @@ class StepBench:
             device=self.device,
             seed=run.seed,
             fields=run.megatron.transformer,
+            kind=run.megatron.model,
         )
         self.wrapped = wrap_data_parallel(self.chunks, run.megatron.ddp)
         self.optimizer = build_optimizer(self.wrapped, run.training, run.megatron.optimizer)

@@ -337,9 +337,12 @@ class TrainingConfig(Section):
 
 
 class MegatronConfig(Section):
-    """Fields of megatron-core's own configs, under its own names, for training. What may be set,
-    and why the rest may not: model/megatron_fields.py."""
+    """What training takes of megatron-core: its model, and fields of its own configs, under its own
+    names. What may be set, and why the rest may not: model/megatron_fields.py."""
 
+    model: Literal["gpt", "hybrid"] = "gpt"
+    """GPTModel or, with megatron-core 0.18 and newer, its successor HybridModel: the same losses,
+    gradients and checkpoints."""
     transformer: dict[str, Any] = {}
     """Of TransformerConfig, e.g. `{gradient_accumulation_fusion: true}`."""
     ddp: dict[str, Any] = {}

@@ -1,9 +1,9 @@
-"""megatron-core's GPTModel with a per-token loss that never holds the logits."""
+"""megatron-core's model with a per-token loss that never holds the logits."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -120,6 +120,13 @@ class TokenWeightedGPT(PerTokenLossMixin, GPTModel):
     """GPTModel whose forward(..., labels=...) returns float32 losses [b, s]."""
 
 
+def _gpt_chunk(
+    model: ModelConfig, layout: LayoutConfig, config: Any, packed: bool, **arguments: Any
+) -> TokenWeightedGPT:
+    layers = spec.block_spec(model, config, arguments["vp_stage"], packed)
+    return TokenWeightedGPT(config=config, transformer_layer_spec=layers, **arguments)
+
+
 class _Rotary(RotaryEmbedding):
     """megatron-core's, with the frequencies of model/rotary.py. The whole sequence's length reaches
     it under every layout: `dynamic` depends on it."""
@@ -139,7 +146,7 @@ class _Rotary(RotaryEmbedding):
         return super().get_emb(max_seq_len, offset)
 
 
-def _mark_tensor_parallel(chunk: TokenWeightedGPT) -> None:
+def _mark_tensor_parallel(chunk: torch.nn.Module) -> None:
     """Mark the parameters that are split over TP ranks, so that the gradient norm counts all parts.
 
     megatron-core sets these marks only where it initialises the weights itself, which
@@ -184,25 +191,33 @@ def build_model(
     seed: int | None,
     packed: bool = True,
     fields: Mapping[str, Any] = MappingProxyType({}),
-) -> list[TokenWeightedGPT]:
+    kind: Literal["gpt", "hybrid"] = "gpt",
+) -> list[Any]:
     """This rank's model chunks (one, or `virtual_pipeline` of them), on ``device``.
 
     seed: fills the weights, the same under every layout; None leaves them unset, for loading.
     packed: whether forwards will be given piece boundaries. False lets TransformerEngine's own
-    attention run, where it is there. fields: a recipe's `megatron.transformer`.
+    attention run, where it is there. fields: a recipe's `megatron.transformer`. kind: GPTModel or
+    HybridModel, which megatron-core has from 0.18 on (model/hybrid.py).
     The process groups must exist (platform.world.initialize).
     """
     if model.vocab_size is None:
         raise InputError("model.vocab_size: not set and no tokenizer gives it; set it")
-    config = spec.transformer_config(model, layout, dtype, packed, fields)
+    make, sublayers = _gpt_chunk, 1
+    if kind == "hybrid":
+        from lctw_megatron.model.hybrid import SUBLAYERS as sublayers
+        from lctw_megatron.model.hybrid import hybrid_chunk as make
+    config = spec.transformer_config(model, layout, dtype, packed, fields, sublayers)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     block_rows = loss_block_rows(layout, model.vocab_size, device.type)
     stages = range(layout.virtual_pipeline) if layout.virtual_pipeline else [None]
     chunks = []
     for stage in stages:
-        chunk = TokenWeightedGPT(
-            config=config,
-            transformer_layer_spec=spec.block_spec(model, config, stage, packed),
+        chunk = make(
+            model,
+            layout,
+            config,
+            packed,
             vocab_size=padded_vocabulary(model.vocab_size),
             max_sequence_length=max_sequence_length,
             pre_process=parallel_state.is_pipeline_first_stage(
@@ -231,7 +246,7 @@ def build_model(
 
 
 @contextmanager
-def without_context_parallel(chunks: list[TokenWeightedGPT]) -> Iterator[None]:
+def without_context_parallel(chunks: list[Any]) -> Iterator[None]:
     """Inside, every context rank runs whole sequences of its own (short windows need no CP)."""
     config = chunks[0].config
     size = config.context_parallel_size

@@ -1,4 +1,4 @@
-"""Fields of megatron-core's own configs that a recipe may set: its `megatron` section.
+"""What a recipe may set of megatron-core: its `megatron` section.
 
 Free are fields that change how fast training is and what memory it takes, or how the optimizer
 decays weights. All others are refused, those of newer versions too: what a recipe has a field of
@@ -7,6 +7,7 @@ one process.
 """
 
 import re
+from importlib.metadata import version
 from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -14,6 +15,9 @@ from pydantic import Field, TypeAdapter, ValidationError
 from lctw_megatron.config.schema import RunConfig
 from lctw_megatron.config.validation_errors import nearest
 from lctw_megatron.errors import InputError, few
+from lctw_megatron.platform.cpu import MEGATRON
+
+_HYBRID_SINCE = (0, 18)
 
 _Count = Annotated[int, Field(gt=0, le=2**31 - 1)]
 
@@ -107,9 +111,16 @@ _BREAKS = {
 
 
 def check_megatron_fields(run: RunConfig) -> None:
-    """Refuse fields of ``run.megatron`` that megatron-core does not know, values of another type
-    and what is not ``FREE``. Imports megatron-core if the section holds anything. InputError."""
-    given = run.megatron.model_dump()
+    """Refuse a model that the installed megatron-core has not, and fields of ``run.megatron`` that
+    it does not know, values of another type and what is not ``FREE``. Imports megatron-core if a
+    field is given. InputError."""
+    if run.megatron.model == "hybrid" and MEGATRON < _HYBRID_SINCE:
+        raise InputError(
+            f"run {run.name}: megatron.model is hybrid, but megatron-core "
+            f"{version('megatron-core')} has no HybridModel; install 0.18 or newer (Python 3.12), "
+            "or set gpt"
+        )
+    given = run.megatron.model_dump(exclude={"model"})
     if not any(given.values()):
         return
     for section, config in _configs().items():

@@ -62,11 +62,13 @@ def transformer_config(
     dtype: torch.dtype,
     packed: bool,
     fields: Mapping[str, Any] = MappingProxyType({}),
+    sublayers: int = 1,
 ) -> Any:
     """The megatron-core TransformerConfig of a model under a layout, parameters in ``dtype``.
 
-    packed: as in ``block_spec``. fields: a recipe's `megatron.transformer`, over what is set here;
-    InputError if megatron-core refuses them.
+    packed: as in ``layer_spec``. fields: a recipe's `megatron.transformer`, over what is set here;
+    InputError if megatron-core refuses them. sublayers: megatron-core's layers for one of ours
+    (model/hybrid.py).
     """
     from megatron.core.transformer import TransformerConfig
 
@@ -77,7 +79,7 @@ def transformer_config(
         recompute = {
             "recompute_granularity": "full",
             "recompute_method": "uniform",
-            "recompute_num_layers": 1,
+            "recompute_num_layers": sublayers,
         }
     elif acting != "none":
         modules = {"selective": ["core_attn"], "mlp": ["mlp"]}[acting]
@@ -85,7 +87,7 @@ def transformer_config(
     _check_fields(model, dtype, packed, fields)
     width = head_width(model)
     settings = dict(
-        num_layers=model.num_layers,
+        num_layers=model.num_layers * sublayers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
         num_attention_heads=model.num_attention_heads,
@@ -218,15 +220,23 @@ def _attention_backend() -> Any:
 
 
 def block_spec(model: ModelConfig, config: Any, vp_stage: int | None, packed: bool) -> Any:
-    """The layers of this pipeline stage: TransformerEngine's, or megatron-core's with our parts.
-
-    packed: the model will be given piece boundaries, which only our core attention knows.
-    """
-    from megatron.core.models.gpt import gpt_layer_specs
+    """GPTModel's layers of this pipeline stage."""
     from megatron.core.transformer.transformer_block import (
         TransformerBlockSubmodules,
         get_num_layers_to_build,
     )
+
+    layer, norm = layer_spec(model, config, packed)
+    layers = get_num_layers_to_build(config, vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
+
+
+def layer_spec(model: ModelConfig, config: Any, packed: bool) -> tuple[Any, Any]:
+    """A layer and the last norm: TransformerEngine's, or megatron-core's with our parts.
+
+    packed: the model will be given piece boundaries, which only our core attention knows.
+    """
+    from megatron.core.models.gpt import gpt_layer_specs
 
     if uses_transformer_engine(model, config.params_dtype):
         layer = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
@@ -246,5 +256,4 @@ def block_spec(model: ModelConfig, config: Any, vp_stage: int | None, packed: bo
         attention.core_attention = SDPACoreAttention
         if model.qk_norm:
             attention.q_layernorm = attention.k_layernorm = RMSNorm
-    layers = get_num_layers_to_build(config, vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
+    return layer, norm

@@ -118,6 +118,7 @@ class Trainer:
             seed=None if run.start else run.seed,
             packed=run.data.packing == "pack",
             fields=run.megatron.transformer,
+            kind=run.megatron.model,
         )
         self.wrapped = wrap_data_parallel(self.chunks, run.megatron.ddp)
         if start is not None and own is None:

@@ -1,7 +1,7 @@
 """An imported checkpoint loads under any layout, and one written under any layout exports."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from lctw_megatron.conversion.hf_import import import_hf
 from lctw_megatron.conversion.verify import hf_logits
 from tests.conversion.hf_models import MODELS, assert_same_tensors, make_model, random_tokens
 from tests.distributed import run_distributed
+from tests.training.layouts import KINDS
 
 LENGTH = 160  # beyond the models' maximum of 64
 LOSSES = 1e-5  # float32, absolute; losses are around 6
@@ -34,7 +35,9 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
 """Ranks, and the layouts that are tried on them."""
 
 
-def save_from(layouts: dict[str, dict[str, Any]], names: list[str], root: str) -> dict[str, float]:
+def save_from(
+    layouts: dict[str, dict[str, Any]], names: list[str], root: str, kind: Literal["gpt", "hybrid"]
+) -> dict[str, float]:
     """On every rank: load each imported model under each layout, save it from there with
     megatron-core. Returns the largest error of the losses where a rank has all layers."""
     from lctw_megatron.config.schema import LayoutConfig
@@ -52,7 +55,7 @@ def save_from(layouts: dict[str, dict[str, Any]], names: list[str], root: str) -
             manifest = read_manifest(Path(root) / f"{name}_checkpoint")
             chunks = build_model(
                 manifest.model, layout, max_sequence_length=LENGTH, dtype=torch.float32,
-                device=world.device, seed=None,
+                device=world.device, seed=None, kind=kind,
             )  # fmt: skip
             for chunk in chunks:  # what is not loaded must be seen
                 for parameter in chunk.parameters():
@@ -96,9 +99,11 @@ def prepare(names: list[str], root: Path) -> None:
         torch.save(expected, root / f"{name}_losses.pt")
 
 
-def check(names: list[str], layouts: dict[str, dict[str, Any]], ranks: int, root: Path) -> None:
+def check(
+    names: list[str], layouts: dict[str, dict[str, Any]], ranks: int, root: Path, kind: str
+) -> None:
     prepare(names, root)
-    for errors in run_distributed(save_from, ranks, layouts, names, str(root), timeout=500):
+    for errors in run_distributed(save_from, ranks, layouts, names, str(root), kind, timeout=500):
         assert all(error < LOSSES for error in errors.values()), errors
     for name in names:
         for label in layouts:
@@ -107,12 +112,14 @@ def check(names: list[str], layouts: dict[str, dict[str, Any]], ranks: int, root
             assert_same_tensors(root / f"{name}_hf", output)
 
 
-def test_loaded_saved_and_exported_from_four_ranks(tmp_path):
+@pytest.mark.parametrize("kind", KINDS)
+def test_loaded_saved_and_exported_from_four_ranks(kind, tmp_path):
     layouts = {label: LAYOUTS[4][label] for label in ("TP2+SPxPP2+VPP2", "TP2xCP2")}
-    check(["llama", "qwen3_tied"], layouts, 4, tmp_path)
+    check(["llama", "qwen3_tied"], layouts, 4, tmp_path, kind)
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ranks", sorted(LAYOUTS))
-def test_every_architecture_loaded_saved_and_exported_from_every_layout(ranks, tmp_path):
-    check(sorted(MODELS), LAYOUTS[ranks], ranks, tmp_path)
+def test_every_architecture_loaded_saved_and_exported_from_every_layout(ranks, kind, tmp_path):
+    check(sorted(MODELS), LAYOUTS[ranks], ranks, tmp_path, kind)

@@ -35,6 +35,14 @@ def test_free_fields_pass_and_stay_in_the_saved_run() -> None:
     assert saved.megatron == run.megatron and saved.megatron.ddp["bucket_size"] == 1000
 
 
+def test_a_megatron_core_without_hybridmodel_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(megatron_fields, "MEGATRON", (0, 17))
+    check_megatron_fields(run_with(model="gpt"))
+    assert "megatron.model is hybrid, but megatron-core" in refusal(model="hybrid")
+    monkeypatch.setattr(megatron_fields, "MEGATRON", (0, 18))
+    check_megatron_fields(run_with(model="hybrid"))
+
+
 @pytest.mark.parametrize(
     ("section", "name", "value", "message"),
     [

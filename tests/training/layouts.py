@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from lctw_megatron.config.schema import RunConfig
@@ -16,6 +17,13 @@ from lctw_megatron.data.loader import TokenLoader
 from lctw_megatron.data.manifest import TokenizerIdentity
 from lctw_megatron.data.sidecar import SidecarWriter
 from lctw_megatron.data.token_dataset import TokenDataset, TokenWriter
+from lctw_megatron.platform.cpu import MEGATRON
+
+needs_hybrid = pytest.mark.skipif(
+    MEGATRON < (0, 18), reason=f"megatron-core {'.'.join(map(str, MEGATRON))} has no HybridModel"
+)
+KINDS = ["gpt", pytest.param("hybrid", marks=needs_hybrid)]
+"""Values of megatron.model."""
 
 SEQUENCE, WINDOW, STRIDE = 64, 16, 12
 VOCABULARY = 150  # not a multiple of 128: padding columns, unevenly over TP ranks
@@ -117,7 +125,7 @@ def one_pass(
     world = initialize(run.layout, run.seed)
     chunks = build_model(
         run.model, run.layout, max_sequence_length=SEQUENCE, dtype=dtype, device=world.device,
-        seed=run.seed,
+        seed=run.seed, kind=run.megatron.model,
     )  # fmt: skip
     config = chunks[0].config
     # Not the distributed optimizer's sharded buffers: every rank sees whole gradients.
@@ -198,13 +206,17 @@ Case = tuple[dict[str, Any], str, str, str]
 """layout, packing, scheme, mode"""
 
 
-def passes(prefix: str, folder: str, cases: list[Case]) -> list[dict[str, Any]]:
+def passes(prefix: str, folder: str, cases: list[Case], kind: str = "gpt") -> list[dict[str, Any]]:
     """``one_pass`` of every case, one after the other on these ranks."""
-    return [one_pass(make_run(prefix, folder, *case)) for case in cases]
+    return [one_pass(make_run(prefix, folder, *case, megatron={"model": kind})) for case in cases]
 
 
 def stretched(
-    prefix: str, folder: str, layouts: dict[str, list[dict[str, Any]]], ropes: dict[str, Any]
+    prefix: str,
+    folder: str,
+    layouts: dict[str, list[dict[str, Any]]],
+    ropes: dict[str, Any],
+    kind: str,
 ) -> dict[str, list[dict[str, Any]]]:
     """``one_pass`` with each of ``ropes`` under its layouts, packed, scored by its own windows."""
     return {
@@ -218,7 +230,8 @@ def stretched(
                     "dense",
                     "self",
                     model={"rope_scaling": ropes[rope]},
-                )  # fmt: skip
+                    megatron={"model": kind},
+                )
             )
             for layout in own
         ]
@@ -226,9 +239,11 @@ def stretched(
     }
 
 
-def trainings(prefix: str, folder: str, cases: list[Case]) -> list[dict[str, Any]]:
+def trainings(
+    prefix: str, folder: str, cases: list[Case], kind: str = "gpt"
+) -> list[dict[str, Any]]:
     """``three_steps`` of every case, one after the other on these ranks."""
     return [
-        three_steps(make_run(prefix, f"{folder}/{number}", *case))
+        three_steps(make_run(prefix, f"{folder}/{number}", *case, megatron={"model": kind}))
         for number, case in enumerate(cases)
     ]

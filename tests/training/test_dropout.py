@@ -5,12 +5,13 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from lctw_megatron.config.schema import LayoutConfig
 from lctw_megatron.training.loop import Trainer
 from tests.distributed import run_distributed
-from tests.training.layouts import make_data, make_run
+from tests.training.layouts import KINDS, make_data, make_run
 
 LAYOUTS: list[dict[str, Any]] = [
     {"tensor": 2, "pipeline": 2},
@@ -87,13 +88,14 @@ RECOMPUTED: list[dict[str, Any]] = [
 ]
 
 
-def norms(data: str, folder: str, layouts: list[dict[str, Any]]) -> list[float]:
+def norms(data: str, folder: str, layouts: list[dict[str, Any]], kind: str) -> list[float]:
     """The gradient norm of one step under each layout, with dropout."""
     answers = []
     for number, layout in enumerate(layouts):
         run = make_run(
-            data, f"{folder}/{number}", layout, "pack", "uniform", "frozen", model=DROPOUT
-        )
+            data, f"{folder}/{number}", layout, "pack", "uniform", "frozen", model=DROPOUT,
+            megatron={"model": kind},
+        )  # fmt: skip
         trainer = Trainer(run)
         try:
             answers.append(trainer.stepper.step(0, list(trainer.loader.step(0)))["grad_norm"])
@@ -129,8 +131,9 @@ def test_tensor_ranks_drop_other_probabilities_of_their_own_heads() -> None:
     assert one[0] != other[0]
 
 
-def test_recomputed_activations_drop_what_the_forward_dropped(tmp_path: Path) -> None:
-    found = run_distributed(norms, 2, make_data(tmp_path), str(tmp_path), RECOMPUTED)[0]
+@pytest.mark.parametrize("kind", KINDS)
+def test_recomputed_activations_drop_what_the_forward_dropped(tmp_path: Path, kind: str) -> None:
+    found = run_distributed(norms, 2, make_data(tmp_path), str(tmp_path), RECOMPUTED, kind)[0]
     plain, full, selective, sequence, sequence_full, sequence_selective = found
     assert full == selective == plain
     assert sequence_full == sequence_selective == sequence

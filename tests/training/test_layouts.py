@@ -1,4 +1,5 @@
-"""Every layout gives the losses and the gradients of one process.
+"""Every layout gives the losses and the gradients of one process, with GPTModel's layers in it and
+with HybridModel's.
 
 float64: one forward and backward, losses and every parameter's gradient to 1e-10 of the largest
 entry. float32: three steps of the real trainer, losses and gradient norms to 1e-5.
@@ -12,6 +13,7 @@ import pytest
 
 from tests.distributed import run_distributed
 from tests.training.layouts import (
+    KINDS,
     Case,
     gather,
     make_data,
@@ -79,8 +81,10 @@ def alone(data: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return answer
 
 
-def _check_passes(data: str, folder: Path, alone: Any, ranks: int, cases: list[Case]) -> None:
-    answers = run_distributed(passes, ranks, data, str(folder), cases)
+def _check_passes(
+    data: str, folder: Path, alone: Any, ranks: int, cases: list[Case], kind: str
+) -> None:
+    answers = run_distributed(passes, ranks, data, str(folder), cases, kind)
     for number, (layout, *case) in enumerate(cases):
         expected = alone(one_pass, *case)
         metrics = answers[0][number]["metrics"]
@@ -92,9 +96,10 @@ def _check_passes(data: str, folder: Path, alone: Any, ranks: int, cases: list[C
             assert relative_error(found[name], gradient) < 1e-10, (layout, case, name)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_losses_and_all_gradients_equal_one_process_pairwise(
-    data: str, alone: Any, tmp_path: Path, ranks: int
+    data: str, alone: Any, tmp_path: Path, ranks: int, kind: str
 ) -> None:
     cases: list[Case] = [
         (layout, *case)
@@ -102,16 +107,17 @@ def test_losses_and_all_gradients_equal_one_process_pairwise(
         if size == ranks
         for case in PAIRWISE[name]
     ]
-    _check_passes(data, tmp_path, alone, ranks, cases)
+    _check_passes(data, tmp_path, alone, ranks, cases, kind)
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_losses_and_all_gradients_equal_one_process_full_cross(
-    data: str, alone: Any, tmp_path: Path, name: str
+    data: str, alone: Any, tmp_path: Path, name: str, kind: str
 ) -> None:
     ranks, layout = LAYOUTS[name]
-    _check_passes(data, tmp_path, alone, ranks, [(layout, *case) for case in CROSS])
+    _check_passes(data, tmp_path, alone, ranks, [(layout, *case) for case in CROSS], kind)
 
 
 def test_the_pairwise_table_covers_what_it_says() -> None:
@@ -139,9 +145,10 @@ ROPE_LAYOUTS = {
 }
 
 
-def test_every_stretched_rope_equals_one_process(data: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_stretched_rope_equals_one_process(data: str, tmp_path: Path, kind: str) -> None:
     for_each = {rope: [LAYOUTS[name][1] for name in names] for rope, names in ROPE_LAYOUTS.items()}
-    answers = run_distributed(stretched, 2, data, str(tmp_path), for_each, ROPES)
+    answers = run_distributed(stretched, 2, data, str(tmp_path), for_each, ROPES, kind)
     losses = set()
     for rope, layouts in for_each.items():
         run = make_run(
@@ -162,6 +169,7 @@ def test_every_stretched_rope_equals_one_process(data: str, tmp_path: Path) -> N
 THREE_STEPS = [("chunk", "uniform", "frozen"), ("pack", "sparse", "self")]
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("ranks", "names"),
     [
@@ -171,10 +179,10 @@ THREE_STEPS = [("chunk", "uniform", "frozen"), ("pack", "sparse", "self")]
     ],
 )
 def test_three_steps_of_the_trainer_equal_one_process(
-    data: str, alone: Any, tmp_path: Path, ranks: int, names: list[str]
+    data: str, alone: Any, tmp_path: Path, ranks: int, names: list[str], kind: str
 ) -> None:
     cases: list[Case] = [(LAYOUTS[name][1], *case) for name in names for case in THREE_STEPS]
-    answers = run_distributed(trainings, ranks, data, str(tmp_path), cases)
+    answers = run_distributed(trainings, ranks, data, str(tmp_path), cases, kind)
     for number, (layout, *case) in enumerate(cases):
         expected = alone(three_steps, *case)
         for found, right in zip(answers[0][number]["metrics"], expected["metrics"], strict=True):
