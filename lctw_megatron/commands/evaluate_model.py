@@ -288,16 +288,10 @@ def _recall(options: argparse.Namespace) -> int:
     from lctw_megatron.report.table import to_text
 
     given = {name: getattr(options, name) for name in RecallProbes.model_fields}
-    probes = build(RecallProbes, given, "the options")
-    settings = RecallSettings(
-        tasks=list(dict.fromkeys(probes.tasks)),
-        lengths=sorted(set(probes.lengths)),
-        depths=probes.depths,
-        samples=probes.samples,
-        seed=options.seed,
-        haystack=probes.haystack,
-        window=probes.window,
-    )
+    probes = build(RecallProbes, given, "the options").model_dump()
+    probes["tasks"] = list(dict.fromkeys(probes["tasks"]))
+    probes["lengths"] = sorted(set(probes["lengths"]))
+    settings = RecallSettings(**probes, seed=options.seed)
     output = options.output or Path(options.checkpoint) / "recall.json"
     result = recall_to_file(
         options.checkpoint,
