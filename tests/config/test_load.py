@@ -297,22 +297,6 @@ def test_a_run_without_a_model_takes_the_checkpoints_and_changes_it(recipe):
     assert "model.num_layers is missing" in refusal(recipe, RECIPE.replace("model: small\n", ""))
 
 
-def test_a_null_that_transformers_reads_as_false_is_refused_and_never_written(recipe, tmp_path):
-    yarn = "{rope_type: yarn, factor: 2, original_max_position_embeddings: 128%s}"
-    text = RECIPE.replace("model: {rope_theta: 15.3e6}", f"model: {{rope_scaling: {yarn}}}")
-    run = resolve_run(recipe(text % ""), "dense")
-    assert "truncate" not in dump_yaml(run)
-    with pytest.raises(InputError, match="rope_scaling.truncate is null, expected true or false"):
-        recipe(text % ", truncate: null")
-    with pytest.raises(InputError, match="rope_scaling.truncate is null"):
-        recipe(text % "", "model.rope_scaling.truncate=null")
-    path = tmp_path / "run.yaml"  # of before
-    path.write_text(
-        dump_yaml(run).replace("rope_type: yarn", "rope_type: yarn\n    truncate: null")
-    )
-    assert load_run(path) == run
-
-
 def test_a_dumped_run_reads_back_equal(recipe, tmp_path):
     run = resolve_run(recipe(), "dense")
     (tmp_path / "run.yaml").write_text(dump_yaml(run))

@@ -4,7 +4,14 @@ import re
 
 import pytest
 
-from lctw_megatron.config.load import CONFIGS, _merge, load_recipe, resolve_run
+from lctw_megatron.config.load import (
+    CONFIGS,
+    _merge,
+    dump_yaml,
+    load_recipe,
+    load_run,
+    resolve_run,
+)
 from lctw_megatron.config.rope import check_rope, exported_maximum, longest_context, rope_line
 from lctw_megatron.config.rules import check_run
 from lctw_megatron.config.schema import ModelConfig
@@ -70,6 +77,21 @@ def test_a_recipe_is_refused_for_its_rope(tmp_path, scaling, named):
     with pytest.raises(InputError, match=re.escape(named)) as error:
         resolve_run(load_recipe(path))
     assert "\n" not in str(error.value)
+
+
+def test_a_null_that_transformers_reads_as_false_is_refused_and_never_written(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE % "{rope_type: yarn, factor: 2}")
+    run = resolve_run(load_recipe(path))
+    assert "truncate" not in dump_yaml(run)
+    with pytest.raises(InputError, match="rope_scaling.truncate is null, expected true or false"):
+        load_recipe(path, ["model.rope_scaling.truncate=null"])
+    path.write_text(RECIPE % "{rope_type: yarn, factor: 2, truncate: null}")
+    with pytest.raises(InputError, match="rope_scaling.truncate is null"):
+        load_recipe(path)
+    before = dump_yaml(run).replace("rope_type: yarn", "rope_type: yarn\n    truncate: null")
+    (tmp_path / "run.yaml").write_text(before)
+    assert load_run(tmp_path / "run.yaml") == run
 
 
 def test_another_type_takes_no_field_of_the_one_it_replaces():
