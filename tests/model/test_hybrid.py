@@ -7,7 +7,7 @@ import torch
 
 from lctw_megatron.config.schema import LayoutConfig, ModelConfig
 from lctw_megatron.model.initialize import sharding
-from lctw_megatron.platform.cpu import MEGATRON
+from lctw_megatron.platform.megatron_version import MEGATRON
 from lctw_megatron.platform.world import initialize
 from tests.training.layouts import MODEL, needs_hybrid
 
