@@ -15,17 +15,15 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from importlib.metadata import version
 from types import ModuleType
 from typing import Any
 
 import torch
 
 from lctw_megatron.platform.capabilities import capabilities
+from lctw_megatron.platform.megatron_version import MEGATRON
 
 CPU = torch.device("cpu")
-
-MEGATRON = tuple(int(part) for part in version("megatron-core").split(".")[:2])
 
 # Modules that megatron-core imports inside functions: imported before the view is handed out, since
 # a module imported later would see the real torch.

@@ -17,7 +17,7 @@ from lctw_megatron.data.loader import TokenLoader
 from lctw_megatron.data.manifest import TokenizerIdentity
 from lctw_megatron.data.sidecar import SidecarWriter
 from lctw_megatron.data.token_dataset import TokenDataset, TokenWriter
-from lctw_megatron.platform.cpu import MEGATRON
+from lctw_megatron.platform.megatron_version import MEGATRON
 
 needs_hybrid = pytest.mark.skipif(
     MEGATRON < (0, 18), reason=f"megatron-core {'.'.join(map(str, MEGATRON))} has no HybridModel"
