@@ -122,6 +122,11 @@ def check_model(model: ModelConfig, layout: LayoutConfig) -> None:
                 "rotary positions turn pairs of numbers and need an even width of a head"
             )
     check_rope(model)
+    if model.parallel_block and (model.qk_norm or not model.qkv_bias):
+        raise InputError(
+            f"model.architecture phi needs model.qkv_bias true and model.qk_norm false, found "
+            f"{model.qkv_bias} and {model.qk_norm}"
+        )
     tensor = layout.tensor
     _must_divide(heads, "model.num_attention_heads", tensor, "layout.tensor")
     if groups:

@@ -162,9 +162,9 @@ class RopeScaling(Section):
 
 
 class ModelConfig(Section):
-    """A decoder-only transformer: RoPE, RMSNorm, SwiGLU, grouped-query attention."""
+    """A decoder-only transformer: RoPE, RMSNorm, SwiGLU, grouped-query attention; or Phi's."""
 
-    architecture: Literal["llama", "mistral", "qwen2", "qwen3"] = "llama"
+    architecture: Literal["llama", "mistral", "qwen2", "qwen3", "phi"] = "llama"
     """Which Hugging Face architecture this exports to."""
     num_layers: Annotated[int, Field(gt=0, le=2**16)]
     hidden_size: Width
@@ -181,17 +181,27 @@ class ModelConfig(Section):
     its original maximum if that is more; under dynamic always its original maximum."""
     rope_theta: Annotated[float, Field(gt=0, le=1e30)] = 10000.0
     rope_scaling: RopeScaling | None = None
+    partial_rotary_factor: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """phi: the share of each head that positions turn; the rest stays as it is."""
     layernorm_epsilon: Annotated[float, Field(ge=0, le=1)] = 1e-5
     tie_word_embeddings: bool = False
     qkv_bias: bool = False
-    """Bias on the query, key and value projections (Qwen2)."""
+    """Bias on the query, key and value projections (Qwen2, Phi)."""
     qk_norm: bool = False
     """RMSNorm on queries and keys, per head (Qwen3)."""
     init_method_std: Annotated[float, Field(ge=0, le=1e38)] = 0.02
     hidden_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     attention_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    embedding_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Of the embeddings; default: hidden_dropout."""
     attention: Literal["auto", "te", "sdpa"] = "auto"
     """te: TransformerEngine's layers and attention. sdpa: torch's. auto: te where a GPU has it."""
+
+    @property
+    def parallel_block(self) -> bool:
+        """Phi's layers: attention and MLP side by side on one LayerNorm, GELU, and a bias on every
+        projection, the head's too."""
+        return self.architecture == "phi"
 
 
 class LayoutConfig(Section):

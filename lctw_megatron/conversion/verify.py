@@ -25,7 +25,9 @@ from lctw_megatron.model.checkpoint import read_manifest
 from lctw_megatron.progress import Progress
 
 # Fields of ModelConfig that config.json has not, or that matter in training only.
-_NOT_COMPARED = {"hidden_dropout", "attention_dropout", "attention", "init_method_std"}
+_NOT_COMPARED = {
+    "hidden_dropout", "attention_dropout", "embedding_dropout", "attention", "init_method_std",
+}  # fmt: skip
 
 
 @dataclass

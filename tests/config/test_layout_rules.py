@@ -66,6 +66,16 @@ REFUSED = [
         None,
         r"vocab_size 1000 padded to a multiple of 128 \(1024\) .* layout.tensor \(3\)",
     ),
+    (
+        {"model__architecture": "phi"},
+        None,
+        "architecture phi needs model.qkv_bias true and model.qk_norm false, found False and False",
+    ),
+    (
+        {"model__partial_rotary_factor": 0.5},
+        None,
+        "model.partial_rotary_factor is 0.5, but llama turns whole heads; leave it out",
+    ),
     ({"layout__pipeline": 3}, None, r"num_layers \(8\) .* layout.pipeline \(3\)"),
     (
         {"layout__pipeline": 4, "layout__virtual_pipeline": 4},

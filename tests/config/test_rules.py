@@ -83,6 +83,13 @@ def test_windows_of_self_scoring_are_split_over_the_tensor_ranks_too():
         check_run(run_config(**split, **dense | {"weighting__window": 62}))
 
 
+def test_layers_side_by_side_are_no_layers_one_after_the_other():
+    phi = dict(model__architecture="phi", model__qkv_bias=True)
+    check_run(run_config(**phi))
+    with pytest.raises(InputError, match="megatron.model is hybrid.* phi .*side by side; set gpt"):
+        check_run(run_config(**phi, megatron__model="hybrid"))
+
+
 def test_the_parallel_sizes_are_checked_too():
     with pytest.raises(InputError, match="layout.pipeline"):
         check_run(run_config(layout__pipeline=3))

@@ -44,6 +44,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_yarn": ("qwen2", {"rope_scaling": _YARN | dict(attention_factor=1.3)}),
     "qwen3": ("qwen3", {"rope_theta": 1e6, "head_dim": 20}),
     "qwen3_tied": ("qwen3", {"tie_word_embeddings": True, "head_dim": 32}),
+    "phi": ("phi", {"partial_rotary_factor": 0.4, "head_dim": 20}),
+    "phi_tied_dynamic": (
+        "phi",
+        {"tie_word_embeddings": True, "rope_scaling": dict(rope_type="dynamic", factor=2.5)},
+    ),
 }  # fmt: skip
 """Name: model type and what differs from the shared sizes."""
 
