@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lctw_megatron.cli import positive, run_command
+from lctw_megatron.config.schema import MOST_TOKENS
 from lctw_megatron.data.sidecar import Sidecar
 from lctw_megatron.data.token_dataset import TokenDataset
 from lctw_megatron.errors import few
@@ -207,6 +208,8 @@ def main(arguments: list[str]) -> int | None:
         parser().error("--set is for --document, --sequence, --top and --statistics")
     if view and len(options.prefix) > 1:
         parser().error("a view takes one PREFIX")
+    if (options.sequence_length or 0) > MOST_TOKENS:
+        parser().error(f"--sequence-length: a sequence has at most {MOST_TOKENS} tokens")
     if options.step is not None and (look or text or options.rank_documents):
         parser().error("--step is a view of its own")
     if unused := _unused(options, bool(text), bool(look)):

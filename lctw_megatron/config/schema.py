@@ -22,7 +22,9 @@ from pydantic import (
 
 Positive = Annotated[int, Field(gt=0, le=2**31 - 1)]
 Bytes = Annotated[int, Field(gt=0, le=2**62)]
-Width = Annotated[int, Field(gt=0, le=2**24)]
+MOST_TOKENS = 2**24
+"""Of one sequence."""
+Width = Annotated[int, Field(gt=0, le=MOST_TOKENS)]
 """Sizes of matrices, and tokens: products of two stay far below what torch and numpy count with."""
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
