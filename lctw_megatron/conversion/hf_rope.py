@@ -58,6 +58,8 @@ def read_rope(
         given[_ORIGINAL] = positions
     if kind == "yarn" and "factor" in rope and "factor" not in given:  # null, as in transformers
         given["factor"] = positions / _whole(given[_ORIGINAL], path, name)
+    if kind == "yarn" and rope.get("truncate", True) is None:  # as transformers reads a null
+        given["truncate"] = False
     needed = ("factor", "low_freq_factor", "high_freq_factor") if kind == "llama3" else ("factor",)
     if missing := [n for n in needed if n not in given]:
         raise InputError(f"{path}: {name}: rope_type {kind} without {few(missing)}")

@@ -108,6 +108,7 @@ def test_what_transformers_takes_for_a_missing_original_maximum_or_factor(tmp_pa
         return found
 
     assert read(type="yarn", factor=4.0).original_max_position_embeddings == 4096
+    assert read(type="yarn", factor=4.0, truncate=None).truncate is False  # a null is not a default
     assert read(type="dynamic", factor=4.0).original_max_position_embeddings == 4096
     assert read(type="linear", factor=4.0).original_max_position_embeddings is None
     assert read(type="yarn", factor=None, original_max_position_embeddings=512).factor == 8
