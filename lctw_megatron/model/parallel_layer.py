@@ -55,7 +55,9 @@ def side_by_side(layer: Any, norm: Any) -> None:
     parts = layer.submodules
     layer.module = ParallelLayer
     parts.input_layernorm, parts.pre_mlp_layernorm = norm, IdentityOp
-    attention, mlp = parts.self_attention.submodules, parts.mlp.submodules
+    attention, mlp = parts.self_attention.submodules, parts.mlp
+    # From 0.18 on the MLP is no specification but a partial function.
+    mlp = mlp.keywords["submodules"] if hasattr(mlp, "keywords") else mlp.submodules
     attention.linear_qkv, mlp.linear_fc1 = _plain(attention.linear_qkv), _plain(mlp.linear_fc1)
     # The name of a fused norm, which other layers' have in checkpoints of both kinds of parts.
     fused = "self_attention.linear_qkv.layer_norm_"
