@@ -33,8 +33,8 @@ Outcome = tuple[list[dict[str, float]], dict[str, Any]]
 """Each step's reported losses on this rank, and the weights after the last (arrays, by name)."""
 
 
-def by_megatron_lm(prefix: str, folder: str, weights: dict[str, Any]) -> Outcome:
-    """The example pretrain_gpt.py, beginning with these weights."""
+def by_megatron_lm(prefix: str, folder: str, weights: dict[str, Any], *more: str) -> Outcome:
+    """The example pretrain_gpt.py with ``more`` arguments, beginning with these weights."""
     import megatron.core.datasets.utils as dataset_helpers
     from megatron.training import training
 
@@ -46,7 +46,7 @@ def by_megatron_lm(prefix: str, folder: str, weights: dict[str, Any]) -> Outcome
     with (
         # Its helpers are in the wheel, compiled; the Makefile that it wants to run is not.
         mock.patch.object(dataset_helpers, "compile_helpers", lambda: None),
-        mock.patch.object(sys, "argv", ["pretrain_gpt.py", *ARGUMENTS, *data]),
+        mock.patch.object(sys, "argv", ["pretrain_gpt.py", *ARGUMENTS, *data, *more]),
         recorded(training, weights) as outcome,
     ):
         pretrain_gpt.main()
@@ -129,8 +129,8 @@ def bridge_recipe() -> Any:
 
 @contextmanager
 def recorded(loop: Any, weights: dict[str, Any]) -> Iterator[Any]:
-    """Models begin with ``weights``; the context gives what tells the outcome of the module
-    ``loop``. Parameters report CUDA types all the time, since every step asserts them."""
+    """Models begin with ``weights``, or NaN if there are none; the context gives what tells the
+    outcome of the module ``loop``. Parameters report CUDA types, since every step asserts them."""
     from megatron.core.models.gpt import GPTModel
 
     from lctw_megatron.platform.cpu import optimizer_construction
@@ -143,7 +143,8 @@ def recorded(loop: Any, weights: dict[str, Any]) -> Iterator[Any]:
         initialize(self, *args, **kwargs)
         with torch.no_grad():
             for name, parameter in self.named_parameters():
-                parameter.copy_(torch.from_numpy(weights[name]))
+                begin = torch.from_numpy(weights[name]) if weights else torch.tensor(torch.nan)
+                parameter.copy_(begin)
         models.append(self)
 
     def training_log(report: dict[str, Any], *args: Any, **kwargs: Any) -> Any:

@@ -1,6 +1,7 @@
 """The two examples of the plug-in, in the real loops they are for, equal tools/train.py."""
 
 import importlib.util
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,8 +17,10 @@ from megatron.core.datasets.gpt_dataset import GPTDataset
 
 from lctw_megatron.config.load import load_fragment
 from lctw_megatron.config.schema import LayoutConfig
+from lctw_megatron.conversion.megatron_lm import export_megatron_lm, loading_arguments
 from lctw_megatron.data.manifest import TokenizerIdentity
 from lctw_megatron.data.token_dataset import TokenDataset, TokenWriter
+from lctw_megatron.model.checkpoint import find_checkpoint, read_manifest
 from lctw_megatron.platform.world import initialize
 from lctw_megatron.plugin.dataset import ShortLossGPTDataset
 from tests.data.small_data import write_sidecar
@@ -93,6 +96,8 @@ def ten_steps_of_ours(prefix, folder):
         before = weights()
         steps = range(STEPS)
         metrics = [trainer.stepper.step(n, list(trainer.loader.step(n))) for n in steps]
+        trainer.save(STEPS)
+        trainer.writer.finish()
         return before, metrics, weights()
     finally:
         trainer.close()
@@ -140,3 +145,17 @@ def test_ten_steps_of_megatron_bridge_equal_our_trainer_s(ours, tmp_path):
     source, before, *_ = ours
     (outcome,) = run_distributed(by_megatron_bridge, 1, source, str(tmp_path), before, timeout=500)
     check(outcome, ours)
+
+
+def test_megatron_lm_loads_an_export_bit_for_bit(ours, tmp_path):
+    source, _, _, after = ours
+    run = Path(source).parent / "run"
+    export_megatron_lm(run, tmp_path / "exported")
+    model = read_manifest(find_checkpoint(run)).model
+    arguments = [*loading_arguments(model, tmp_path / "exported"), "--skip-train"]
+    ((losses, loaded),) = run_distributed(
+        by_megatron_lm, 1, source, str(tmp_path), {}, *arguments, timeout=500
+    )
+    assert not losses and loaded.keys() == after.keys()
+    for name, expected in after.items():
+        np.testing.assert_array_equal(loaded[name], expected, err_msg=name)
