@@ -31,8 +31,9 @@ def weighted_forward_step(
     forward_step: Megatron-LM's (data_iterator, model, ...) or Megatron-Bridge's (state,
     data_iterator, model, ...): has a parameter `model` and returns (losses [b, s] per label,
     functools.partial(loss_func, loss_mask, ...)), whose loss_func(loss_mask, losses, ...) returns
-    (sum, number of tokens, report). The batches come from ``ShortLossGPTDataset``; a row of
-    loss_mask is a sequence.
+    (sum, number of tokens, report). The batches come from ``ShortLossGPTDataset``, or for schemes
+    without short losses (uniform, eslm, position) from GPTDataset; a row of loss_mask is a
+    sequence.
 
     In training the report's own loss is the weighted one; added are `unweighted lm loss` and
     `unscored`, the share of labels without a short loss. In evaluation all weights are 1.
@@ -41,13 +42,14 @@ def weighted_forward_step(
     without `calculate_per_token_loss`, and in the loss for masks of another dataset.
     """
     parsed = parse_weighting(weighting)
-    if parsed.config.mode == "self" and parsed.scheme.needs_short_loss:
+    carries = parsed.scheme.needs_short_loss
+    if parsed.config.mode == "self" and carries:
         raise InputError(
             "weighting.mode is self, but only tools/train.py can score with the training model; "
             "leave it out and score the data with tools/score.py"
         )
     signature = inspect.signature(forward_step)
-    check_mask = _CheckFirst()
+    take_out = _TakeOut(carries)
 
     @wraps(forward_step)  # Megatron-Bridge looks at the signature
     def step(*args: Any, **kwargs: Any) -> Any:
@@ -56,7 +58,7 @@ def weighted_forward_step(
         losses, loss_func = forward_step(*args, **kwargs)
         group = get_attr_wrapped_model(model, "pg_collection").cp
         chosen = parsed if model.training else None
-        return losses, partial(_weighted_loss, chosen, group, loss_func, check_mask)
+        return losses, partial(_weighted_loss, chosen, group, loss_func, take_out)
 
     return step
 
@@ -65,7 +67,7 @@ def _weighted_loss(
     weighting: Weighting | None,
     group: dist.ProcessGroup,
     loss_func: Any,
-    check_mask: Callable[[Tensor], None],
+    take_out: Callable[[Tensor], tuple[Tensor, Tensor]],
     losses: Tensor,
     **kwargs: Any,
 ) -> Any:
@@ -77,14 +79,12 @@ def _weighted_loss(
             "loss_mask, ...), as of pretrain_gpt.py and Megatron-Bridge's gpt_step.py"
         )
     carried, *others = loss_func.args
-    check_mask(carried)
-    live = carried != DEAD
+    live, short_loss = take_out(carried)
     # Chosen, not multiplied by 0: a masked loss may be infinite.
     losses = losses.where(live, 0.0)
     inner = partial(loss_func.func, live.to(torch.float32))
     if weighting is None:
         return inner(losses, *others, **loss_func.keywords, **kwargs)
-    short_loss = carried.where(live, torch.nan)
     plain = losses.detach()
     weights, counts = compute_weights_and_counts(weighting, plain, short_loss, live, group)
     result = inner(losses * weights, *others, **loss_func.keywords, **kwargs)
@@ -101,19 +101,27 @@ def _weighted_loss(
     return total, tokens, {**report, **more}
 
 
-class _CheckFirst:
-    """InputError if the first mask holds what only a mask of 0 and 1 does, that of a dataset
-    without short losses: looked for once, since a GPU's host waits for the answer."""
+class _TakeOut:
+    """Which labels are live, bool, and their short losses (NaN elsewhere), out of a loss_mask;
+    ``carries``: whether it carries short losses, or is 0 and 1.
 
-    done = False
+    InputError if the first mask looks like the other kind: the dataset is not the one that the
+    scheme needs. Looked for once, since a GPU's host waits for the answer.
+    """
 
-    def __call__(self, carried: Tensor) -> None:
-        if not self.done and bool(((carried == 0) | (carried == 1)).all()):
-            raise InputError(
-                "loss_mask holds only 0 and 1, no short losses; build the datasets with "
-                "lctw_megatron.plugin.dataset.ShortLossGPTDataset instead of GPTDataset"
-            )
-        self.done = True
+    def __init__(self, carries: bool) -> None:
+        self.carries = carries
+        self.looked = False
+
+    def __call__(self, carried: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.looked and bool(((carried == 0) | (carried == 1)).all()) == self.carries:
+            found, needed = "only 0 and 1, no short losses", "ShortLossGPTDataset"
+            if not self.carries:
+                found, needed = "short losses, which the scheme does not need", "GPTDataset"
+            raise InputError(f"loss_mask holds {found}; build the datasets of {needed}")
+        self.looked = True
+        live = carried != (DEAD if self.carries else 0)
+        return live, carried.where(live & self.carries, torch.nan)
 
 
 def _check_config(config: Any) -> None:

@@ -196,8 +196,17 @@ def test_settings_under_which_the_loss_would_be_wrong_are_refused(config, named)
 
 def test_a_mask_without_short_losses_is_refused():
     for mask in ([1.0] * 5, [1.0, 1, 1, 1, 0], [0.0] * 5):
-        with pytest.raises(InputError, match="no short losses; build the datasets with"):
+        with pytest.raises(InputError, match="no short losses; build the datasets of Short"):
             one_loss(tiny_model(), mask)
+
+
+def test_schemes_without_short_losses_take_the_masks_of_gpt_dataset():
+    weighting = {"scheme": "eslm", "keep_fraction": 0.5}
+    total, tokens, report = one_loss(tiny_model(), [1.0, 1, 1, 0, 0], weighting=weighting)
+    assert (int(tokens), float(total)) == (3, 3 * 3.0)  # one of three kept: the loss 3
+    assert report["unscored"].tolist() == [0, 3]
+    with pytest.raises(InputError, match="short losses, which the scheme does not need"):
+        one_loss(tiny_model(), MASK, weighting=weighting)
 
 
 def test_forward_steps_that_cannot_be_wrapped_are_refused():
