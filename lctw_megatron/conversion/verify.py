@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lctw_megatron.config.model_sizes import head_width
+from lctw_megatron.config.model_sizes import expert_width, head_width
 from lctw_megatron.config.schema import ModelConfig
 from lctw_megatron.conversion import dtypes
 from lctw_megatron.conversion.checkpoint_reader import CheckpointReader
@@ -25,7 +25,9 @@ from lctw_megatron.model.checkpoint import read_manifest
 from lctw_megatron.progress import Progress
 
 # Fields of ModelConfig that config.json has not, or that matter in training only.
-_NOT_COMPARED = {"hidden_dropout", "attention_dropout", "attention", "init_method_std"}
+_NOT_COMPARED = {
+    "hidden_dropout", "attention_dropout", "attention", "init_method_std", "moe_aux_loss_coeff",
+}  # fmt: skip
 
 
 @dataclass
@@ -219,4 +221,8 @@ def logits_table(result: LogitsComparison, tolerance: float) -> str:
 def _normal(model: ModelConfig) -> dict[str, object]:
     """All that decides the arithmetic and the shapes, defaults filled in."""
     values = model.model_dump(exclude=_NOT_COMPARED)
-    return values | {"num_query_groups": query_groups(model), "kv_channels": head_width(model)}
+    return values | {
+        "num_query_groups": query_groups(model),
+        "kv_channels": head_width(model),
+        "moe_ffn_hidden_size": expert_width(model),
+    }

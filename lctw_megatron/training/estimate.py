@@ -208,7 +208,7 @@ def describe_layout(run: RunConfig, world_size: int | None = None, device: str =
     ``world_size`` None means one copy of the model, without data parallelism.
     """
     layout = run.layout
-    sizes = check_layout(run, world_size or layout.model_ranks)
+    sizes = check_layout(run, world_size or layout.fewest_ranks)
     assert sizes.world_size and sizes.data and sizes.micro_batches
     lines = [f"layout: {sizes.world_size} ranks" + ("" if world_size else " (the fewest possible)")]
     # megatron-core's order: neighbours share a tensor group, pipeline stages are farthest apart.

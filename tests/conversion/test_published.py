@@ -43,7 +43,6 @@ REFUSED = {
     "ministral3_3b_2512": "model_type 'ministral3' cannot be converted",
     # 4,096 of 32,768 positions, by transformers' default.
     "mistral_7b": "sliding_window 4096, transformers' default (supported: null)",
-    "mixtral_8x7b": "model_type 'mixtral' cannot be converted",
     "olmo2_7b": "model_type 'olmo2' cannot be converted",
     "phi-3_5": "model_type 'phi3' cannot be converted",
     "qwen": "model_type 'qwen' cannot be converted",
