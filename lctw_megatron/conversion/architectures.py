@@ -152,7 +152,7 @@ class Qwen3(Llama):
     model_type = "qwen3"
     hf_class = "Qwen3ForCausalLM"
     flags = {"qkv_bias": False, "qk_norm": True}
-    head_dim = 128
+    head_dim: ClassVar[int | None] = 128
     key_value_heads = 32
     max_position_embeddings = 32768
     options = {"attention_bias": Option(False, (False, None)), **_NO_SLIDING_WINDOW}

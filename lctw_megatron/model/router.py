@@ -32,11 +32,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
-from lctw_megatron.config.schema import ModelConfig
+from lctw_megatron.platform.cpu import patch_megatron
+
+patch_megatron()  # before the class below is derived from megatron-core's
+
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler  # noqa: E402
+from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
+
+from lctw_megatron.config.schema import ModelConfig  # noqa: E402
 
 
 class SequenceBalancedRouter(TopKRouter):
@@ -123,17 +128,3 @@ def take_counts(chunks: list[Any], model: ModelConfig, device: torch.device) -> 
         router.choices.zero_()
         router.imbalance.zero_()
     return found
-
-
-def routing_summary(counts: Tensor, targets: float) -> dict[str, float]:
-    """What the counts of a step, summed over all ranks, say of a model with experts."""
-    choices, imbalance = counts[:, :-1], counts[:, -1]
-    if not float(choices.sum()):
-        return {}
-    largest = choices.amax(1) / choices.mean(1)
-    return {
-        "router/balance_loss": float(imbalance.mean()) / max(targets, 1),
-        "router/largest_load": float(largest.mean()),
-        "router/largest_load_of_any_layer": float(largest.max()),
-        "router/idle_experts": float((choices == 0).sum()),
-    }

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from lctw_megatron.config.layout_rules import check_layout
 from lctw_megatron.config.schema import RunConfig
-from lctw_megatron.training.estimate import stage_parameters
+from lctw_megatron.training.estimate import expert_copies, expert_parameters, stage_parameters
 from lctw_megatron.training.flops import step_flops
 
 WRITE_SPEED = 5.0
@@ -47,8 +47,10 @@ def estimate_save(
     assert sizes.data is not None
     each = (2 if run.training.precision == "bf16" else 4) + 12
     stages = [stage_parameters(run, stage) * each for stage in range(run.layout.pipeline)]
-    total = sum(stages) * run.layout.tensor
+    experts = expert_parameters(run) * each
+    total = sum(stages) * run.layout.tensor + len(stages) * experts * run.layout.expert
     rank = -(-max(stages) // (sizes.data * run.layout.context))
+    rank += -(-experts // expert_copies(run, sizes.data))
     return SaveEstimate(total, rank, total / write_speed / 1e9, rank / CHECKSUM_SPEED / 1e9)
 
 

@@ -139,6 +139,7 @@ FRAGMENTS = {
     "llama32_1b": "llama3_2_1b",
     "llama32_3b": "llama3_2_3b",
     "mistral_7b": "mistral_7b_v03",
+    "mixtral_8x7b": "mixtral_8x7b",
     "qwen2_500m": "qwen2_0_5b",
     "qwen25_1.5b": "qwen2_1_5b",
     "qwen25_500m": "qwen2.5_0.5b_instruct",
@@ -165,6 +166,8 @@ def test_a_model_by_name_is_the_published_one(
         "num_query_groups": ours.num_query_groups or ours.num_attention_heads,
         "max_position_embeddings": theirs.max_position_embeddings,
     }
+    if ours.num_moe_experts:
+        resolved["moe_ffn_hidden_size"] = ours.moe_ffn_hidden_size or ours.ffn_hidden_size
     if ours.kv_channels is None:
         assert theirs.kv_channels in (None, ours.hidden_size // ours.num_attention_heads)
         resolved["kv_channels"] = theirs.kv_channels
