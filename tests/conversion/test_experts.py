@@ -8,8 +8,16 @@ import pytest
 
 from lctw_megatron.config.schema import ModelConfig
 from lctw_megatron.conversion.hf_config import config_values, read_config
+from lctw_megatron.conversion.hf_export import export_hf
+from lctw_megatron.conversion.hf_import import import_hf
+from lctw_megatron.conversion.verify import compare_tensors
 from lctw_megatron.errors import InputError
-from tests.conversion.hf_models import EXPERT_FIELDS
+from tests.conversion.hf_models import (
+    EXPERT_FIELDS,
+    all_tensors,
+    assert_same_tensors,
+    make_model,
+)
 
 
 def write(folder: Path, kind: str, **changes: Any) -> None:
@@ -66,3 +74,37 @@ def test_a_model_whose_experts_its_architecture_lacks_is_not_written():
     ]:
         with pytest.raises(InputError, match=line):
             config_values(model.model_copy(update=changes), "fp32", {})
+
+
+def newest_transformers() -> bool:
+    from transformers import __version__
+
+    return int(__version__.split(".")[0]) >= 5
+
+
+@pytest.mark.skipif(not newest_transformers(), reason="fused experts came with transformers 5")
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_fused_experts_are_the_same_model_as_single_ones(name: str, tmp_path: Path) -> None:
+    single, fused = (tmp_path / kind for kind in ("single", "fused"))
+    make_model(name, single)
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(single)
+    model.save_pretrained(fused, save_original_format=False)
+    assert any(key.endswith("mlp.experts.gate_up_proj") for key in all_tensors(fused))
+    import_hf(fused, tmp_path / "checkpoint", log=lambda line: None)
+    export_hf(tmp_path / "checkpoint", tmp_path / "back", log=lambda line: None)
+    assert_same_tensors(single, tmp_path / "back")
+    assert not any(result.different for result in compare_tensors(fused, tmp_path / "checkpoint"))
+
+
+def test_what_is_missing_of_experts_is_named(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    make_model("qwen3_moe", tmp_path)
+    tensors = all_tensors(tmp_path)
+    lost = "model.layers.1.mlp.experts.4.up_proj.weight"
+    del tensors[lost]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=f"{lost} is missing"):
+        import_hf(tmp_path, tmp_path / "checkpoint", log=lambda line: None)

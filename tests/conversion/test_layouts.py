@@ -35,7 +35,10 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
 """Ranks, and the layouts that are tried on them."""
 
 EXPERT_LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
-    2: {"TP2xEP2": {"tensor": 2, "sequence": True, "expert": 2}},
+    2: {
+        "TP2xEP2": {"tensor": 2, "sequence": True, "expert": 2},
+        "TP2": {"tensor": 2},  # as scoring and evaluation have it
+    },
     4: {
         "PP2xEP2": {"pipeline": 2, "expert": 2},
         "TP2xPP2xEP2": {"tensor": 2, "sequence": True, "pipeline": 2, "expert": 2},
