@@ -7,8 +7,8 @@ from pathlib import Path
 from lctw_megatron.cli import positive, run_command
 
 IMPORT = """Convert a Hugging Face folder (Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE;
-safetensors) to a checkpoint that can be loaded under any layout. Streamed, so the size of the model does not
-matter: memory is a few times that of its largest tensor."""
+safetensors) to a checkpoint that can be loaded under any layout. Streamed, so the size of the model
+does not matter: memory is a few times that of its largest tensor."""
 EXPORT = """Convert a checkpoint, written under any layout, to a Hugging Face folder with the rope
 theta and the maximum positions of the trained model. Streamed like import."""
 VERIFY = """Compare a checkpoint with a Hugging Face folder: the configuration, every tensor bit for
