@@ -49,9 +49,9 @@ def run_command(main: Callable[[list[str]], int | None]) -> None:
 
 
 def positive(text: str) -> int:
-    """For argparse's `type`."""
+    """For argparse's `type`; what no array of numpy could count is none."""
     value = int(text)
-    if value < 1:
+    if not 0 < value < 2**62:
         raise ValueError
     return value
 

@@ -83,7 +83,10 @@ def test_the_names_of_shipped_recipes_are_right():
 
 
 def test_the_python_lines_run():
-    (code,) = blocks(ROOT / "README.md", "python")
+    in_python, in_another_run = blocks(ROOT / "README.md", "python")
     names = {"long_loss": torch.rand(2, 8), "short_loss": torch.rand(2, 8)}
-    exec(code, names)
+    exec(in_python, names)
     assert names["weights"].shape == (2, 8) and names["weights"].dtype == torch.float32
+    names = {"forward_step": lambda data_iterator, model: None}
+    exec(in_another_run, names)
+    assert callable(names["forward_step"]) and names["GPTDataset"].__name__ == "ShortLossGPTDataset"

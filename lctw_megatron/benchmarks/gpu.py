@@ -1,4 +1,4 @@
-"""On one GPU: how fast. What must be right there is tested by tests/gpu."""
+"""On GPUs: how fast. What must be right there is tested by tests/gpu."""
 
 import os
 import time
@@ -10,11 +10,13 @@ from typing import Any
 import torch
 
 from lctw_megatron.benchmarks.attention import attention_benchmark
+from lctw_megatron.benchmarks.checkpointing import time_checkpoints
 from lctw_megatron.benchmarks.chip import matmul_tflops
 from lctw_megatron.benchmarks.head import head_benchmark
 from lctw_megatron.benchmarks.large_model import profile_step, time_deterministic, time_steps
 from lctw_megatron.benchmarks.overlap import time_overlap
 from lctw_megatron.benchmarks.results import print_results, write_results
+from lctw_megatron.benchmarks.scaling import time_scaling
 from lctw_megatron.benchmarks.scoring_gpu import time_scoring
 from lctw_megatron.config.layout_rules import loss_block_rows
 from lctw_megatron.config.schema import LayoutConfig
@@ -48,6 +50,8 @@ PARTS: dict[str, Callable[[dict[str, Any]], None]] = {
     "head": time_head,
     "documents": time_attention,
     "scoring": time_scoring,
+    "checkpoints": time_checkpoints,
+    "scaling": time_scaling,
 }
 """Name -> what adds its numbers to the results."""
 

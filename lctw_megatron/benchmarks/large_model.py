@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from lctw_megatron.benchmarks.chip import data_sheet_tflops
-from lctw_megatron.benchmarks.steps import StepBench, random_batches, step_benchmark
+from lctw_megatron.benchmarks.steps import StepBench, step_benchmark
 from lctw_megatron.config.schema import RunConfig
 from lctw_megatron.platform.gpu import use_deterministic_kernels
 
@@ -65,7 +65,7 @@ def profile_step(results: dict[str, Any]) -> None:
     run = RunConfig.model_validate(LARGE)
     bench = StepBench(run)
     stepper = bench.stepper(WEIGHTINGS["uniform"])
-    batches = random_batches(run)
+    batches = bench.batches()
     stepper.step(0, batches)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         stepper.step(0, batches)

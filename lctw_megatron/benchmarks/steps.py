@@ -2,39 +2,15 @@
 
 from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from lctw_megatron.benchmarks.measure import measure_in_turn
 from lctw_megatron.config.schema import RunConfig
+from lctw_megatron.data.batch import PieceData, Sample, assemble, usable_scores
+from lctw_megatron.data.microbatch import BatchSlice, make_microbatch
 from lctw_megatron.model import spec
 from lctw_megatron.training import flops
-
-
-def random_batches(run: RunConfig, data_ranks: int = 1, seed: int = 0) -> list[dict[str, Tensor]]:
-    """The micro batches of a step as the loader gives them to one of ``data_ranks`` (of one
-    sequence unless the run says), one document a sequence, with made-up short losses.
-    """
-    rows, length = run.training.micro_batch_size or 1, run.data.sequence_length
-    generator = torch.Generator().manual_seed(seed)
-    batches = []
-    for _ in range(run.training.global_batch_size // (rows * data_ranks)):
-        text = torch.randint(run.model.vocab_size or 0, (rows, length + 1), generator=generator)
-        tokens, labels = text[:, :-1].contiguous(), text[:, 1:].contiguous()
-        short_loss = torch.rand(rows, length, generator=generator) * 12
-        short_loss[:, : (run.weighting.window or 1) - 1] = float("nan")
-        batches.append(
-            {
-                "tokens": tokens,
-                "labels": labels,
-                "loss_mask": torch.ones(rows, length),
-                "position_ids": torch.arange(length).expand(rows, -1).contiguous(),
-                "short_loss": short_loss,
-                "sequence_tokens": tokens,
-                "sequence_labels": labels,
-            }
-        )
-    return batches
 
 
 class StepBench:
@@ -46,8 +22,8 @@ class StepBench:
         from lctw_megatron.training.optimizer import build_optimizer, wrap_data_parallel
 
         self.run = run
-        world = initialize(run.layout, run.seed)
-        self.device, self.data_ranks = world.device, world.data_size
+        self.world = initialize(run.layout, run.seed)
+        self.device = self.world.device
         self.chunks = build_model(
             run.model,
             run.layout,
@@ -60,6 +36,28 @@ class StepBench:
         )
         self.wrapped = wrap_data_parallel(self.chunks, run.megatron.ddp)
         self.optimizer = build_optimizer(self.wrapped, run.training, run.megatron.optimizer)
+
+    def batches(self, seed: int = 0) -> list[dict[str, Tensor]]:
+        """The micro batches (of one sequence unless the run says) of this rank's part of a step, as
+        the loader gives them: one document a sequence, of random tokens with made-up short losses.
+        """
+        run, world, random = self.run, self.world, np.random.default_rng(seed)
+        length, vocabulary = run.data.sequence_length, run.model.vocab_size or 0
+
+        def sample() -> Sample:
+            short_loss = (random.random(length) * 12).astype(np.float32)
+            scores = usable_scores(short_loss, run.weighting.window or 1, False)
+            tokens = random.integers(vocabulary, size=length + 1)
+            return assemble([PieceData(0, 0, tokens, scores)], length, None)
+
+        samples = [sample() for _ in range(run.training.global_batch_size)]
+        rows = run.training.micro_batch_size or 1
+        ranks = world.data_rank, world.data_size, world.context_rank, run.layout.context
+        part = BatchSlice(rows, *ranks)
+        return [
+            make_microbatch([samples[row] for row in part.rows(number)], run.data, part)
+            for number in range(len(samples) // part.sequences_at_once)
+        ]
 
     def stepper(self, weighting: dict[str, Any]) -> Any:
         from lctw_megatron.training.step import Stepper
@@ -76,7 +74,7 @@ def step_benchmark(
     The first is what the others' `time_ratio` and `flops_ratio` refer to.
     """
     bench = StepBench(run)
-    batches = random_batches(run, bench.data_ranks)
+    batches = bench.batches()
     steppers = {name: bench.stepper(weighting) for name, weighting in weightings.items()}
     costs = measure_in_turn(
         [lambda s=stepper: s.step(0, batches) for stepper in steppers.values()],  # type: ignore

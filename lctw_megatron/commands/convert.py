@@ -6,11 +6,12 @@ from pathlib import Path
 
 from lctw_megatron.cli import positive, run_command
 
-IMPORT = """Convert a Hugging Face folder (Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE;
+IMPORT = """Convert a Hugging Face folder (Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE, Phi;
 safetensors) to a checkpoint that can be loaded under any layout. Streamed, so the size of the model
 does not matter: memory is a few times that of its largest tensor."""
 EXPORT = """Convert a checkpoint, written under any layout, to a Hugging Face folder with the rope
-theta and the maximum positions of the trained model. Streamed like import."""
+theta and the maximum positions of the trained model, or to a folder that Megatron-LM loads.
+Streamed like import."""
 VERIFY = """Compare a checkpoint with a Hugging Face folder: the configuration, every tensor bit for
 bit, and the logits of both models in float32 on real text. Exit status 1 if they differ, 2 if
 something cannot be read."""
@@ -36,15 +37,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_dtype(verb, "the folder's")
 
-    verb = verbs.add_parser("export", help="checkpoint to Hugging Face folder", description=EXPORT)
+    verb = verbs.add_parser(
+        "export", help="checkpoint to Hugging Face or Megatron-LM", description=EXPORT
+    )
     _add_checkpoint(verb)
+    verb.add_argument(
+        "--format",
+        choices=["hf", "megatron-lm"],
+        default="hf",
+        help="hf: a Hugging Face folder (default); megatron-lm: one for Megatron-LM's --load",
+    )
     verb.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder to write")
     _add_dtype(verb, "the checkpoint's")
     verb.add_argument(
         "--max-shard-size",
         metavar="SIZE",
         default="5GB",
-        help="no weight file is larger, unless one tensor is; 5GB is decimal, 5GiB binary "
+        help="hf: no weight file is larger, unless one tensor is; 5GB is decimal, 5GiB binary "
         "(default: %(default)s)",
     )
 
@@ -111,6 +120,12 @@ def _export(options: argparse.Namespace) -> int:
     from lctw_megatron.conversion.safetensors_writer import parse_size
 
     start = time.monotonic()
+    if options.format == "megatron-lm":
+        from lctw_megatron.conversion.megatron_lm import export_megatron_lm
+
+        done = export_megatron_lm(options.checkpoint, options.output, options.dtype)
+        _report("exported", done, options.output, time.monotonic() - start)
+        return 0
     limit = parse_size(options.max_shard_size)
     done = export_hf(options.checkpoint, options.output, options.dtype, limit)
     _report("exported", done, options.output, time.monotonic() - start)

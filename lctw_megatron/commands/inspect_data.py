@@ -10,8 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 from lctw_megatron.cli import positive, run_command
+from lctw_megatron.config.schema import MOST_TOKENS
 from lctw_megatron.data.sidecar import Sidecar
 from lctw_megatron.data.token_dataset import TokenDataset
+from lctw_megatron.errors import few
 from lctw_megatron.inspection.describe_data import (
     describe,
     describe_sidecar,
@@ -206,6 +208,12 @@ def main(arguments: list[str]) -> int | None:
         parser().error("--set is for --document, --sequence, --top and --statistics")
     if view and len(options.prefix) > 1:
         parser().error("a view takes one PREFIX")
+    if (options.sequence_length or 0) > MOST_TOKENS:
+        parser().error(f"--sequence-length: a sequence has at most {MOST_TOKENS} tokens")
+    if options.step is not None and (look or text or options.rank_documents):
+        parser().error("--step is a view of its own")
+    if unused := _unused(options, bool(text), bool(look)):
+        parser().error(f"{few(unused)}: of no use to what is asked for; leave it out")
     if options.step is not None:
         from lctw_megatron.inspection.step_documents import describe_step
 
@@ -226,6 +234,26 @@ def main(arguments: list[str]) -> int | None:
     else:
         _print_manifests(options)
     return None
+
+
+def _unused(options: argparse.Namespace, text: bool, look: bool) -> list[str]:
+    """What was given and would be passed over without a word."""
+    tokens = text or look
+    losses = tokens or bool(options.rank_documents)
+    used = {
+        "by": text or bool(options.top),
+        "offset": text,
+        "tokens": text,
+        "near": options.statistics,
+        "sample": look and not text,
+        "long": losses and not options.checkpoint,
+        "short": losses and not options.window,
+        **dict.fromkeys(
+            ("sequence_length", "packing", "tails", "index_cache", "weighting"), tokens
+        ),
+    }
+    given = (name for name in used if getattr(options, name) != parser().get_default(name))
+    return [f"--{name.replace('_', '-')}" for name in given if not used[name]]
 
 
 def _show_tokens(options: argparse.Namespace) -> None:

@@ -132,6 +132,11 @@ def check_model(model: ModelConfig, layout: LayoutConfig) -> None:
                 "rotary positions turn pairs of numbers and need an even width of a head"
             )
     check_rope(model)
+    if model.parallel_block and (model.qk_norm or not model.qkv_bias):
+        raise InputError(
+            f"model.architecture phi needs model.qkv_bias true and model.qk_norm false, found "
+            f"{model.qkv_bias} and {model.qk_norm}"
+        )
     _check_experts(model, layout)
     tensor = layout.tensor
     _must_divide(heads, "model.num_attention_heads", tensor, "layout.tensor")
@@ -156,6 +161,11 @@ def check_model(model: ModelConfig, layout: LayoutConfig) -> None:
 
 def _check_experts(model: ModelConfig, layout: LayoutConfig) -> None:
     experts = model.num_moe_experts
+    if experts and model.parallel_block:
+        raise InputError(
+            f"model.num_moe_experts is {experts}, but model.architecture phi has no experts; leave "
+            "it out"
+        )
     if experts:
         _must_divide(experts, "model.num_moe_experts", layout.expert, "layout.expert")
         if model.moe_router_topk > experts:

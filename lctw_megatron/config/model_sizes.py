@@ -19,6 +19,8 @@ class LayerSizes:
     down."""
     biases: int
     norms: int
+    output_biases: int
+    """Of the projections back to hidden_size; tensor parallelism splits them no more than norms."""
     router: int
     """Parameters of the matrix that chooses experts; 0 without them, like the next two."""
     expert: int
@@ -34,6 +36,16 @@ def head_width(model: ModelConfig) -> int:
     return model.kv_channels or model.hidden_size // model.num_attention_heads
 
 
+def rotary_width(model: ModelConfig) -> int:
+    """How much of a head positions turn; rounded as transformers does."""
+    return int(head_width(model) * model.partial_rotary_factor)
+
+
+def norm_size(model: ModelConfig) -> int:
+    """Parameters of one norm over hidden_size."""
+    return model.hidden_size * (2 if model.parallel_block else 1)
+
+
 def expert_width(model: ModelConfig) -> int:
     """Of an expert's gate and up projections; a dense model's MLP is its one expert."""
     return model.moe_ffn_hidden_size or model.ffn_hidden_size
@@ -44,8 +56,10 @@ def layer_sizes(model: ModelConfig) -> LayerSizes:
     heads = model.num_attention_heads
     width = head_width(model)
     query, key_value = heads * width, (model.num_query_groups or heads) * width
-    hidden, number = model.hidden_size, model.num_moe_experts or 0
-    matrices, mlp = hidden * (2 * query + 2 * key_value), 3 * hidden * expert_width(model)
+    hidden, ffn, phi = model.hidden_size, model.ffn_hidden_size, model.parallel_block
+    number = model.num_moe_experts or 0
+    matrices = hidden * (2 * query + 2 * key_value)
+    mlp = (2 if phi else 3) * hidden * expert_width(model)
     router = number * hidden
     if not number:
         matrices += mlp
@@ -53,8 +67,9 @@ def layer_sizes(model: ModelConfig) -> LayerSizes:
         query=query,
         key_value=key_value,
         matrices=matrices,
-        biases=query + 2 * key_value if model.qkv_bias else 0,
-        norms=2 * hidden + (2 * width if model.qk_norm else 0),
+        biases=(query + 2 * key_value if model.qkv_bias else 0) + (ffn if phi else 0),
+        norms=(1 if phi else 2) * norm_size(model) + (2 * width if model.qk_norm else 0),
+        output_biases=2 * hidden if phi else 0,
         router=router,
         expert=mlp if number else 0,
         experts=number * mlp,
@@ -65,17 +80,21 @@ def layer_sizes(model: ModelConfig) -> LayerSizes:
 def parameters(model: ModelConfig) -> int:
     """All parameters, without the padding of the vocabulary; embedding and head once if tied."""
     layer = layer_sizes(model)
-    every = layer.matrices + layer.biases + layer.norms + layer.router + layer.experts
-    return _tables(model) + model.num_layers * every + model.hidden_size
+    return _with_layers(model, layer.matrices + layer.router + layer.experts)
 
 
 def active_parameters(model: ModelConfig) -> int:
     """Those that one token uses: ``parameters`` less the experts that it does not go to."""
-    layer = layer_sizes(model)
-    every = layer.active + layer.biases + layer.norms
-    return _tables(model) + model.num_layers * every + model.hidden_size
+    return _with_layers(model, layer_sizes(model).active)
 
 
-def _tables(model: ModelConfig) -> int:
+def _with_layers(model: ModelConfig, matrices: int) -> int:
+    """Parameters of a model with so many in the matrices of each layer."""
+    layer, vocabulary = layer_sizes(model), model.vocab_size or 0
     embeddings = 1 if model.tie_word_embeddings else 2
-    return embeddings * (model.vocab_size or 0) * model.hidden_size
+    return (
+        embeddings * vocabulary * model.hidden_size
+        + model.num_layers * (matrices + layer.biases + layer.norms + layer.output_biases)
+        + norm_size(model)
+        + (vocabulary if model.parallel_block else 0)
+    )

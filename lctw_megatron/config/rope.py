@@ -10,7 +10,7 @@ The types and the meaning of their fields are transformers' (modeling_rope_utils
 
 import math
 
-from lctw_megatron.config.model_sizes import head_width
+from lctw_megatron.config.model_sizes import head_width, rotary_width
 from lctw_megatron.config.schema import ModelConfig, RopeScaling
 from lctw_megatron.errors import InputError, few
 
@@ -41,7 +41,17 @@ def is_read(kind: object, name: str) -> bool:
 def check_rope(model: ModelConfig, where: str = "model.") -> None:
     """Refuse a `rope_scaling` whose fields do not fit together. InputError; ``where`` is put before
     the field's name."""
-    scaling = model.rope_scaling
+    scaling, share = model.rope_scaling, model.partial_rotary_factor
+    if share != 1 and not model.parallel_block:
+        raise InputError(
+            f"{where}partial_rotary_factor is {share:g}, but {model.architecture} turns whole "
+            "heads; leave it out, or use architecture phi"
+        )
+    if (turned := rotary_width(model)) % 2 or not turned:
+        raise InputError(
+            f"{where}partial_rotary_factor is {share:g}: positions would turn {turned} of the "
+            f"{head_width(model)} numbers of a head, expected an even number"
+        )
     if scaling is None:
         return
     kind, original = scaling.rope_type, scaling.original_max_position_embeddings
@@ -71,8 +81,13 @@ def check_rope(model: ModelConfig, where: str = "model.") -> None:
         raise InputError(
             f"{where}rope_theta is {model.rope_theta:g}, expected more than 1 for yarn"
         )
-    if kind == "dynamic" and head_width(model) <= 2:
+    if kind == "dynamic" and turned <= 2:
         raise InputError(f"{name}: rope_type dynamic needs heads wider than 2, found 2")
+    if share != 1 and attention_factor(scaling) != 1:
+        raise InputError(
+            f"{name}: yarn's attention factor {attention_factor(scaling):.6g} is for heads that "
+            f"are turned whole, not to {share:g}; set attention_factor 1, or another rope_type"
+        )
 
 
 def turns(scaling: RopeScaling) -> tuple[float, float]:
@@ -105,7 +120,7 @@ def effective_theta(model: ModelConfig, length: int) -> float:
     original = scaling.original_max_position_embeddings
     assert original is not None
     stretch = scaling.factor * max(length, original) / original - (scaling.factor - 1)
-    width = head_width(model)
+    width = rotary_width(model)
     return model.rope_theta * stretch ** (width / (width - 2))
 
 
@@ -150,6 +165,8 @@ def rope_line(model: ModelConfig) -> str:
     if scaling is not None and scaling.rope_type == "yarn":
         maximum = model.max_position_embeddings  # of which transformers makes something else
     longest = f"maximum {maximum:,}" if maximum else "maximum not set"
+    if model.partial_rotary_factor != 1:
+        longest += f", {rotary_width(model)} of the {head_width(model)} numbers of a head"
     if scaling is None:
         return f"default, {longest}, theta {model.rope_theta:,.9g}"
     original = scaling.original_max_position_embeddings

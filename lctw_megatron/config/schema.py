@@ -23,7 +23,9 @@ from pydantic import (
 
 Positive = Annotated[int, Field(gt=0, le=2**31 - 1)]
 Bytes = Annotated[int, Field(gt=0, le=2**62)]
-Width = Annotated[int, Field(gt=0, le=2**24)]
+MOST_TOKENS = 2**24
+"""Of one sequence."""
+Width = Annotated[int, Field(gt=0, le=MOST_TOKENS)]
 """Sizes of matrices, and tokens: products of two stay far below what torch and numpy count with."""
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
@@ -164,9 +166,11 @@ class RopeScaling(Section):
 
 class ModelConfig(Section):
     """A decoder-only transformer: RoPE, RMSNorm, SwiGLU, grouped-query attention, dense or with a
-    mixture of experts in every layer."""
+    mixture of experts in every layer; or Phi's."""
 
-    architecture: Literal["llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe"] = "llama"
+    architecture: Literal["llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "phi"] = (
+        "llama"
+    )
     """Which Hugging Face architecture this exports to."""
     num_layers: Annotated[int, Field(gt=0, le=2**16)]
     hidden_size: Width
@@ -183,10 +187,12 @@ class ModelConfig(Section):
     its original maximum if that is more; under dynamic always its original maximum."""
     rope_theta: Annotated[float, Field(gt=0, le=1e30)] = 10000.0
     rope_scaling: RopeScaling | None = None
+    partial_rotary_factor: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """phi: the share of each head that positions turn; the rest stays as it is."""
     layernorm_epsilon: Annotated[float, Field(ge=0, le=1)] = 1e-5
     tie_word_embeddings: bool = False
     qkv_bias: bool = False
-    """Bias on the query, key and value projections (Qwen2)."""
+    """Bias on the query, key and value projections (Qwen2, Phi)."""
     qk_norm: bool = False
     """RMSNorm on queries and keys, per head (Qwen3)."""
     num_moe_experts: Annotated[int, Field(gt=1, le=2**16)] | None = None
@@ -205,8 +211,16 @@ class ModelConfig(Section):
     init_method_std: Annotated[float, Field(ge=0, le=1e38)] = 0.02
     hidden_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     attention_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    embedding_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Of the embeddings; default: hidden_dropout."""
     attention: Literal["auto", "te", "sdpa"] = "auto"
     """te: TransformerEngine's layers and attention. sdpa: torch's. auto: te where a GPU has it."""
+
+    @property
+    def parallel_block(self) -> bool:
+        """Phi's layers: attention and MLP side by side on one LayerNorm, GELU, and a bias on every
+        projection, the head's too."""
+        return self.architecture == "phi"
 
 
 class LayoutConfig(Section):

@@ -67,9 +67,17 @@ class Llama:
     key_value_heads: ClassVar[int | None] = None
     """Key/value heads where config.json says nothing; None: as many as attention heads."""
     max_position_embeddings: ClassVar[int] = 2048
-    """Where config.json says nothing, as the next two."""
-    rms_norm_eps: ClassVar[float] = 1e-6
+    """Where config.json says nothing."""
+    epsilon: ClassVar[tuple[str, float]] = ("rms_norm_eps", 1e-6)
+    """The norms' field of config.json, and what it is where config.json says nothing."""
+    partial_rotary_factor: ClassVar[float | None] = None
+    """Where config.json says nothing; None: heads are turned whole."""
+    dropouts: ClassVar[dict[str, str]] = {"attention_dropout": "attention_dropout"}
+    """Fields of config.json, and ours, 0 where config.json says nothing."""
+    activations: ClassVar[tuple[str, ...]] = ("silu", "swish")
+    """Names of the one activation; the first is written, and meant where config.json has none."""
     rope_theta: ClassVar[float] = 10000.0
+    """Where config.json says nothing."""
     options: ClassVar[dict[str, Option]] = {
         "attention_bias": Option(False, (False, None)),
         "mlp_bias": Option(False, (False, None)),
@@ -108,6 +116,14 @@ class Llama:
     )
     head: ClassVar[tuple[Row, ...]] = (Row("output_layer.weight", {"lm_head.weight": "v h"}),)
     """Left out where embedding and output layer share their weights."""
+
+
+def _with_bias(key: str, parts: dict[str, str], per_group: bool = False) -> tuple[Row, Row]:
+    """The rows of weight and bias of modules; the axis of a bias is the first of the weight."""
+    return (
+        Row(key.format("weight"), {f"{p}.weight": a for p, a in parts.items()}, per_group),
+        Row(key.format("bias"), {f"{p}.bias": a[0] for p, a in parts.items()}, per_group),
+    )
 
 
 class Mistral(Llama):
@@ -164,6 +180,39 @@ class Qwen3(Llama):
     )
 
 
+class Phi(Llama):
+    """Phi-1, 1.5 and 2: attention and MLP side by side on one LayerNorm, biases everywhere."""
+
+    model_type = "phi"
+    hf_class = "PhiForCausalLM"
+    flags = {"qkv_bias": True, "qk_norm": False}
+    epsilon = ("layer_norm_eps", 1e-5)
+    partial_rotary_factor = 0.5
+    dropouts = {
+        "attention_dropout": "attention_dropout",
+        "resid_pdrop": "hidden_dropout",
+        "embd_pdrop": "embedding_dropout",
+    }
+    activations = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
+    options = {"qk_layernorm": Option(False, (False, None))}
+    written = {"qk_layernorm": False}
+    layer = (
+        *_with_bias("self_attention.linear_qkv.layer_norm_{}", {"input_layernorm": "h"}),
+        *_with_bias(
+            "self_attention.linear_qkv.{}",
+            {"self_attn.q_proj": "q h", "self_attn.k_proj": "k h", "self_attn.v_proj": "k h"},
+            per_group=True,
+        ),
+        *_with_bias("self_attention.linear_proj.{}", {"self_attn.dense": "h q"}),
+        *_with_bias("mlp.linear_fc1.{}", {"mlp.fc1": "f h"}),
+        *_with_bias("mlp.linear_fc2.{}", {"mlp.fc2": "h f"}),
+    )
+    last = (
+        *_with_bias("decoder.final_layernorm.{}", {"model.final_layernorm": "h"}),
+        Row("output_layer.bias", {"lm_head.bias": "v"}),
+    )
+
+
 def _with_experts(table: type[Llama], block: str) -> tuple[Row, ...]:
     """The rows of a layer of ``table`` whose MLP is `block`, with a matrix that chooses experts.
     The norm before it is a module of its own here, whichever layers there are."""
@@ -189,7 +238,7 @@ class Mixtral(Mistral):
 
     model_type = "mixtral"
     hf_class = "MixtralForCausalLM"
-    rms_norm_eps = 1e-5
+    epsilon = ("rms_norm_eps", 1e-5)
     rope_theta = 1e6
     experts = {
         "num_moe_experts": ("num_local_experts", 8),
@@ -235,7 +284,7 @@ class Qwen3MoE(Qwen3):
 
 
 ARCHITECTURES: dict[str, type[Llama]] = {
-    table.model_type: table for table in (Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3MoE)
+    table.model_type: table for table in (Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3MoE, Phi)
 }
 
 

@@ -6,7 +6,7 @@ The files are those that megatron-core's dist_checkpointing writes in its `torch
                         load different layers read different ones
     .metadata           torch.distributed.checkpoint's Metadata: every tensor's shape, the boxes it
                         is stored in, and each box's file, offset and length
-    common.pt           what is no tensor: nothing but the marks of megatron-core
+    common.pt           what is no tensor: the marks of megatron-core, and what else is given
     metadata.json       megatron-core's name of the format
 
 torch.distributed.checkpoint's own writer is used for `.metadata` only: its `write_data` keeps a
@@ -14,10 +14,11 @@ reference to the last tensor of every name, which would double the memory.
 """
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from types import MappingProxyType
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -68,10 +69,14 @@ def _no_checksums() -> Iterator[None]:
 
 
 class CheckpointFiles(Closing):
-    """``add`` every tensor and leave the context: without an error the files are complete."""
+    """``add`` every tensor and leave the context: without an error the files are complete.
 
-    def __init__(self, folder: Path) -> None:
+    common: what else belongs into common.pt.
+    """
+
+    def __init__(self, folder: Path, common: Mapping[str, Any] = MappingProxyType({})) -> None:
         self._folder = folder
+        self._common = common
         self._file: IO[bytes] | None = None
         self._files = 0
         self._metadata = Metadata(state_dict_metadata={})
@@ -122,7 +127,7 @@ class CheckpointFiles(Closing):
     def close(self) -> None:
         self._close_file()
         FileSystemWriter(self._folder).finish(self._metadata, [self._results])
-        torch.save({"content_metadata": _CONTENT}, self._folder / "common.pt")
+        torch.save({**self._common, "content_metadata": _CONTENT}, self._folder / "common.pt")
         write_json(
             self._folder / "metadata.json",
             {

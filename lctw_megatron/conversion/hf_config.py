@@ -24,13 +24,13 @@ from lctw_megatron.errors import InputError
 
 # Fields that say nothing about the arithmetic of the forward pass, or are read below.
 _KNOWN = {
-    "_name_or_path", "architectures", "attention_dropout", "auto_map", "bos_token_id",
+    "_name_or_path", "architectures", "auto_map", "bos_token_id",
     "dtype", "eos_token_id", "head_dim", "hidden_act", "hidden_size", "initializer_range",
     "intermediate_size", "layer_types", "max_position_embeddings", "max_window_layers",
     "model_type", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
     "original_max_position_embeddings", "pad_token_id", "partial_rotary_factor",
     "pretraining_tp",  # how the matrices were cut in training; the product is the same
-    "quantization_config", "rms_norm_eps", "rope_parameters", "rope_scaling", "rope_theta",
+    "quantization_config", "rope_parameters", "rope_scaling", "rope_theta",
     "sliding_window", "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache",
     "vocab_size",
 }  # fmt: skip
@@ -65,7 +65,10 @@ def read_config(folder: Path) -> HFConfig:
                 values = {number if n == name else n: value for n, value in values.items()}
     _refuse_unsupported(values, table, path)
     positions = _number(values, "max_position_embeddings", path, table.max_position_embeddings)
-    theta, scaling, rope_notes = read_rope(values, positions, path, table.rope_theta)
+    theta, scaling, turned, rope_notes = read_rope(
+        values, positions, table.partial_rotary_factor, path, table.rope_theta
+    )
+    dropouts = {ours: values.get(theirs) or 0.0 for theirs, ours in table.dropouts.items()}
     heads = _number(values, "num_attention_heads", path)
     groups = _number(values, "num_key_value_heads", path, table.key_value_heads or heads)
     if heads % groups:
@@ -86,23 +89,31 @@ def read_config(folder: Path) -> HFConfig:
             max_position_embeddings=positions,
             rope_theta=theta,
             rope_scaling=scaling,
-            layernorm_epsilon=values.get("rms_norm_eps", table.rms_norm_eps),
+            partial_rotary_factor=turned,
+            layernorm_epsilon=values.get(table.epsilon[0], table.epsilon[1]),
             tie_word_embeddings=_given(values, "tie_word_embeddings", False),
             init_method_std=_given(values, "initializer_range", 0.02),
-            attention_dropout=values.get("attention_dropout") or 0.0,
+            **dropouts,  # type: ignore[arg-type]
             qkv_bias=table.flags["qkv_bias"],
             qk_norm=table.flags["qk_norm"],
             **{field: values.get(*named) for field, named in table.experts.items()},
         )
     except ValidationError as error:
         first = error.errors()[0]
+        ours = str(first["loc"][-1])
+        names = {ours: theirs for theirs, ours in table.dropouts.items()}
+        names |= {"layernorm_epsilon": table.epsilon[0], "init_method_std": "initializer_range"}
         raise InputError(
-            f"{path}: {first['loc'][-1]} is {first['input']!r}: {first['msg']}"
+            f"{path}: {names.get(ours, ours)} is {first['input']!r:.80}: {first['msg']}"
         ) from None
     check_rope(model, f"{path}: ")
     return HFConfig(
         model=model,
-        ignored=sorted(set(values) - _KNOWN - set(table.options) - _known_of_experts(table)),
+        ignored=sorted(
+            set(values)
+            - _KNOWN
+            - {*table.options, *table.dropouts, table.epsilon[0], *_known_of_experts(table)}
+        ),
         notes=rope_notes + _notes(values, table, model, path),
     )
 
@@ -124,13 +135,13 @@ def config_values(model: ModelConfig, dtype: str, token_ids: dict[str, Any]) -> 
         "num_attention_heads": model.num_attention_heads,
         "num_key_value_heads": query_groups(model),
         "head_dim": width,
-        "hidden_act": "silu",
+        "hidden_act": table.activations[0],
         "max_position_embeddings": model.max_position_embeddings,
         **rope_values(model),
-        "rms_norm_eps": model.layernorm_epsilon,
+        table.epsilon[0]: model.layernorm_epsilon,
         "tie_word_embeddings": model.tie_word_embeddings,
         "initializer_range": model.init_method_std,
-        "attention_dropout": model.attention_dropout,
+        **{theirs: _dropout(model, ours) for theirs, ours in table.dropouts.items()},
         "use_cache": True,
         **{name: values[field] for field, (name, _) in table.experts.items()},
         **table.written,
@@ -172,6 +183,13 @@ def _notes(values: dict[str, Any], table: type[Llama], model: ModelConfig, path:
                 "null"
             )
     notes = []
+    if kept := [name for name in table.dropouts if values.get(name)]:
+        given = ", ".join(f"{name} {getattr(model, table.dropouts[name]):g}" for name in kept)
+        fields = " ".join(f"--set model.{table.dropouts[name]}=0" for name in kept)
+        notes.append(
+            f"{path}: {given}: training drops out, too ({fields} for none); scoring and evaluation "
+            "never do"
+        )
     if _has_idle_window(values, table):
         notes.append(f"{path}: its sliding window hides nothing, and is left out")
     pad, size = values.get("pad_token_id"), model.vocab_size or 0
@@ -199,10 +217,8 @@ def _table(values: dict[str, Any], path: Path) -> type[Llama]:
 def _refuse_unsupported(values: dict[str, Any], table: type[Llama], path: Path) -> None:
     """Name every option that changes the arithmetic in a way our model does not have."""
     found = []
-    if values.get("hidden_act", "silu") not in ("silu", "swish"):
-        found.append(f"hidden_act {values['hidden_act']!r} (supported: silu)")
-    if values.get("partial_rotary_factor") not in (None, 1, 1.0):
-        found.append(f"partial_rotary_factor {values['partial_rotary_factor']} (supported: 1)")
+    if values.get("hidden_act", table.activations[0]) not in table.activations:
+        found.append(f"hidden_act {values['hidden_act']!r} (supported: {table.activations[0]})")
     if values.get("quantization_config"):
         found.append("quantization_config (supported: float32, bfloat16 and float16 weights)")
     if values.get("auto_map"):
@@ -219,6 +235,11 @@ def _refuse_unsupported(values: dict[str, Any], table: type[Llama], path: Path) 
                 break
     if found:
         raise InputError(f"{path}: unsupported: {'; '.join(found)}")
+
+
+def _dropout(model: ModelConfig, name: str) -> float:
+    value = getattr(model, name)
+    return model.hidden_dropout if value is None else value  # of the embeddings
 
 
 def _given(values: dict[str, Any], name: str, default: Any) -> Any:

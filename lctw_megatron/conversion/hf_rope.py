@@ -15,11 +15,13 @@ _READ = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 
 
 def read_rope(
-    values: dict[str, Any], positions: int, path: Path, default_theta: float
-) -> tuple[float, RopeScaling | None, list[str]]:
-    """(theta, scaling, notes for the user) of the config.json ``path``. InputError.
+    values: dict[str, Any], positions: int, share: float | None, path: Path, default_theta: float
+) -> tuple[float, RopeScaling | None, float, list[str]]:
+    """(theta, scaling, the share of a head that is turned, notes for the user) of the config.json
+    ``path``. InputError.
 
-    positions: its max_position_embeddings, or the default. default_theta: where it names none.
+    positions: its max_position_embeddings, or the default. share: the architecture's default; None
+    if it turns whole heads. default_theta: where it names none.
     """
     rope, name = _joined(values, path)
     theta = rope.get("rope_theta", values.get("rope_theta", default_theta))
@@ -30,11 +32,7 @@ def read_rope(
         )
     if nested := [name for name, value in rope.items() if isinstance(value, dict)]:
         raise InputError(f"{path}: unsupported: rope_parameters of their own for {nested}")
-    if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
-        raise InputError(
-            f"{path}: unsupported: partial_rotary_factor {rope['partial_rotary_factor']} "
-            "(supported: 1)"
-        )
+    turned = _share(rope, values, share, path)
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ("default", *FIELDS):
         raise InputError(
@@ -51,7 +49,7 @@ def read_rope(
             "transformers)"
         )
     if kind == "default":
-        return theta, None, notes
+        return theta, None, turned, notes
     given = {n: rope[n] for n in fields if rope.get(n) is not None}
     if _ORIGINAL in fields:
         # As transformers: from the top level, else from here, else the maximum.
@@ -60,17 +58,32 @@ def read_rope(
         given[_ORIGINAL] = positions
     if kind == "yarn" and "factor" in rope and "factor" not in given:  # null, as in transformers
         given["factor"] = positions / _whole(given[_ORIGINAL], path, name)
+    if kind == "yarn" and rope.get("truncate", True) is None:  # as transformers reads a null
+        given["truncate"] = False
     needed = ("factor", "low_freq_factor", "high_freq_factor") if kind == "llama3" else ("factor",)
     if missing := [n for n in needed if n not in given]:
         raise InputError(f"{path}: {name}: rope_type {kind} without {few(missing)}")
     try:
-        return theta, RopeScaling(rope_type=kind, **given), notes  # type: ignore[arg-type]
+        scaling = RopeScaling(rope_type=kind, **given)  # type: ignore[arg-type]
     except ValidationError as error:
         wrong = error.errors()[0]
         raise InputError(
             f"{path}: {name}.{wrong['loc'][-1]} of rope_type {kind} is {wrong['input']!r:.80}: "
             f"{wrong['msg']}"
         ) from None
+    return theta, scaling, turned, notes
+
+
+def _share(rope: dict[str, Any], values: dict[str, Any], share: float | None, path: Path) -> float:
+    name = "partial_rotary_factor"
+    found = [fields[name] for fields in (rope, values) if fields.get(name) is not None]
+    if any(value != found[0] for value in found):
+        raise InputError(
+            f"{path}: {name} is {found[1]!r:.80}, but {found[0]!r:.80} among the rope's; keep one"
+        )
+    if share is None and found and found[0] != 1:
+        raise InputError(f"{path}: unsupported: {name} {found[0]!r:.80} (supported: 1)")
+    return found[0] if found else share or 1.0
 
 
 def rope_values(model: ModelConfig) -> dict[str, Any]:
@@ -80,7 +93,10 @@ def rope_values(model: ModelConfig) -> dict[str, Any]:
     if scaling is not None:
         values = scaling.model_dump(exclude_none=True)
         written = {n: values[n] for n in ("rope_type", *FIELDS[scaling.rope_type]) if n in values}
-    return {"rope_theta": model.rope_theta, "rope_scaling": written}
+    fields = {"rope_theta": model.rope_theta, "rope_scaling": written}
+    if model.parallel_block:
+        fields["partial_rotary_factor"] = model.partial_rotary_factor
+    return fields
 
 
 def _joined(values: dict[str, Any], path: Path) -> tuple[dict[str, Any], str]:

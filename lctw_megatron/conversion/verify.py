@@ -27,7 +27,8 @@ from lctw_megatron.progress import Progress
 
 # Fields of ModelConfig that config.json has not, or that matter in training only.
 _NOT_COMPARED = {
-    "hidden_dropout", "attention_dropout", "attention", "init_method_std", "moe_aux_loss_coeff",
+    "hidden_dropout", "attention_dropout", "embedding_dropout", "attention", "init_method_std",
+    "moe_aux_loss_coeff",
 }  # fmt: skip
 
 

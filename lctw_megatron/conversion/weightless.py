@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from lctw_megatron.config.model_sizes import head_width
+from lctw_megatron.config.model_sizes import rotary_width
 from lctw_megatron.config.rope import attention_factor
 from lctw_megatron.config.schema import ModelConfig
 from lctw_megatron.conversion.hf_safetensors import SafetensorsFolder
@@ -31,7 +31,7 @@ def is_weightless(source: SafetensorsFolder, name: str, model: ModelConfig) -> b
     shape = entry.shape
     while shape[:1] == (1,) and len(shape) > 1:
         shape = shape[1:]
-    width = head_width(model)
+    width = rotary_width(model)
     likely = shape in ((), (1,)) or len(shape) == 1 or shape[0] == shape[1] or shape[1] == width
     if not likely or len(shape) > 2 or not 0 < math.prod(shape) <= _MOST_ELEMENTS:
         return False

@@ -59,7 +59,7 @@ def harness_to_file(
     library = Library(model, settings)
     with sole_writer(output, print):
         found = read_harness(output)
-        holds = still_holds(output, found and found["settings"], described)
+        holds = still_holds(output, found and found.get("settings", {}), described)
         records = found["results"] if found and holds else []
         left = [
             call

@@ -4,13 +4,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field, FiniteFloat, model_validator
 
 from lctw_megatron.errors import InputError
 from lctw_megatron.evaluation.harness_tasks import RULER, Call
-from lctw_megatron.evaluation.saved_result import read_result
+from lctw_megatron.evaluation.saved_result import Shape, read_result
 
 FORMAT = "lctw-megatron harness 1"
 """Of harness.json. Its keys:
@@ -92,25 +93,36 @@ def to_rows(result: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+class _Record(Shape):
+    task: str
+    length: int | None = None
+    main: str
+    metrics: dict[str, Annotated[list[FiniteFloat | None], Field(min_length=2, max_length=2)]]
+
+    @model_validator(mode="after")
+    def _has_its_main_metric(self) -> "_Record":
+        if self.metrics.get(self.main, [None])[0] is None:
+            raise ValueError(f"no value of {self.main}")
+        return self
+
+
+class _Mean(Shape):
+    mean: float
+    error: float | None
+    tasks: list[str]
+
+
+class _Harness(Shape):
+    """What other modules rely on."""
+
+    settings: dict[str, Any] = {}
+    results: list[_Record]
+    ruler: dict[Annotated[str, Field(pattern=r"^\d+$")], _Mean] = {}
+
+
 def read_harness(path: str | Path) -> dict[str, Any] | None:
     """The contents of a harness.json; None if there is none. InputError if it is no such."""
-    again = "run the harness again"
-    value = read_result(path, FORMAT, again)
-    results = value.get("results") if value else []
-    if not isinstance(results, list) or not all(map(_is_record, results)):
-        raise InputError(f"{path}: damaged; {again}")
-    return value
-
-
-def _is_record(record: Any) -> bool:
-    """Whether it has a task and, of its main metric, a value and an error, which may be null."""
-    if not isinstance(record, dict) or not isinstance(record.get("task"), str):
-        return False
-    metrics = record.get("metrics")
-    found = metrics.get(record.get("main")) if isinstance(metrics, dict) else None
-    if not isinstance(found, list) or len(found) != 2:
-        return False
-    return _is_number(found[0]) and (found[1] is None or _is_number(found[1]))
+    return read_result(path, FORMAT, "run the harness again", _Harness)
 
 
 def _metrics(values: dict[str, Any]) -> dict[str, Metric]:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import model_validator
 
 from lctw_megatron.evaluation.buckets import Difference, Pair, paired_difference
-from lctw_megatron.evaluation.saved_result import read_result
+from lctw_megatron.evaluation.saved_result import Shape, read_result
 
 FORMAT = "lctw-megatron recall 1"
 """Of recall.json. Its keys:
@@ -83,9 +84,43 @@ def select(
     ]
 
 
+class _Settings(Shape):
+    tasks: list[str]
+    lengths: list[int]
+    depths: list[float]
+    window: int
+
+
+class _Cell(Shape):
+    task: str
+    length: int
+    depth: float | None
+    samples_digest: str
+    nats: list[float]
+    tokens: list[int]
+    right: list[float]
+    short_nats: list[float] | None
+    short_right: list[float] | None
+
+
+class _Recall(Shape):
+    """What other modules rely on."""
+
+    settings: _Settings
+    cells: list[_Cell]
+
+    @model_validator(mode="after")
+    def _has_a_value_of_every_sample(self) -> "_Recall":
+        kinds = ("nats", "tokens", "right", "short_nats", "short_right")
+        values = [getattr(cell, kind) for cell in self.cells for kind in kinds]
+        if len({len(found) for found in values if found is not None}) > 1:
+            raise ValueError("not a value of every sample")
+        return self
+
+
 def read_recall(path: str | Path) -> dict[str, Any] | None:
     """The contents of a recall.json; None if there is none. InputError if it is no such."""
-    return read_result(path, FORMAT, "measure recall again")
+    return read_result(path, FORMAT, "measure recall again", _Recall)
 
 
 def to_rows(result: dict[str, Any]) -> list[list[str]]:

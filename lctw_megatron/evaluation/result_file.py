@@ -1,9 +1,11 @@
 """evaluation.json: what is in it, and reading it."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from lctw_megatron.evaluation.saved_result import read_result
+from pydantic import Field, model_validator
+
+from lctw_megatron.evaluation.saved_result import Shape, read_result
 
 FORMAT = "lctw-megatron evaluation 1"
 """Of evaluation.json. Losses are nats a target. Its keys:
@@ -25,6 +27,58 @@ weights     see ``weight_sample``; null for a run with uniform weights; or why t
 """
 
 
+class _Settings(Shape):
+    tokens_fingerprint: str
+    sequence_length: int
+    near: int
+    window: int | None
+    data: str
+
+
+class _Group(Shape):
+    bins: list[int | str]
+    loss: list[float | None]
+    targets: list[int]
+    sequence_loss: list[list[float]]
+    sequence_targets: list[list[int]]
+
+    @model_validator(mode="after")
+    def _has_a_value_of_every_bin(self) -> "_Group":
+        sizes = [len(self.loss), len(self.targets)]
+        sizes += [len(row) for rows in (self.sequence_loss, self.sequence_targets) for row in rows]
+        if any(size != len(self.bins) for size in sizes):
+            raise ValueError("not a value of every bin")
+        return self
+
+
+class _LongPPL(Shape):
+    key_tokens: int
+    evaluator: str
+    sequence_loss: list[float] = []
+    sequence_targets: list[int] = []
+
+
+class _Evaluation(Shape):
+    """What other modules rely on; older files lack some of it."""
+
+    settings: _Settings
+    sequences: list[Annotated[list[int], Field(min_length=2, max_length=2)]]
+    loss: float
+    targets: int
+    classes: _Group
+    position: _Group
+    distance: _Group
+    longppl: _LongPPL | None = None
+
+    @model_validator(mode="after")
+    def _has_a_row_of_every_sequence(self) -> "_Evaluation":
+        groups = (self.classes, self.position, self.distance)
+        rows = [part for g in groups for part in (g.sequence_loss, g.sequence_targets)]
+        if any(len(row) != len(self.sequences) for row in rows):
+            raise ValueError("not a row of every sequence")
+        return self
+
+
 def read_evaluation(path: str | Path) -> dict[str, Any] | None:
     """The contents of an evaluation.json; None if there is none. InputError if it is no such."""
-    return read_result(path, FORMAT, "evaluate again")
+    return read_result(path, FORMAT, "evaluate again", _Evaluation)

@@ -3,13 +3,24 @@
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
 from lctw_megatron.data.json_object import read_json
 from lctw_megatron.errors import InputError, few
 
 
-def read_result(path: str | Path, format_name: str, again: str) -> dict[str, Any] | None:
-    """The contents of a file whose `format` is ``format_name``; None if there is none. InputError,
-    which says how to make it ``again``, if it is no such."""
+class Shape(BaseModel):
+    """Base of what a result file must have; what else it has is not looked at."""
+
+    model_config = ConfigDict(strict=True)
+
+
+def read_result(
+    path: str | Path, format_name: str, again: str, shape: type[Shape]
+) -> dict[str, Any] | None:
+    """The contents of a file whose `format` is ``format_name``, and whose other keys are as
+    ``shape`` has them; None if there is none. InputError, which says how to make it ``again``, if
+    it is no such."""
     try:
         value = read_json(path)
     except FileNotFoundError:
@@ -18,6 +29,12 @@ def read_result(path: str | Path, format_name: str, again: str) -> dict[str, Any
         raise InputError(f"{error}; {again}") from None
     if not isinstance(value, dict) or value.get("format") != format_name:
         raise InputError(f"{path}: not a file of the format {format_name!r}; name another output")
+    try:
+        shape.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "it"
+        raise InputError(f"{path}: damaged ({where}: {first['msg']}); {again}") from None
     return value
 
 

@@ -9,6 +9,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
+
 from lctw_megatron.atomic import locked, write_json
 from lctw_megatron.config.load import load_fragment
 from lctw_megatron.config.schema import ClusterConfig
@@ -100,10 +102,13 @@ def read_request(output_dir: str) -> LaunchRequest:
         )
     values = read_json_object(path)
     try:
-        values |= {"overrides": tuple(values["overrides"]), "stages": tuple(values["stages"])}
-        return LaunchRequest(**values)
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{path}: damaged ({error}); launch the recipe again") from None
+        return TypeAdapter(LaunchRequest).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise InputError(
+            f"{path}: damaged ({where}: {first['msg']}); launch the recipe again"
+        ) from None
 
 
 def stage_graph(request: LaunchRequest) -> StageGraph:

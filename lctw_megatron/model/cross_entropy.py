@@ -36,12 +36,18 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a.float(), b.float())  # CPU kernels have no mixed product
 
 
+def _logits(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    logits = _mm(inputs, weight.t())
+    return logits if bias is None else logits.add_(bias)
+
+
 class _RowBlockLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
+        bias: Tensor | None,
         labels: Tensor,
         first_column: int,
         group: dist.ProcessGroup | None,
@@ -57,7 +63,7 @@ class _RowBlockLoss(torch.autograd.Function):
         target = torch.zeros_like(lse)
         for start in range(0, rows.shape[0] if weight.shape[0] else 0, block_rows):
             block = slice(start, start + block_rows)
-            logits = _mm(hidden[rows[block]], weight.t())
+            logits = _logits(hidden[rows[block]], weight, bias)
             column = columns[block].clamp(0, weight.shape[0] - 1)
             target[block] = logits.gather(1, column.unsqueeze(1)).squeeze(1)
             lse[block] = _logsumexp_(logits)
@@ -70,26 +76,28 @@ class _RowBlockLoss(torch.autograd.Function):
             lse, target = sums[0].log().add_(largest), sums[1]
         loss = torch.zeros(labels.shape[0], dtype=dtype, device=hidden.device)
         loss[rows] = lse - target
-        ctx.save_for_backward(hidden, weight, rows, columns, own, lse)
+        ctx.save_for_backward(hidden, weight, bias, rows, columns, own, lse)
         ctx.block_rows, ctx.zero_gradients = block_rows, zero_gradients
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        hidden, weight, rows, columns, own, lse = ctx.saved_tensors
+        hidden, weight, bias, rows, columns, own, lse = ctx.saved_tensors
         grad = grad[rows]
         if ctx.zero_gradients:
             kept = torch.nonzero(grad).squeeze(1)
             if kept.shape[0] < rows.shape[0]:
                 rows, columns, own, lse, grad = (x[kept] for x in (rows, columns, own, lse, grad))
         grad_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = None
+        grad_weight = grad_bias = None
         if ctx.needs_input_grad[1]:
             grad_weight = torch.zeros(weight.shape, dtype=lse.dtype, device=weight.device)
+        if ctx.needs_input_grad[2]:
+            grad_bias = torch.zeros(bias.shape, dtype=lse.dtype, device=bias.device)
         for start in range(0, rows.shape[0] if weight.shape[0] else 0, ctx.block_rows):
             block = slice(start, start + ctx.block_rows)
             inputs = hidden[rows[block]]
-            logits = _mm(inputs, weight.t())
+            logits = _logits(inputs, weight, bias)
             gradient = _logits_gradient_(
                 logits, lse[block], columns[block], own[block], grad[block], hidden.dtype
             )
@@ -98,9 +106,13 @@ class _RowBlockLoss(torch.autograd.Function):
                 grad_hidden[rows[block]] = torch.mm(gradient, weight)
             if grad_weight is not None:
                 _accumulate_(grad_weight, gradient.t(), inputs)
+            if grad_bias is not None:
+                grad_bias.add_(gradient.sum(0, dtype=grad_bias.dtype))
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None, None
+        if grad_bias is not None:
+            grad_bias = grad_bias.to(bias.dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None
 
 
 def _logsumexp_(logits: Tensor) -> Tensor:
@@ -163,12 +175,13 @@ def row_block_cross_entropy(
     group: dist.ProcessGroup | None = None,
     block_rows: int = 1024,
     rows: Tensor | None = None,
+    bias: Tensor | None = None,
     zero_gradients: bool = True,
 ) -> Tensor:
-    """-log softmax(hidden @ weightᵀ)[label] for every row, in nats.
+    """-log softmax(hidden @ weightᵀ + bias)[label] for every row, in nats.
 
-    hidden [n, h]; weight [v, h], this rank's columns of the vocabulary beginning with token
-    ``first_column`` (padding columns cut off); labels [n] int64 token ids over the whole
+    hidden [n, h]; weight [v, h] and bias [v], this rank's columns of the vocabulary beginning with
+    token ``first_column`` (padding columns cut off); labels [n] int64 token ids over the whole
     vocabulary, or IGNORE. group: the tensor-parallel ranks, each with the same hidden and labels.
     rows: int64, those with a label, increasing; None: they are looked for. zero_gradients: whether
     the backward looks for rows whose gradient is 0, to do no work for them. Looking for rows on a
@@ -180,7 +193,7 @@ def row_block_cross_entropy(
     """
     rows = _live(labels) if rows is None else rows
     return _RowBlockLoss.apply(
-        hidden, weight, labels, first_column, group, block_rows, rows, zero_gradients
+        hidden, weight, bias, labels, first_column, group, block_rows, rows, zero_gradients
     )
 
 
@@ -197,6 +210,7 @@ def row_block_is_likeliest(
     group: dist.ProcessGroup | None = None,
     block_rows: int = 1024,
     rows: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Whether no token is likelier than the label: 1 or 0, in the dtype of the losses [n]; 0 where
     the label is IGNORE.
@@ -210,7 +224,7 @@ def row_block_is_likeliest(
     token = torch.full_like(rows, torch.iinfo(torch.int64).max)
     for start in range(0, rows.shape[0] if weight.shape[0] else 0, block_rows):
         block = slice(start, start + block_rows)
-        logits = _mm(hidden[rows[block]], weight.t())
+        logits = _logits(hidden[rows[block]], weight, bias)
         largest[block] = logits.amax(1)
         # argmax may give any of equal ones: the first of them is asked for.
         token[block] = (logits == largest[block].unsqueeze(1)).int().argmax(1) + first_column

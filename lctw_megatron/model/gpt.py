@@ -65,12 +65,19 @@ class PerTokenLossMixin:
     takes_boundaries: bool
     """Whether all layers have our core attention, which knows piece boundaries."""
 
-    def use_row_block_loss(self, true_vocab_size: int, loss_block_rows: int) -> None:
-        """Prepare the finished model. Padding columns of the vocabulary get no probability."""
+    def use_row_block_loss(
+        self, true_vocab_size: int, loss_block_rows: int, head_bias: bool = False
+    ) -> None:
+        """Prepare the finished model. Padding columns of the vocabulary get no probability.
+        head_bias: gives the output layer the bias that megatron-core builds it without."""
         self.true_vocab_size = true_vocab_size
         self.loss_block_rows = loss_block_rows
         if self.post_process:  # type: ignore[attr-defined]
-            self.output_layer.__class__ = _HandThrough  # type: ignore[attr-defined]
+            layer: Any = self.output_layer  # type: ignore[attr-defined]
+            layer.__class__ = _HandThrough
+            if head_bias:
+                bias = torch.empty(layer.output_size_per_partition, dtype=layer.config.params_dtype)
+                layer.bias = torch.nn.Parameter(bias)
 
     def forward(
         self,
@@ -111,13 +118,15 @@ class PerTokenLossMixin:
             weight = self.shared_embedding_or_output_weight()  # type: ignore[attr-defined]
         else:
             weight = self.output_layer.weight  # type: ignore[attr-defined]
+        bias = self.output_layer.bias  # type: ignore[attr-defined]
         first_column = group.rank() * weight.shape[0]
         live = min(max(self.true_vocab_size - first_column, 0), weight.shape[0])
         if live < weight.shape[0]:
             weight = weight[:live]
+            bias = bias if bias is None else bias[:live]
         arguments = (
             hidden.flatten(0, 1), weight, labels.t().flatten(), first_column, group,
-            self.loss_block_rows, self._live_rows,
+            self.loss_block_rows, self._live_rows, bias,
         )  # fmt: skip
         found = [row_block_cross_entropy(*arguments, zero_gradients=self._zero_gradients)]
         if self._likeliest:
@@ -260,7 +269,9 @@ def build_model(
         if layout.context > 1:
             chunk.rotary_pos_emb_alone = _Rotary(model, config, _alone_group())
         chunk.takes_boundaries = spec.has_own_core_attention(model, dtype, packed)
-        chunk.use_row_block_loss(model.vocab_size, block_rows)
+        chunk.use_row_block_loss(model.vocab_size, block_rows, head_bias=model.parallel_block)
+        if chunk.pre_process and model.embedding_dropout is not None:
+            chunk.embedding.embedding_dropout.p = model.embedding_dropout
         _mark_tensor_parallel(chunk)
         _mark_experts(chunk)
         chunk.to(device)

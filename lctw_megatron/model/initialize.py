@@ -54,10 +54,10 @@ def initialize_weights(chunks: list[Any], model: ModelConfig, seed: int) -> None
     for name, shard in sharded_parameters(chunks):
         axes = shard.prepend_axis_num
         shape = shard.global_shape[axes:]
-        if "norm" in name:
-            value = torch.ones(shape)
-        elif name.endswith("bias"):
+        if name.endswith("bias"):
             value = torch.zeros(shape)
+        elif "norm" in name:
+            value = torch.ones(shape)
         else:
             digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -15,6 +15,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from lctw_megatron.config.schema import RunConfig
 from lctw_megatron.config.validation_errors import nearest
 from lctw_megatron.errors import InputError, few
+from lctw_megatron.platform.megatron_version import MEGATRON
 
 _HYBRID_SINCE = (0, 18)
 
@@ -116,20 +117,12 @@ def check_megatron_fields(run: RunConfig) -> None:
     """Refuse a model that the installed megatron-core has not, and fields of ``run.megatron`` that
     it does not know, values of another type and what is not ``FREE``. Imports megatron-core if a
     field is given. InputError."""
-    if run.megatron.model == "hybrid":
-        if run.model.num_moe_experts:
-            raise InputError(
-                f"run {run.name}: megatron.model is hybrid, but experts (model.num_moe_experts) "
-                "have been shown to be right in GPTModel only; set gpt"
-            )
-        from lctw_megatron.platform.cpu import MEGATRON  # torch, which a look at a run does without
-
-        if MEGATRON < _HYBRID_SINCE:
-            raise InputError(
-                f"run {run.name}: megatron.model is hybrid, but megatron-core "
-                f"{version('megatron-core')} has no HybridModel; install 0.18 or newer (Python "
-                "3.12), or set gpt"
-            )
+    if run.megatron.model == "hybrid" and MEGATRON < _HYBRID_SINCE:
+        raise InputError(
+            f"run {run.name}: megatron.model is hybrid, but megatron-core "
+            f"{version('megatron-core')} has no HybridModel; install 0.18 or newer (Python 3.12), "
+            "or set gpt"
+        )
     given = run.megatron.model_dump(exclude={"model"})
     if not any(given.values()):
         return

@@ -1,4 +1,4 @@
-"""RMSNorm that knows sequence parallelism (torch's own is refused by megatron-core under SP)."""
+"""Norms that know sequence parallelism (torch's own are refused by megatron-core under SP)."""
 
 import torch
 from torch import Tensor, nn
@@ -20,3 +20,15 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.nn.functional.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+class LayerNorm(RMSNorm):
+    """(x - mean(x)) / sqrt(var(x) + eps) * weight + bias, otherwise as RMSNorm."""
+
+    def __init__(self, config, hidden_size: int, eps: float = 1e-5, **_) -> None:  # type: ignore[no-untyped-def]
+        super().__init__(config, hidden_size, eps)
+        self.bias = nn.Parameter(torch.zeros_like(self.weight))
+        self.bias.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.layer_norm(x, (x.shape[-1],), self.weight, self.bias, self.eps)

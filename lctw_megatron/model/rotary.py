@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from lctw_megatron.config.model_sizes import head_width
+from lctw_megatron.config.model_sizes import rotary_width
 from lctw_megatron.config.rope import effective_theta, turns
 from lctw_megatron.config.schema import ModelConfig, RopeScaling
 
@@ -20,8 +20,8 @@ def frequencies(
     dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Radians a position, [head width / 2], in a forward over ``length`` positions."""
-    scaling, theta, width = model.rope_scaling, effective_theta(model, length), head_width(model)
+    """Radians a position, [rotary width / 2], in a forward over ``length`` positions."""
+    scaling, theta, width = model.rope_scaling, effective_theta(model, length), rotary_width(model)
     exponents = torch.arange(0, width, 2, dtype=dtype, device=device) / width
     plain = 1.0 / theta**exponents
     if scaling is None or scaling.rope_type == "dynamic":

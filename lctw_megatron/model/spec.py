@@ -13,7 +13,7 @@ from lctw_megatron.config.rope import attention_factor
 from lctw_megatron.config.schema import LayoutConfig, ModelConfig
 from lctw_megatron.errors import InputError
 from lctw_megatron.model.attention import SDPACoreAttention
-from lctw_megatron.model.norms import RMSNorm
+from lctw_megatron.model.norms import LayerNorm, RMSNorm
 from lctw_megatron.platform.capabilities import capabilities
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -86,7 +86,7 @@ def transformer_config(
         modules = {"selective": ["core_attn"], "mlp": [mlp]}[acting]
         recompute = {"recompute_granularity": "selective", "recompute_modules": modules}
     _check_fields(model, dtype, packed, fields)
-    width = head_width(model)
+    width, phi = head_width(model), model.parallel_block
     settings = dict(
         num_layers=model.num_layers * sublayers,
         hidden_size=model.hidden_size,
@@ -97,11 +97,11 @@ def transformer_config(
         # yarn multiplies rotated queries and keys; rotation is linear and takes whole heads, so one
         # factor on the scores is the same, for every attention and every rotary kernel.
         softmax_scale=attention_factor(model.rope_scaling) ** 2 / math.sqrt(width),
-        normalization="RMSNorm",
+        normalization="LayerNorm" if phi else "RMSNorm",
         layernorm_epsilon=model.layernorm_epsilon,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
+        gated_linear_unit=not phi,
+        activation_func=gelu_tanh if phi else torch.nn.functional.silu,
+        add_bias_linear=phi,
         add_qkv_bias=model.qkv_bias,
         qk_layernorm=model.qk_norm,
         hidden_dropout=model.hidden_dropout,
@@ -121,7 +121,8 @@ def transformer_config(
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
         context_parallel_size=layout.context,
         # Fusions compile CUDA kernels.
-        bias_activation_fusion=on_gpu,
+        # Fused, F.gelu means the approximation by tanh, unfused the exact function.
+        bias_activation_fusion=on_gpu and not phi,
         bias_dropout_fusion=on_gpu,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
@@ -133,6 +134,11 @@ def transformer_config(
         **recompute,
     )
     return with_fields(TransformerConfig, settings, fields, "transformer")
+
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """`gelu_new` of Hugging Face configs (Hendrycks and Gimpel, 2016)."""
+    return torch.nn.functional.gelu(x, approximate="tanh")
 
 
 def _experts(model: ModelConfig, layout: LayoutConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -271,14 +277,18 @@ def layer_spec(model: ModelConfig, config: Any, packed: bool) -> tuple[Any, Any]
             layer.submodules.self_attention.submodules.core_attention = SDPACoreAttention
     else:
         layer = gpt_layer_specs.get_gpt_layer_local_spec(
-            qk_layernorm=model.qk_norm, normalization="RMSNorm", **experts
+            qk_layernorm=model.qk_norm, normalization=config.normalization, **experts
         )
-        norm = RMSNorm
-        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+        norm = LayerNorm if model.parallel_block else RMSNorm
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
         if model.num_moe_experts:  # the norm before experts is stored under its own name
             layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
         attention = layer.submodules.self_attention.submodules
         attention.core_attention = SDPACoreAttention
         if model.qk_norm:
             attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if model.parallel_block:
+        from lctw_megatron.model.parallel_layer import side_by_side
+
+        side_by_side(layer, norm)
     return layer, norm

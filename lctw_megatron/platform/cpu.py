@@ -15,7 +15,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from importlib.metadata import version
 from types import ModuleType
 from typing import Any
 
@@ -24,8 +23,6 @@ import torch
 from lctw_megatron.platform.capabilities import capabilities
 
 CPU = torch.device("cpu")
-
-MEGATRON = tuple(int(part) for part in version("megatron-core").split(".")[:2])
 
 # Modules that megatron-core imports inside functions: imported before the view is handed out, since
 # a module imported later would see the real torch.

@@ -27,6 +27,7 @@ SHARD_TOKENS = 1 << 22
 process loses at most. Seconds on a GPU, up to an hour on a CPU."""
 
 _MOST_SHARDS = 10_000
+_MOST_ASKED = 99_999
 _ARITHMETIC = ("precision", "tokens_per_forward", "tensor")
 
 
@@ -156,6 +157,8 @@ class Job:
 
         InputError if it was begun with another number; with ``overwrite`` those files go.
         """
+        if asked is not None and asked > _MOST_ASKED:
+            raise InputError(f"{asked} shards: each is a file; give at most {_MOST_ASKED}")
         begun = {number for _, number in shard_files(self.folder).values()}
         if asked is None and len(begun) == 1:
             return begun.pop()

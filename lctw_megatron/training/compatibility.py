@@ -14,7 +14,8 @@ from lctw_megatron.model.checkpoint import CheckpointManifest, find_checkpoint, 
 # What a longer context changes of a start's model, and what its weights do not show.
 _FREE_OF_THE_START = {
     "max_position_embeddings", "rope_theta", "rope_scaling", "attention", "hidden_dropout",
-    "attention_dropout", "init_method_std", "moe_aux_loss_coeff",
+    "attention_dropout", "embedding_dropout", "init_method_std",
+    "moe_aux_loss_coeff",
 }  # fmt: skip
 _FREE_ON_RESUME = {"tokens_per_forward", "attention"}
 

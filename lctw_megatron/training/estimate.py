@@ -9,7 +9,7 @@ Models" (section 4 and appendix B), with what changed since:
 
 - flash attention keeps its inputs, its output and one float32 per row and head, not the scores;
 - RMSNorm, SwiGLU, rotary embedding and grouped-query attention have other widths than the GPT of
-  the paper, and there is no dropout;
+  the paper, and dropout is only where the model has it (then 2 h bytes of masks, / t as norms);
 - CP divides the tokens of a rank; torch's attention gathers the keys and values of the whole
   sequence and keeps them, TransformerEngine's passes them round and does not.
 
@@ -30,8 +30,9 @@ rank keeps more: `router/largest_load` of the metrics)
     gate, up and their product          3 k x         / t
     what comes back of them             k h           / t
 
-and where torch's attention gathers, q + CP x 2 k instead of the second and third line. On a CPU
-SwiGLU and RMSNorm are not fused and keep 2 f + 2 h more.
+and where torch's attention gathers, q + CP x 2 k instead of the second and third line. Phi has one
+norm (2 h), what GELU takes and gives (2 f / t), and of d what positions turn. On a CPU SwiGLU and
+RMSNorm are not fused and keep 2 f + 2 h more, and masks are float32.
 
 Not counted: the CUDA context, communication buffers, fragmentation and the working memory of single
 kernels. Leave a tenth of the GPU free.
@@ -44,7 +45,9 @@ from lctw_megatron.config.model_sizes import (
     active_parameters,
     expert_width,
     layer_sizes,
+    norm_size,
     parameters,
+    rotary_width,
 )
 from lctw_megatron.config.schema import RunConfig
 from lctw_megatron.model import spec
@@ -138,13 +141,16 @@ def stage_parameters(run: RunConfig, stage: int) -> int:
     model, layout = run.model, run.layout
     layer = layer_sizes(model)
     split = (layer.matrices + layer.biases) // layout.tensor
-    count = model.num_layers // layout.pipeline * (split + layer.norms + layer.router)
+    whole = layer.norms + layer.output_biases + layer.router
+    count = model.num_layers // layout.pipeline * (split + whole)
     first, last = stage == 0, stage == layout.pipeline - 1
     tables = first + last
     if first and last and model.tie_word_embeddings:
         tables = 1
-    table = padded_vocabulary(model.vocab_size or 0) // layout.tensor * model.hidden_size
-    return count + tables * table + (model.hidden_size if last else 0)
+    columns = padded_vocabulary(model.vocab_size or 0) // layout.tensor
+    head_bias = columns if model.parallel_block else 0
+    count += tables * columns * model.hidden_size
+    return count + (norm_size(model) + head_bias if last else 0)
 
 
 def chunks_in_flight(run: RunConfig, stage: int, micro_batches: int) -> int:
@@ -173,17 +179,20 @@ def layer_activations(run: RunConfig) -> int:
         attention = q + layout.context * 2 * k + 2 * q
     else:
         attention = (q + 2 * k) + (q + k) + 2 * q
+    phi = model.parallel_block
     if layout.recompute == "mlp":
         mlp = 0
     elif model.num_moe_experts:
         mlp = model.moe_router_topk * (3 * expert_width(model) + 2 * model.hidden_size)
     else:
-        mlp = 3 * model.ffn_hidden_size
+        mlp = (2 if phi else 3) * model.ffn_hidden_size
     split = (attention + mlp) // layout.tensor
-    norms = 4 * model.hidden_size // (layout.tensor if layout.sequence else 1)
-    rotary = 4 * q // model.num_attention_heads
+    hidden = model.hidden_size // (layout.tensor if layout.sequence else 1)
+    norms = (2 if phi else 4) * hidden
+    masks = 2 * hidden if model.hidden_dropout else 0  # of one byte an element
+    rotary = 4 * rotary_width(model)
     log_sum_exp = 4 * model.num_attention_heads // layout.tensor
-    return _tokens(run) * (element * (norms + split + rotary) + log_sum_exp)
+    return _tokens(run) * (element * (norms + split + rotary) + masks + log_sum_exp)
 
 
 def _has_engine_attention(run: RunConfig) -> bool:

@@ -12,10 +12,13 @@ from lctw_megatron.benchmarks.attention import attention_benchmark
 from lctw_megatron.benchmarks.checkpointing import checkpoint_benchmark
 from lctw_megatron.benchmarks.cpu import STEP, WEIGHTINGS
 from lctw_megatron.benchmarks.head import head_benchmark
+from lctw_megatron.benchmarks.scaling import layouts, run_of
 from lctw_megatron.benchmarks.scoring_cpu import scoring_benchmark
 from lctw_megatron.benchmarks.sixteen_bits import weight_changes
-from lctw_megatron.benchmarks.steps import step_benchmark
-from lctw_megatron.config.schema import RunConfig
+from lctw_megatron.benchmarks.steps import StepBench, step_benchmark
+from lctw_megatron.config.layout_rules import check_layout
+from lctw_megatron.config.schema import LayoutConfig, RunConfig
+from lctw_megatron.platform.world import World
 from tests.conversion.hf_models import make_model
 from tests.tokenizer_files import VOCAB_SIZE, hf_folder, real_text  # noqa: F401 (a fixture)
 
@@ -53,6 +56,31 @@ def test_steps_are_beside_their_flops() -> None:
 def test_what_saving_costs() -> None:
     row = checkpoint_benchmark(small_run(), every=3, repeats=1)
     assert row["seconds_without"] > 0 and row["asynchronous_share"] > -1
+    assert row["save_seconds"] > 0 and row["load_seconds"] > 0 and row["gigabytes"] > 0
+
+
+def test_ranks_step_on_their_parts_of_the_same_sequences() -> None:
+    run = small_run().model_copy(update={"layout": LayoutConfig(context=2)})
+
+    def tokens(data_rank: int, data_size: int, context_rank: int, context: int) -> torch.Tensor:
+        bench = StepBench.__new__(StepBench)
+        bench.run = run.model_copy(update={"layout": LayoutConfig(context=context)})
+        bench.world = World(0, 4, CPU, 0, 0, context_rank, data_rank, data_size)
+        return torch.cat([batch["tokens"] for batch in bench.batches()])
+
+    whole = tokens(0, 1, 0, 1)
+    assert whole.shape == (2, 1024)
+    for rank in (0, 1):
+        parts = [tokens(rank, 2, context, 2) for context in (0, 1)]
+        assert torch.equal(
+            torch.cat([parts[0][:, :256], parts[1], parts[0][:, 256:]], 1)[0], whole[rank]
+        )
+
+
+@pytest.mark.parametrize("gpus", [2, 4])
+def test_the_layouts_that_are_compared_fit_the_model(gpus: int) -> None:
+    for layout in layouts(gpus).values():
+        check_layout(run_of(layout, gpus), gpus)
 
 
 def test_scoring_beside_transformers(hf_folder: Path, tmp_path: Path, capsys: Any) -> None:  # noqa: F811

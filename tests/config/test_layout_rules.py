@@ -89,6 +89,16 @@ REFUSED = [
         4,
         r"number of ranks / layout.pipeline \(2\) must be divisible by layout.expert \(4\)",
     ),
+    (
+        {"model__architecture": "phi"},
+        None,
+        "architecture phi needs model.qkv_bias true and model.qk_norm false, found False and False",
+    ),
+    (
+        {"model__partial_rotary_factor": 0.5},
+        None,
+        "model.partial_rotary_factor is 0.5, but llama turns whole heads; leave it out",
+    ),
     ({"layout__pipeline": 3}, None, r"num_layers \(8\) .* layout.pipeline \(3\)"),
     (
         {"layout__pipeline": 4, "layout__virtual_pipeline": 4},

@@ -50,6 +50,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe_unscaled": (
         "qwen3_moe", _EXPERTS | {"norm_topk_prob": False, "head_dim": 12, "num_experts_per_tok": 1},
     ),
+    "phi": ("phi", {"partial_rotary_factor": 0.4, "head_dim": 20}),
+    "phi_tied_dynamic": (
+        "phi",
+        {"tie_word_embeddings": True, "rope_scaling": dict(rope_type="dynamic", factor=2.5)},
+    ),
 }  # fmt: skip
 """Name: model type and what differs from the shared sizes."""
 

@@ -32,6 +32,8 @@ def minimal(kind: str, **changes: Any) -> dict[str, Any]:
     values = {"model_type": kind, **SIZES, **changes}
     if kind == "mistral":
         values.setdefault("sliding_window", None)
+    if kind == "phi":  # turns half a head, which must be an even number
+        values["num_attention_heads"] = 16
     return values
 
 
@@ -42,9 +44,16 @@ def test_what_config_json_leaves_out_means_what_transformers_means(kind, tmp_pat
     write(tmp_path, minimal(kind))
     theirs, ours = AutoConfig.from_pretrained(tmp_path), read_config(tmp_path).model
     assert ours.num_query_groups == theirs.num_key_value_heads
-    assert ours.kv_channels == (getattr(theirs, "head_dim", None) or 64 // 32)
+    assert ours.kv_channels == (
+        getattr(theirs, "head_dim", None) or 64 // theirs.num_attention_heads
+    )
     assert ours.max_position_embeddings == theirs.max_position_embeddings
-    assert ours.layernorm_epsilon == theirs.rms_norm_eps
+    assert ours.layernorm_epsilon == getattr(theirs, ARCHITECTURES[kind].epsilon[0])
+    rope = rope_of_transformers(tmp_path)
+    share = rope.get("partial_rotary_factor", getattr(theirs, "partial_rotary_factor", 1.0))
+    assert ours.partial_rotary_factor == share
+    assert ours.attention_dropout == theirs.attention_dropout == 0
+    assert theirs.hidden_act in ARCHITECTURES[kind].activations
     assert ours.tie_word_embeddings == theirs.tie_word_embeddings
     assert ours.init_method_std == theirs.initializer_range
     rope = rope_of_transformers(tmp_path)
@@ -101,6 +110,7 @@ def test_what_transformers_takes_for_a_missing_original_maximum_or_factor(tmp_pa
         return found
 
     assert read(type="yarn", factor=4.0).original_max_position_embeddings == 4096
+    assert read(type="yarn", factor=4.0, truncate=None).truncate is False  # a null is not a default
     assert read(type="dynamic", factor=4.0).original_max_position_embeddings == 4096
     assert read(type="linear", factor=4.0).original_max_position_embeddings is None
     assert read(type="yarn", factor=None, original_max_position_embeddings=512).factor == 8
@@ -317,11 +327,13 @@ def test_a_model_survives_the_way_out_and_back_and_transformers_reads_it(
         qkv_bias=ARCHITECTURES[kind].flags["qkv_bias"],
         qk_norm=ARCHITECTURES[kind].flags["qk_norm"],
         **EXPERT_FIELDS.get(kind, {}),
+        **{name: 0.25 for name in ARCHITECTURES[kind].dropouts.values()},
     )  # fmt: skip
     write(tmp_path, config_values(model, "bf16", {"eos_token_id": [2, 3]}))
     back = read_config(tmp_path)
     assert back.model == model
     assert back.ignored == []
+    assert any("attention_dropout 0.25" in note for note in back.notes)
     theirs = AutoConfig.from_pretrained(tmp_path)
     assert type(theirs).__name__.lower() == f"{kind.replace('_', '')}config"
     assert theirs.max_position_embeddings == 32768 and theirs.head_dim == 24

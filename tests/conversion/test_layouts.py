@@ -53,12 +53,13 @@ def save_from(
     layouts: dict[str, dict[str, Any]], names: list[str], root: str, kind: Literal["gpt", "hybrid"]
 ) -> dict[str, float]:
     """On every rank: load each imported model under each layout, save it from there with
-    megatron-core. Returns the largest error of the losses where a rank has all layers."""
+    megatron-core. Returns the largest error of this rank's losses, if it has any."""
     from lctw_megatron.config.schema import LayoutConfig
     from lctw_megatron.data import zigzag
     from lctw_megatron.model.checkpoint import load_weights, model_state, read_manifest
     from lctw_megatron.model.gpt import build_model
     from lctw_megatron.platform.world import initialize
+    from lctw_megatron.scoring.forward import window_losses
     from lctw_megatron.training.checkpoint import CheckpointWriter
 
     errors = {}
@@ -77,11 +78,15 @@ def save_from(
             load_weights(chunks, Path(root) / f"{name}_checkpoint")
             for chunk in chunks:
                 assert not any(p.isnan().any() for p in chunk.parameters()), (label, name)
+            expected = torch.load(Path(root) / f"{name}_losses.pt")
             if layout.pipeline == 1:
-                expected = torch.load(Path(root) / f"{name}_losses.pt")
                 part = losses(chunks[0], world.context_rank, layout.context)
-                wanted = zigzag.cut(expected, world.context_rank, layout.context, 1)
-                errors[f"{label} {name}"] = float((part - wanted).abs().max())
+                expected = zigzag.cut(expected, world.context_rank, layout.context, 1)
+            else:
+                tokens = random_tokens(LENGTH + 1)
+                part = window_losses(chunks, tokens[:, :-1], tokens[:, 1:], LENGTH)
+            if part is not None:
+                errors[f"{label} {name}"] = float((part - expected).abs().max())
             writer = CheckpointWriter(Path(root) / f"{name} {label}", keep_last=1)
             writer.save(model_state(chunks), manifest)
             writer.close()
@@ -116,9 +121,14 @@ def prepare(names: list[str], root: Path) -> None:
 def check(
     names: list[str], layouts: dict[str, dict[str, Any]], ranks: int, root: Path, kind: str
 ) -> None:
+    if kind == "hybrid":  # it runs attention and MLP one after the other
+        names = [name for name in names if not name.startswith("phi")]
     prepare(names, root)
+    found: dict[str, float] = {}
     for errors in run_distributed(save_from, ranks, layouts, names, str(root), kind, timeout=500):
         assert all(error < LOSSES for error in errors.values()), errors
+        found |= errors
+    assert len(found) == len(names) * len(layouts)
     for name in names:
         for label in layouts:
             output = root / f"{name} {label} hf"
@@ -129,7 +139,7 @@ def check(
 @pytest.mark.parametrize("kind", KINDS)
 def test_loaded_saved_and_exported_from_four_ranks(kind, tmp_path):
     layouts = {label: LAYOUTS[4][label] for label in ("TP2+SPxPP2+VPP2", "TP2xCP2")}
-    check(["llama", "qwen3_tied"], layouts, 4, tmp_path, kind)
+    check(["llama", "qwen3_tied", "phi"], layouts, 4, tmp_path, kind)
 
 
 def test_experts_are_loaded_saved_and_exported_from_two_ranks(tmp_path):

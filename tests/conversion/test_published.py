@@ -1,7 +1,7 @@
 """Published config.json files: each imports, exports and verifies in small, or is refused in one
 line that names the field.
 
-published_configs.json holds 41 of them as they are on the Hub. Scaled down they keep the ratios of
+published_configs.json holds 44 of them as they are on the Hub. Scaled down they keep the ratios of
 their heads, their head width, feed-forward width and every field that decides the arithmetic.
 """
 
@@ -58,14 +58,16 @@ def small(config: dict[str, Any]) -> dict[str, Any]:
     hidden = config["hidden_size"]
     few_groups = min(2, math.gcd(heads, groups))
     few_heads = heads // groups * few_groups
+    # Phi turns a part of a head, which must be an even number.
+    width = 20 if config["model_type"] == "phi" else WIDTH
     changed: dict[str, Any] = {
         "num_attention_heads": few_heads,
-        "hidden_size": few_heads * WIDTH,
-        "intermediate_size": round(few_heads * WIDTH * config["intermediate_size"] / hidden),
+        "hidden_size": few_heads * width,
+        "intermediate_size": round(few_heads * width * config["intermediate_size"] / hidden),
         "num_hidden_layers": LAYERS,
         "vocab_size": VOCABULARY,
     }
-    if "num_key_value_heads" in config:
+    if config.get("num_key_value_heads"):
         changed["num_key_value_heads"] = few_groups
     if config.get("head_dim"):
         changed["head_dim"] = WIDTH * config["head_dim"] * heads // hidden
@@ -140,6 +142,7 @@ FRAGMENTS = {
     "llama32_3b": "llama3_2_3b",
     "mistral_7b": "mistral_7b_v03",
     "mixtral_8x7b": "mixtral_8x7b",
+    "phi2": "phi_2",
     "qwen2_500m": "qwen2_0_5b",
     "qwen25_1.5b": "qwen2_1_5b",
     "qwen25_500m": "qwen2.5_0.5b_instruct",

@@ -49,7 +49,7 @@ def rope_of(folder: Path) -> dict[str, Any]:
     """All that config.json says of positions, in whichever transformers' form."""
     config = json.loads((folder / "config.json").read_text())
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {"rope_type": "default"}
-    names = ("max_position_embeddings", "rope_theta")
+    names = ("max_position_embeddings", "rope_theta", "partial_rotary_factor")
     return {name: config[name] for name in names if name in config} | rope
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lctw_megatron.benchmarks.steps import StepBench, random_batches
+from lctw_megatron.benchmarks.steps import StepBench
 from lctw_megatron.config.schema import RunConfig
 from lctw_megatron.model.device_batch import move
 
@@ -26,7 +26,7 @@ def small_pass(precision: str) -> dict[str, np.ndarray]:
     training = {"steps": 1, "global_batch_size": 2, "micro_batch_size": 2, "precision": precision}
     run = RunConfig.model_validate(SMALL | {"training": training})
     bench = StepBench(run)
-    batches = random_batches(run)
+    batches = bench.batches()
     batch = move(batches[0], bench.device)
     with torch.no_grad():
         losses = bench.chunks[0](

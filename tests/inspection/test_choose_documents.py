@@ -80,7 +80,9 @@ def test_it_is_made_once_again_after_a_loss_and_anew_for_another_choice(dataset,
     write_sidecar(dataset, "other", 1.0)
     choose(dataset, prefix)
     assert choose(dataset, prefix).endswith("(already there)")
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"sequence_length": 48}))
+    manifest.write_text(
+        json.dumps(json.loads(manifest.read_text()) | {"score_first_window": False})
+    )
     assert not choose(dataset, prefix).endswith("(already there)")  # it was scored again
     choose(dataset, prefix, keep=1.0)
     assert len(TokenDataset(prefix)) == 5

@@ -238,6 +238,26 @@ def test_stages_that_need_others_not_on_their_way_are_refused(plan, slurm):
     assert slurm.said()["train-base"].startswith("--dependency=afterok:1 ")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"ranks": "x"},
+        {"stages": [7]},
+        {"stages": 5},
+        {"overrides": None},
+        {"recipe": 3},
+        {"recipe": None},
+    ],
+)
+def test_a_damaged_order_is_one_line(tmp_path, change):
+    order = {"recipe": "r.yaml", "overrides": [], "stages": [], "cluster": None, "ranks": None}
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "order.json").write_text(json.dumps(order | change))
+    with pytest.raises(InputError, match=r"order.json: damaged \(.*\); launch") as error:
+        read_request(tmp_path)
+    assert "\n" not in str(error.value)
+
+
 def test_launchers_side_by_side_keep_each_others_stages(plan, monkeypatch, capsys):
     plan()
     monkeypatch.setattr(local, "run_stages", lambda *arguments: 0)

@@ -15,7 +15,11 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lctw_megatron.model.cross_entropy import IGNORE, row_block_cross_entropy
+from lctw_megatron.model.cross_entropy import (
+    IGNORE,
+    row_block_cross_entropy,
+    row_block_is_likeliest,
+)
 from tests.distributed import run_distributed
 
 
@@ -80,6 +84,45 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(
         lambda h, w: row_block_cross_entropy(h, w, labels, block_rows=4), inputs
     )
+
+
+def with_bias(weight: Tensor) -> Tensor:
+    """A bias for every row of ``weight``, so that parts of it get their parts."""
+    return weight.sum(1).sin()
+
+
+def torch_way_with_bias(
+    hidden: Tensor, weight: Tensor, labels: Tensor, grad: Tensor
+) -> list[Tensor]:
+    return loss_and_gradients(
+        lambda h, w: cross_entropy(
+            h @ w.t() + with_bias(w), labels, reduction="none", ignore_index=IGNORE
+        ),
+        hidden, weight, grad,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_bias_is_added_and_gets_its_gradient(dtype: torch.dtype) -> None:
+    hidden, weight, labels, grad = problem(40, 8, 50, seed=5, dtype=dtype)
+    parts = [hidden, weight, 3 * with_bias(weight)]
+    wide = [x.to(torch.float64).requires_grad_() for x in parts]
+    logits = wide[0] @ wide[1].t() + wide[2]
+    expected = cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE)
+    right = torch.autograd.grad(expected, wide, grad)
+    own = [x.detach().requires_grad_() for x in parts]
+    loss = row_block_cross_entropy(own[0], own[1], labels, block_rows=7, bias=own[2])
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    found = torch.autograd.grad(loss, own, grad.to(loss.dtype))
+    near, gap = (1e-12, 1e-12) if dtype == torch.float64 else (1e-6, 1e-2)
+    assert (loss - expected).abs().max() < near * expected.abs().max()
+    for value, exact in zip(found, right, strict=True):
+        assert value.dtype == dtype
+        assert (value - exact).norm() < gap * exact.norm()
+    likeliest = row_block_is_likeliest(own[0], own[1], labels, block_rows=7, bias=own[2])
+    choice = (logits.argmax(1) == labels) & (labels != IGNORE)
+    assert likeliest.equal(choice.to(likeliest.dtype))
+    assert not choice.equal((wide[0] @ wide[1].t()).argmax(1) == labels)  # the bias decides
 
 
 def test_float32_equals_torch_in_float32() -> None:
@@ -224,7 +267,9 @@ def vocabulary_parallel(seed: int) -> dict[tuple[int, int, int, int], list[Tenso
                 own = weight[min(first, vocabulary) : min(first + columns, vocabulary)]
 
                 def loss(h: Tensor, w: Tensor, labels=labels, first=first, group=group) -> Tensor:  # type: ignore[no-untyped-def]
-                    return row_block_cross_entropy(h, w, labels, first, group, block_rows=7)
+                    return row_block_cross_entropy(
+                        h, w, labels, first, group, block_rows=7, bias=with_bias(w)
+                    )
 
                 found = loss_and_gradients(loss, hidden, own, grad)
                 results[size, dist.get_rank() - group.rank(), vocabulary, case] = found
@@ -244,7 +289,7 @@ def test_vocabulary_parallel_equals_one_process_also_without_live_columns() -> N
     for size, first_rank in ((2, 0), (2, 2), (4, 0)):
         for vocabulary, _ in SPLITS[size]:
             for case, inputs in enumerate(label_cases(vocabulary, 9)):
-                loss, grad_hidden, grad_weight = torch_way(*inputs)
+                loss, grad_hidden, grad_weight = torch_way_with_bias(*inputs)
                 key = (size, first_rank, vocabulary, case)
                 answers = [ranks[first_rank + i][key] for i in range(size)]
                 for answer in answers:

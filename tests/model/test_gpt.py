@@ -77,15 +77,24 @@ def inputs(length: int = 24) -> tuple[Tensor, Tensor, Tensor]:
     return tokens[:, :-1], torch.arange(length).expand(2, -1), labels
 
 
+PHI = {"architecture": "phi", "qk_norm": False, "partial_rotary_factor": 0.5}
+
+
+@pytest.mark.parametrize("changes", [{}, PHI], ids=["llama", "phi"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_losses_are_the_cross_entropy_of_the_logits_over_the_true_vocabulary(tied: bool) -> None:
-    (model,) = build({"tie_word_embeddings": tied}, {})
+def test_losses_are_the_cross_entropy_of_the_logits_over_the_true_vocabulary(
+    tied: bool, changes: dict[str, Any]
+) -> None:
+    (model,) = build({"tie_word_embeddings": tied, **changes}, {})
     tokens, positions, labels = inputs()
     head = model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
     vocabulary = MODEL["vocab_size"]
     assert head.shape[0] == 256 > vocabulary
     with torch.no_grad():
         head[vocabulary:] = 100.0  # would take all probability, if it took any
+        if changes:
+            model.output_layer.bias.normal_()
+            model.output_layer.bias[vocabulary:] = 100.0
     logits = model(tokens, positions, None)
     assert logits.shape == (2, 24, 256)
     expected = cross_entropy(
@@ -99,6 +108,13 @@ def test_losses_are_the_cross_entropy_of_the_logits_over_the_true_vocabulary(tie
         torch.testing.assert_close(found, right, rtol=1e-9, atol=1e-11)
     # And logits again after losses: the switch is set anew by every forward.
     assert model(tokens, positions, None).equal(logits)
+
+
+def test_dropout_of_the_embeddings_is_that_of_the_residual_unless_it_is_given() -> None:
+    for given, found in ((None, 0.2), (0.0, 0.0), (0.1, 0.1)):
+        (model,) = build({"hidden_dropout": 0.2, "embedding_dropout": given, **PHI}, {})
+        assert model.embedding.embedding_dropout.p == found
+        assert all(layer.hidden_dropout == 0.2 for layer in model.decoder.layers)
 
 
 def test_losses_of_a_bfloat16_model_are_float32() -> None:
@@ -163,14 +179,15 @@ def test_initial_weights_are_the_same_on_every_layout_and_an_empty_rank_does_no_
         np.testing.assert_allclose(losses, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_initial_weights_follow_megatrons_rule_and_differ_by_layer() -> None:
-    weights = gather([shards(build({"num_layers": 8, "hidden_size": 128}, {}))])
+@pytest.mark.parametrize("changes", [{}, PHI], ids=["llama", "phi"])
+def test_initial_weights_follow_megatrons_rule_and_differ_by_layer(changes: dict[str, Any]) -> None:
+    weights = gather([shards(build({"num_layers": 8, "hidden_size": 128, **changes}, {}))])
     std = MODEL["init_method_std"]
     for name, value in weights.items():
-        if "layernorm" in name or "layer_norm" in name:
-            assert (value == 1).all(), name
-        elif name.endswith("bias"):
+        if name.endswith("bias"):
             assert (value == 0).all(), name
+        elif "layernorm" in name or "layer_norm" in name:
+            assert (value == 1).all(), name
         else:
             scaled = "linear_proj" in name or "linear_fc2" in name
             if "word_embeddings" in name or "output_layer" in name:

@@ -10,7 +10,6 @@ from lctw_megatron.config.schema import RunConfig
 from lctw_megatron.errors import InputError
 from lctw_megatron.model import megatron_fields
 from lctw_megatron.model.megatron_fields import FREE, check_megatron_fields
-from lctw_megatron.platform import cpu
 from tests.training.layouts import make_run
 
 
@@ -37,10 +36,10 @@ def test_free_fields_pass_and_stay_in_the_saved_run() -> None:
 
 
 def test_a_megatron_core_without_hybridmodel_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "MEGATRON", (0, 17))
+    monkeypatch.setattr(megatron_fields, "MEGATRON", (0, 17))
     check_megatron_fields(run_with(model="gpt"))
     assert "megatron.model is hybrid, but megatron-core" in refusal(model="hybrid")
-    monkeypatch.setattr(cpu, "MEGATRON", (0, 18))
+    monkeypatch.setattr(megatron_fields, "MEGATRON", (0, 18))
     check_megatron_fields(run_with(model="hybrid"))
 
 

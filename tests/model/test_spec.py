@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lctw_megatron.config.schema import LayoutConfig, ModelConfig
+from lctw_megatron.errors import InputError
 from lctw_megatron.model import spec
 from tests.training.layouts import MODEL
 
@@ -24,6 +25,19 @@ def test_interleaved_stages_overlap_unbatched_messages(layout, on_gpu, overlap, 
     found = spec.point_to_point(LayoutConfig.model_validate(layout), on_gpu)
     assert (found["overlap_p2p_comm"], found["batch_p2p_comm"]) == (overlap, batch)
     assert not found["batch_p2p_sync"]
+
+
+def test_the_activation_of_phi_is_never_fused_as_unfused_it_would_be_another():
+    phi = {"architecture": "phi", "qk_norm": False}
+    model = ModelConfig.model_validate(MODEL | phi)
+    config = spec.transformer_config(model, LayoutConfig(), torch.bfloat16, False)
+    x = torch.linspace(-4, 4, 999, dtype=torch.float64)
+    tanh = torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))
+    torch.testing.assert_close(config.activation_func(x), 0.5 * x * (1 + tanh))
+    assert not config.bias_activation_fusion
+    with pytest.raises(InputError, match="bias_activation_fusion.*refused by megatron-core"):
+        fields = {"bias_activation_fusion": True}
+        spec.transformer_config(model, LayoutConfig(), torch.bfloat16, False, fields)
 
 
 def test_selective_recomputation_is_left_out_where_it_frees_nothing(monkeypatch):

@@ -1,14 +1,12 @@
 """Fixtures of these tests."""
 
-from collections.abc import Iterator
-
 import pytest
-import torch.distributed as dist
 
 
 @pytest.fixture
-def process_group() -> Iterator[None]:
+def process_group() -> None:
     """This process is the only rank: Megatron's dataset builder asks its group."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+    from lctw_megatron.config.schema import LayoutConfig
+    from lctw_megatron.platform.world import initialize
+
+    initialize(LayoutConfig(), seed=0)

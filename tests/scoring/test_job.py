@@ -168,6 +168,8 @@ def test_shards_of_another_split_are_refused_or_replaced(copy: Scene) -> None:
     with pytest.raises(InputError, match="a run in 4 shards and a run in 8 shards"):
         job.shards(None, ranks=1)
     assert job.shards(8, ranks=1, overwrite=True) == 8
+    with pytest.raises(InputError, match="100000 shards: each is a file; give at most 99999"):
+        job.shards(100_000, ranks=1)
     assert [path.name for path in job.folder.glob("[!.]*")] == ["00000-of-00008.losses"]
 
 

@@ -1,5 +1,6 @@
 """Windows that end early are run no wider than they need, and score the same."""
 
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -9,10 +10,15 @@ import torch
 
 from lctw_megatron.config.schema import LayoutConfig, ModelConfig, RopeScaling
 from lctw_megatron.data import zigzag
+from lctw_megatron.model.checkpoint import CheckpointManifest, model_state
 from lctw_megatron.model.device_batch import move
 from lctw_megatron.scoring import self_scoring
+from lctw_megatron.scoring.scorer import Scorer
 from lctw_megatron.scoring.self_scoring import SelfScorer, window_widths
+from lctw_megatron.scoring.windows import windows
+from lctw_megatron.training.checkpoint import CheckpointWriter
 from tests.distributed import run_distributed
+from tests.scoring.scorers import write_corpus
 from tests.training.layouts import MODEL, VOCABULARY
 
 WINDOW, STRIDE, LENGTH = 256, 192, 2048
@@ -132,3 +138,34 @@ def test_grouped_windows_score_the_same_under_every_layout(
     np.testing.assert_allclose(zigzag.join(parts, dim=1), alone, rtol=2e-6)
     np.testing.assert_allclose(tensor.numpy(), alone, rtol=2e-6)
     np.testing.assert_allclose(pipeline.numpy(), alone, rtol=2e-6)
+
+
+PHI = {"architecture": "phi", "qk_norm": False, "partial_rotary_factor": 0.5}
+
+
+@pytest.mark.parametrize("changes", [{}, PHI], ids=["llama", "phi"])
+def test_the_training_model_scores_as_its_frozen_checkpoint_without_dropout(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    chunks = model_under({}, hidden_dropout=0.3, attention_dropout=0.3, **changes)
+    for parameter in chunks[0].parameters():  # biases begin as 0
+        parameter.data += 0.1
+    model = ModelConfig(**MODEL | changes)
+    writer = CheckpointWriter(tmp_path, keep_last=1)
+    writer.save(model_state(chunks), CheckpointManifest(step=0, model=model, dtype="fp32"))
+    dataset = write_corpus(tmp_path / "data", [LENGTH + 1])
+    text = torch.from_numpy(dataset.get(0).astype(np.int64))[None]
+    batch = {"tokens": text[:, :-1], "labels": text[:, 1:]}
+    streams = {"sequence_tokens": batch["tokens"], "sequence_labels": batch["labels"]}
+    chunks[0].train()
+    own, _ = scored(chunks, batch | streams)
+
+    frozen = Scorer(
+        tmp_path / "step_00000000", LayoutConfig(), WINDOW, 2 * WINDOW, "fp32", torch.device("cpu")
+    )
+    table = windows(LENGTH + 1, WINDOW, STRIDE)[1:]
+    table = np.concatenate([np.zeros((len(table), 1), np.int64), table], axis=1)
+    expected = frozen.block_losses(dataset, table, 1)
+    found = own[0][~own[0].isnan()].numpy()
+    np.testing.assert_allclose(found, expected, rtol=2e-6)
+    assert found.std() > 0.1

@@ -132,6 +132,11 @@ def test_a_missing_prefix_and_half_of_a_request_are_refused(ask, tmp_path):
         ("--statistics", "--verify"): "without a view",
         ("--set", "interpolation=0"): "--set is for",
         ("--statistics", "--sample", 0): "positive integer",
+        ("--step", 1, "--top", 3): "--step is a view of its own",
+        ("--rank-documents", "x", "--sequence-length", 8): "--sequence-length: of no use",
+        ("--near", 8, "--short", "other"): "--near, --short: of no use",
+        ("--document", 1, "--sample", 3): "--sample: of no use",
+        ("--document", 1, "--checkpoint", "x", "--long", "other"): "--long: of no use",
     }.items():
         answer = ask(tmp_path / "nothing", *wrong)
         assert answer.status == 2 and message in answer.err, wrong

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lctw_megatron.commands import evaluate_model, launch, preprocess, score, train
+from lctw_megatron.commands import evaluate_model, inspect_data, launch, preprocess, score, train
 from lctw_megatron.errors import InputError
 
 CORPUS = ("--input", "x", "--output-prefix", "p")
@@ -15,7 +15,7 @@ WINDOWS = ("--data", "x", "--window", "4", "--stride", "2")
     [
         (preprocess.main, (*CORPUS, "--tokenizer", "a\nb"), "tokenizer is 'a.nb', expected text"),
         (preprocess.main, (*CORPUS, "--tokenizer", "t", "--workers", str(2**31)), "workers is"),
-        (preprocess.main, (*CORPUS, "--tokenizer", "t", "--max-bytes", str(2**63)), "max_bytes is"),
+        (preprocess.main, (*CORPUS, "--train-sentencepiece", str(2**31)), "train_sentencepiece is"),
         (score.main, (*MODEL, *WINDOWS, "--tensor", str(2**31)), "tensor is 2147483648, expected"),
         (evaluate_model.main, ("losses", *MODEL, "--data", "x", "--pipeline", str(2**31)), "less"),
         (evaluate_model.main, ("recall", *MODEL, "--lengths", str(2**25)), "lengths.0 is 33554432"),
@@ -25,6 +25,19 @@ def test_a_value_that_no_field_takes_is_named(main, arguments, message):
     with pytest.raises(InputError, match=message) as error:
         main(list(arguments))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "message"),
+    [
+        (inspect_data.main, ("x", "--document", "1", "--sequence-length", str(2**25)), "16777216"),
+        (evaluate_model.main, ("losses", *MODEL, "--data", "x", "--near", str(2**62)), "positive"),
+    ],
+)
+def test_a_number_that_no_memory_holds_is_refused(main, arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        main(list(arguments))
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("main", [train.main, launch.main])

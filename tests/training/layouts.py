@@ -17,7 +17,7 @@ from lctw_megatron.data.loader import TokenLoader
 from lctw_megatron.data.manifest import TokenizerIdentity
 from lctw_megatron.data.sidecar import SidecarWriter
 from lctw_megatron.data.token_dataset import TokenDataset, TokenWriter
-from lctw_megatron.platform.cpu import MEGATRON
+from lctw_megatron.platform.megatron_version import MEGATRON
 
 needs_hybrid = pytest.mark.skipif(
     MEGATRON < (0, 18), reason=f"megatron-core {'.'.join(map(str, MEGATRON))} has no HybridModel"
@@ -211,16 +211,17 @@ def passes(prefix: str, folder: str, cases: list[Case], kind: str = "gpt") -> li
     return [one_pass(make_run(prefix, folder, *case, megatron={"model": kind})) for case in cases]
 
 
-def stretched(
+def variants(
     prefix: str,
     folder: str,
     layouts: dict[str, list[dict[str, Any]]],
-    ropes: dict[str, Any],
-    kind: str,
+    models: dict[str, Any],
+    kind: str = "gpt",
 ) -> dict[str, list[dict[str, Any]]]:
-    """``one_pass`` with each of ``ropes`` under its layouts, packed, scored by its own windows."""
+    """``one_pass`` of each of ``models`` (what differs from MODEL) under its layouts, packed,
+    scored by its own windows."""
     return {
-        rope: [
+        name: [
             one_pass(
                 make_run(
                     prefix,
@@ -229,13 +230,13 @@ def stretched(
                     "pack",
                     "dense",
                     "self",
-                    model={"rope_scaling": ropes[rope]},
+                    model=models[name],
                     megatron={"model": kind},
                 )
             )
             for layout in own
         ]
-        for rope, own in layouts.items()
+        for name, own in layouts.items()
     }
 
 

@@ -1,5 +1,6 @@
 """The memory estimate: counted by hand, against a real model, and for every shipped GPU layout."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -179,11 +180,12 @@ TINY = {
 }  # fmt: skip
 
 
-def measure(
-    splits: list[RunConfig], wholes: list[RunConfig]
-) -> tuple[list[tuple[int, int]], list[int]]:
-    """On each rank: count_parameters of some runs, saved_bytes of others."""
-    return [count_parameters(run) for run in splits], [saved_bytes(run) for run in wholes]
+PHI = TINY | {"architecture": "phi", "qk_norm": False, "partial_rotary_factor": 0.5}
+
+
+def measure(split: list[RunConfig], whole: list[RunConfig]) -> tuple[list[Any], list[int]]:
+    """On each rank: count_parameters of runs, saved_bytes of others."""
+    return [count_parameters(run) for run in split], [saved_bytes(run) for run in whole]
 
 
 def count_parameters(run: RunConfig) -> tuple[int, int]:
@@ -233,24 +235,29 @@ def saved_bytes(run: RunConfig) -> int:
 
 
 def test_parameters_and_activations_are_those_of_a_real_model():
-    split = run_config(TINY, {"tensor": 2, "sequence": True, "pipeline": 2}, 64, "fp32")
+    layout = {"tensor": 2, "sequence": True, "pipeline": 2}
+    untied = PHI | {"tie_word_embeddings": False}
+    split = [run_config(model, layout, 64, "fp32") for model in (TINY, PHI, untied)]
     # Wide enough for the layers to outweigh the loss; no qk_norm, which the formula leaves out.
-    model = TINY | {"hidden_size": 128, "ffn_hidden_size": 384, "qk_norm": False}
-    run = run_config(model, {}, 512, "fp32")
+    wide = {"hidden_size": 128, "ffn_hidden_size": 384, "qk_norm": False}
+    whole = [run_config(model | wide, {}, 512, "fp32") for model in (TINY, PHI)]
+    whole.append(run_config(PHI | wide | {"hidden_dropout": 0.1}, {}, 512, "fp32"))
     experts = {"num_moe_experts": 4, "moe_ffn_hidden_size": 200, "moe_router_topk": 3}
-    splits = [split, split.model_copy(update={
-        "model": split.model.model_copy(update=experts),
-        "layout": split.layout.model_copy(update={"expert": 2}),
-    })]  # fmt: skip
-    routed = run.model_copy(update={"model": run.model.model_copy(update=experts)})
-    counts, kept = zip(*run_distributed(measure, 4, splits, [run, routed]), strict=True)
-    for built, counted in [pair for pairs in counts for pair in pairs]:
+    split.append(run_config(
+        {**TINY, **experts}, {"tensor": 2, "sequence": True, "pipeline": 2, "expert": 2}, 64, "fp32"
+    ))  # fmt: skip
+    whole.append(run_config({**TINY, **wide, **experts}, {}, 512, "fp32"))
+    counts, kept = zip(*run_distributed(measure, 4, split, whole), strict=True)
+    for built, counted in itertools.chain(*counts):
         assert built == counted
-    ((saved, saved_routed),) = set(map(tuple, kept))
-    # The CPU's extra of the docstring, for the final norm too, and the loss's few numbers per row.
-    extra = 4 * (2 * 384 + 2 * 128) + 128
-    expected = estimate(run, 4).largest.activations + 512 * 4 * extra
-    assert saved == pytest.approx(expected, rel=0.02)
+    # The CPU's extra of the docstring, for the final norm too, and the loss's few numbers per row;
+    # its masks are numbers, and the embedding has one, too.
+    extras = [4 * (4 * (2 * 384 + 2 * 128) + 128), 0, 4 * 2 * 3 * 128 + 4 * 128]
+    *dense, routed = whole
+    ((*saved_dense, saved_routed),) = set(map(tuple, kept))
+    for run, extra, saved in zip(dense, extras, saved_dense, strict=True):
+        expected = estimate(run, 4).largest.activations + 512 * extra
+        assert saved == pytest.approx(expected, rel=0.02)
     # With experts a product more, of the weights with what is in their middle, and indices.
     assert saved_routed > estimate(routed, 4).largest.activations
 

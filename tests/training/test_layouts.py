@@ -21,9 +21,9 @@ from tests.training.layouts import (
     one_pass,
     passes,
     relative_error,
-    stretched,
     three_steps,
     trainings,
+    variants,
 )
 
 # name: ranks, layout. What the layout leaves of the ranks is data parallelism.
@@ -130,6 +130,7 @@ def test_the_pairwise_table_covers_what_it_says() -> None:
 
 
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+_PHI = {"architecture": "phi", "qk_norm": False, "partial_rotary_factor": 0.5}
 # The windows of self-scoring are 16 tokens, sequences 64: dynamic turns the two by other angles.
 ROPES: dict[str, dict[str, Any]] = {
     "linear": {"rope_type": "linear", "factor": 4.0},
@@ -137,33 +138,59 @@ ROPES: dict[str, dict[str, Any]] = {
     "yarn": _YARN | {"mscale": 1.5, "mscale_all_dim": 0.5, "truncate": False},
     "llama3": {"factor": 4.0, "original_max_position_embeddings": 16},
 }
-ROPE_LAYOUTS = {
-    "linear": ["CP2"],
-    "dynamic": ["TP2+SP", "CP2", "PP2"],
-    "yarn": ["TP2", "CP2", "PP2"],
-    "llama3": ["CP2"],
+MODELS: dict[str, dict[str, Any]] = {name: {"rope_scaling": rope} for name, rope in ROPES.items()}
+MODELS |= {"phi": _PHI, "phi, tied": _PHI | {"tie_word_embeddings": True}}
+MODEL_LAYOUTS: dict[str, list[dict[str, Any]]] = {
+    "linear": [{"context": 2}],
+    "dynamic": [{"tensor": 2, "sequence": True}, {"context": 2}, {"pipeline": 2}],
+    "yarn": [{"tensor": 2}, {"context": 2}, {"pipeline": 2}],
+    "llama3": [{"context": 2}],
+    "phi": [
+        {"tensor": 2},
+        {"tensor": 2, "sequence": True, "recompute": "mlp"},
+        {"context": 2, "recompute": "full"},
+        {"pipeline": 2, "virtual_pipeline": 2},
+    ],
+    "phi, tied": [{"tensor": 2, "sequence": True}, {"pipeline": 2}],
 }
+"""On two ranks."""
+
+
+def _check_variants(
+    data: str, folder: Path, ranks: int, layouts: dict[str, Any], kind: str = "gpt"
+) -> None:
+    answers = run_distributed(variants, ranks, data, str(folder), layouts, MODELS, kind)
+    losses = set()
+    for model, own in layouts.items():
+        run = make_run(data, str(folder), {}, "pack", "dense", "self", model=MODELS[model])
+        expected = one_pass(run)
+        losses.add(expected["metrics"]["loss/weighted"])
+        whole = gather([expected["gradients"]])
+        assert all(gradient.any() for gradient in whole.values())
+        for number, layout in enumerate(own):
+            metrics = answers[0][model][number]["metrics"]
+            for name, value in expected["metrics"].items():
+                assert metrics[name] == pytest.approx(value, rel=1e-10, abs=1e-12), (model, layout)
+            found = gather([answer[model][number]["gradients"] for answer in answers])
+            assert found.keys() == whole.keys()
+            for name, gradient in whole.items():
+                assert relative_error(found[name], gradient) < 1e-10, (model, layout, name)
+    assert len(losses) == len(layouts)  # or they would prove nothing
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_stretched_rope_equals_one_process(data: str, tmp_path: Path, kind: str) -> None:
-    for_each = {rope: [LAYOUTS[name][1] for name in names] for rope, names in ROPE_LAYOUTS.items()}
-    answers = run_distributed(stretched, 2, data, str(tmp_path), for_each, ROPES, kind)
-    losses = set()
-    for rope, layouts in for_each.items():
-        run = make_run(
-            data, str(tmp_path), {}, "pack", "dense", "self", model={"rope_scaling": ROPES[rope]}
-        )
-        expected = one_pass(run)
-        losses.add(expected["metrics"]["loss/weighted"])
-        for number, layout in enumerate(layouts):
-            metrics = answers[0][rope][number]["metrics"]
-            for name, value in expected["metrics"].items():
-                assert metrics[name] == pytest.approx(value, rel=1e-10, abs=1e-12), (rope, layout)
-            found = gather([answer[rope][number]["gradients"] for answer in answers])
-            for name, gradient in gather([expected["gradients"]]).items():
-                assert relative_error(found[name], gradient) < 1e-10, (rope, layout, name)
-    assert len(losses) == len(ROPES)  # or they would prove nothing
+def test_every_stretched_rope_and_every_kind_of_layer_equals_one_process(
+    data: str, tmp_path: Path, kind: str
+) -> None:
+    known = {name: own for name, own in MODEL_LAYOUTS.items() if kind == "gpt" or name in ROPES}
+    _check_variants(data, tmp_path, 2, known, kind)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_phi_equals_one_process_under_every_layout(data: str, tmp_path: Path, ranks: int) -> None:
+    layouts = [layout for size, layout in LAYOUTS.values() if size == ranks]
+    _check_variants(data, tmp_path, ranks, {"phi": layouts, "phi, tied": layouts})
 
 
 THREE_STEPS = [("chunk", "uniform", "frozen"), ("pack", "sparse", "self")]

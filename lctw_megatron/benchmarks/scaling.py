@@ -1,0 +1,88 @@
+"""All GPUs of a host beside one of them: tokens a second under each layout."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lctw_megatron.atomic import write_json
+from lctw_megatron.benchmarks.chip import data_sheet_tflops
+from lctw_megatron.benchmarks.large_model import LARGE, WEIGHTINGS
+from lctw_megatron.benchmarks.steps import step_benchmark
+from lctw_megatron.config.layout_rules import check_layout
+from lctw_megatron.config.schema import RunConfig
+from lctw_megatron.errors import InputError
+
+
+def time_scaling(results: dict[str, Any]) -> None:
+    """A uniform step of as many sequences as there are GPUs: on one, on all (strong scaling), and
+    on all with that many times the sequences (weak); and 131,072 tokens over all by context.
+
+    `speedup` is tokens a second over the one GPU's. Each layout is a program of its own.
+    """
+    gpus = torch.cuda.device_count()
+    if gpus < 2:
+        results["scaling"] = "one GPU is here: nothing to compare"
+        return
+    alone = _measured(1, run_of({}, gpus))["tokens_per_second"]
+    for name, layout in layouts(gpus).items():
+        for kind, sequences in (("strong", gpus), ("weak", gpus**2)):
+            run = run_of(layout, sequences)
+            try:
+                check_layout(run, gpus)
+            except InputError as error:
+                results[f"{name}, {kind}"] = str(error)
+                continue
+            row = _measured(gpus, run)
+            results[f"{name}, {kind}"] = {"speedup": row["tokens_per_second"] / alone} | row
+    long = run_of({"context": gpus, "recompute": "full"}, 1, 131072)
+    results[f"CP{gpus} at 131,072 tokens"] = _measured(gpus, long)
+
+
+def layouts(gpus: int) -> dict[str, dict[str, Any]]:
+    """The ways to share one model's step over ``gpus``."""
+    return {
+        f"DP{gpus}": {},
+        f"CP{gpus}": {"context": gpus},
+        f"TP{gpus} with sequence parallelism": {"tensor": gpus, "sequence": True},
+    }
+
+
+def run_of(layout: dict[str, Any], sequences: int, length: int = 32768) -> RunConfig:
+    return RunConfig.model_validate(
+        LARGE
+        | {
+            "data": LARGE["data"] | {"sequence_length": length},
+            "layout": LARGE["layout"] | layout,
+            "training": LARGE["training"] | {"global_batch_size": sequences},
+        }
+    )
+
+
+def _measured(ranks: int, run: RunConfig) -> dict[str, Any]:
+    """What ``main`` finds on so many GPUs, and the share of their data sheets that it is."""
+    with tempfile.TemporaryDirectory() as folder:
+        asked, found = Path(folder) / "run.json", Path(folder) / "found.json"
+        asked.write_text(run.model_dump_json())
+        start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        program = [*start, "-m", __name__, str(asked), str(found)]
+        subprocess.run([sys.executable, *program], check=True)
+        row: dict[str, Any] = json.loads(found.read_text())
+    row["utilisation"] = row["tflops_per_second"] / ranks / data_sheet_tflops()
+    return row
+
+
+def main(asked: str, found: str) -> None:
+    """One rank: time the step of the run in ``asked``; the first writes ``found``."""
+    run = RunConfig.model_validate_json(Path(asked).read_text())
+    row = step_benchmark(run, {"uniform": WEIGHTINGS["uniform"]}, repeats=5)["uniform"]
+    if torch.distributed.get_rank() == 0:
+        write_json(found, row)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
