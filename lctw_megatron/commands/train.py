@@ -84,7 +84,7 @@ def _train(options: argparse.Namespace) -> int:
             raise InputError(f"--write-speed is {options.write_speed}, expected GB/s above 0")
         if options.memory is not None and not 0 < options.memory < 1e9:
             raise InputError(f"--memory is {options.memory}, expected GiB above 0")
-        ranks = options.ranks or run.layout.model_ranks
+        ranks = options.ranks or run.layout.fewest_ranks
         memory = usable_memory(ranks, options.memory)
         device = planned_device(run, options.memory)
         size = choose_micro_batch(run, ranks, memory, device=device)

@@ -1,5 +1,9 @@
 """Which parallel sizes fit a model, a sequence length, a batch and a number of ranks.
 
+Experts are whole on a rank (megatron-core's expert_tensor_parallel_size is 1): theirs are narrow,
+and split over tensor-parallel ranks they would be narrower still. So the tensor x context x data
+ranks of a pipeline stage are, for the experts alone, EP x what is left as their data parallelism.
+
 Pure arithmetic, no GPU and no process group, so that ``--dry-run`` can refuse a layout for 512
 ranks on a laptop.
 """
@@ -73,6 +77,12 @@ def check_layout(run: RunConfig, world_size: int | None = None) -> LayoutSizes:
     layout = run.layout
     _check_switches(layout)
     check_model(run.model, layout)
+    if run.model.num_moe_experts and layout.tensor > 1 and not layout.sequence:
+        raise InputError(
+            f"layout.tensor {layout.tensor} needs layout.sequence: true for a model with experts: "
+            "whole experts take their tokens from the tensor-parallel ranks, which must share the "
+            "tokens out"
+        )
     check_sequence(run.data.sequence_length, "data.sequence_length", layout)
     if run.training.recall:
         for length in run.training.recall.lengths:
@@ -127,12 +137,14 @@ def check_model(model: ModelConfig, layout: LayoutConfig) -> None:
             f"model.architecture phi needs model.qkv_bias true and model.qk_norm false, found "
             f"{model.qkv_bias} and {model.qk_norm}"
         )
+    _check_experts(model, layout)
     tensor = layout.tensor
     _must_divide(heads, "model.num_attention_heads", tensor, "layout.tensor")
     if groups:
         _must_divide(groups, "model.num_query_groups", tensor, "layout.tensor")
     _must_divide(model.hidden_size, "model.hidden_size", tensor, "layout.tensor")
-    _must_divide(model.ffn_hidden_size, "model.ffn_hidden_size", tensor, "layout.tensor")
+    if not model.num_moe_experts:
+        _must_divide(model.ffn_hidden_size, "model.ffn_hidden_size", tensor, "layout.tensor")
     if model.vocab_size:
         padded = padded_vocabulary(model.vocab_size)
         name = f"model.vocab_size {model.vocab_size} padded to a multiple of {VOCABULARY_MULTIPLE}"
@@ -145,6 +157,36 @@ def check_model(model: ModelConfig, layout: LayoutConfig) -> None:
         if layout.virtual_pipeline
         else "layout.pipeline",
     )
+
+
+def _check_experts(model: ModelConfig, layout: LayoutConfig) -> None:
+    experts = model.num_moe_experts
+    if experts and model.parallel_block:
+        raise InputError(
+            f"model.num_moe_experts is {experts}, but model.architecture phi has no experts; leave "
+            "it out"
+        )
+    if experts:
+        _must_divide(experts, "model.num_moe_experts", layout.expert, "layout.expert")
+        if model.moe_router_topk > experts:
+            raise InputError(
+                f"model.moe_router_topk is {model.moe_router_topk}, expected at most "
+                f"model.num_moe_experts {experts}"
+            )
+        return
+    if layout.expert > 1:
+        raise InputError(
+            f"layout.expert is {layout.expert}, but the model has no experts "
+            "(model.num_moe_experts); leave it out"
+        )
+    for name, field in type(model).model_fields.items():
+        if (name.startswith("moe_") or name == "norm_topk_prob") and getattr(
+            model, name
+        ) != field.default:
+            raise InputError(
+                f"model.{name} is {getattr(model, name)}, but the model has no experts; set "
+                f"model.num_moe_experts, or leave {name} out"
+            )
 
 
 def check_sequence(length: int, name: str, layout: LayoutConfig) -> None:
@@ -181,6 +223,12 @@ def _check_batch(
         "number of ranks",
         model_ranks,
         "layout.tensor x layout.pipeline x layout.context",
+    )
+    _must_divide(
+        world_size // layout.pipeline,
+        "number of ranks / layout.pipeline",
+        layout.expert,
+        "layout.expert",
     )
     data = world_size // model_ranks
     of = "training.micro_batch_size x " if training.micro_batch_size else ""

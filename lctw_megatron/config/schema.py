@@ -8,6 +8,7 @@ training reads, what ``--dry-run`` prints and what is saved with every run and c
 Longer than 350 lines: a reader of recipes finds every field in one file.
 """
 
+import math
 from typing import Annotated, Any, Literal, get_args
 from unicodedata import category
 
@@ -164,9 +165,12 @@ class RopeScaling(Section):
 
 
 class ModelConfig(Section):
-    """A decoder-only transformer: RoPE, RMSNorm, SwiGLU, grouped-query attention; or Phi's."""
+    """A decoder-only transformer: RoPE, RMSNorm, SwiGLU, grouped-query attention, dense or with a
+    mixture of experts in every layer; or Phi's."""
 
-    architecture: Literal["llama", "mistral", "qwen2", "qwen3", "phi"] = "llama"
+    architecture: Literal["llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "phi"] = (
+        "llama"
+    )
     """Which Hugging Face architecture this exports to."""
     num_layers: Annotated[int, Field(gt=0, le=2**16)]
     hidden_size: Width
@@ -191,6 +195,19 @@ class ModelConfig(Section):
     """Bias on the query, key and value projections (Qwen2, Phi)."""
     qk_norm: bool = False
     """RMSNorm on queries and keys, per head (Qwen3)."""
+    num_moe_experts: Annotated[int, Field(gt=1, le=2**16)] | None = None
+    """Experts of every layer, in the place of its one MLP; every token goes to `moe_router_topk` of
+    them, however many others go there (nothing is dropped). Default: none, a dense model."""
+    moe_ffn_hidden_size: Width | None = None
+    """Width of one expert; default: ffn_hidden_size, which is no width of any other part then."""
+    moe_router_topk: Positive = 2
+    """Experts of a token."""
+    norm_topk_prob: bool = True
+    """The probabilities of a token's experts are scaled to sum 1; else each counts with what it is
+    among all experts (Megatron's `moe_router_pre_softmax`)."""
+    moe_aux_loss_coeff: Annotated[float, Field(ge=0, le=1e3)] = 0.0
+    """Times the load-balancing loss of every layer, which is added to the objective as it is, never
+    weighted by token (model/router.py)."""
     init_method_std: Annotated[float, Field(ge=0, le=1e38)] = 0.02
     hidden_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     attention_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -219,6 +236,9 @@ class LayoutConfig(Section):
     """VPP: model chunks on each pipeline rank (interleaved schedule). Needs pipeline > 1."""
     context: Positive = 1
     """CP: every sequence is split over this many ranks, zigzag."""
+    expert: Positive = 1
+    """EP: each layer's experts are shared out, whole, to this many of the tensor x context x data
+    ranks of a pipeline stage. Must divide those and the experts."""
     recompute: Literal["none", "selective", "mlp", "full"] = "none"
     """Activations recomputed in the backward pass: none; the core attention (with context > 1 this
     drops the gathered keys and values); the MLP, which at long context is most of the memory and
@@ -229,8 +249,14 @@ class LayoutConfig(Section):
 
     @property
     def model_ranks(self) -> int:
-        """Ranks that hold one model between them."""
+        """Ranks that work on the same sequences: those that hold one model between them, but for
+        experts, which data-parallel ranks may share."""
         return self.tensor * self.pipeline * self.context
+
+    @property
+    def fewest_ranks(self) -> int:
+        """The smallest number of ranks, of which all others are multiples."""
+        return math.lcm(self.tensor * self.context, self.expert) * self.pipeline
 
 
 class WeightingConfig(Section):

@@ -6,6 +6,7 @@ checkpoint. Axes are written with one letter each:
     h  hidden_size                        q  attention heads x head width
     f  ffn_hidden_size                    k  query groups (key/value heads) x head width
     v  vocab_size                         d  head width
+    e  experts                            x  width of one expert
 
 Checkpoint names are those that megatron-core gives its sharded state dict. They are the same for
 TransformerEngine's layers and its own: the norm that TransformerEngine fuses into the following
@@ -20,6 +21,7 @@ config.json that change the arithmetic are in the class, too.
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from lctw_megatron.config.model_sizes import expert_width
 from lctw_megatron.config.schema import ModelConfig
 from lctw_megatron.errors import InputError
 
@@ -58,6 +60,8 @@ class Llama:
     hf_class: ClassVar[str] = "LlamaForCausalLM"
     flags: ClassVar[dict[str, bool]] = {"qkv_bias": False, "qk_norm": False}
     """Fields of ModelConfig that the architecture fixes."""
+    experts: ClassVar[dict[str, tuple[str, Any]]] = {}
+    """Field of ModelConfig about experts: config.json's name of it, and transformers' default."""
     head_dim: ClassVar[int | None] = None
     """Head width where config.json has none; None: hidden_size / num_attention_heads."""
     key_value_heads: ClassVar[int | None] = None
@@ -72,6 +76,8 @@ class Llama:
     """Fields of config.json, and ours, 0 where config.json says nothing."""
     activations: ClassVar[tuple[str, ...]] = ("silu", "swish")
     """Names of the one activation; the first is written, and meant where config.json has none."""
+    rope_theta: ClassVar[float] = 10000.0
+    """Where config.json says nothing."""
     options: ClassVar[dict[str, Option]] = {
         "attention_bias": Option(False, (False, None)),
         "mlp_bias": Option(False, (False, None)),
@@ -103,6 +109,8 @@ class Llama:
         Row("mlp.linear_fc2.weight", {"mlp.down_proj.weight": "h f"}),
     )
     """Names inside `decoder.layers.` and `model.layers.<layer>.`."""
+    expert: ClassVar[tuple[Row, ...]] = ()
+    """As ``layer``, for each expert, whose number stands for {} in the names."""
     last: ClassVar[tuple[Row, ...]] = (
         Row("decoder.final_layernorm.weight", {"model.norm.weight": "h"}),
     )
@@ -160,7 +168,7 @@ class Qwen3(Llama):
     model_type = "qwen3"
     hf_class = "Qwen3ForCausalLM"
     flags = {"qkv_bias": False, "qk_norm": True}
-    head_dim = 128
+    head_dim: ClassVar[int | None] = 128
     key_value_heads = 32
     max_position_embeddings = 32768
     options = {"attention_bias": Option(False, (False, None)), **_NO_SLIDING_WINDOW}
@@ -205,28 +213,115 @@ class Phi(Llama):
     )
 
 
+def _with_experts(table: type[Llama], block: str) -> tuple[Row, ...]:
+    """The rows of a layer of ``table`` whose MLP is `block`, with a matrix that chooses experts.
+    The norm before it is a module of its own here, whichever layers there are."""
+    rows = [row for row in table.layer if not row.key.startswith("mlp.")]
+    return (
+        *rows,
+        Row("pre_mlp_layernorm.weight", {"post_attention_layernorm.weight": "h"}),
+        Row("mlp.router.weight", {f"{block}.gate.weight": "e h"}),
+    )
+
+
+def _expert(block: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
+    name = f"{block}.experts.{{}}."
+    fc1 = {f"{name}{gate}.weight": "x h", f"{name}{up}.weight": "x h"}
+    return (
+        Row("mlp.experts.experts.linear_fc1.weight", fc1),
+        Row("mlp.experts.experts.linear_fc2.weight", {f"{name}{down}.weight": "h x"}),
+    )
+
+
+class Mixtral(Mistral):
+    """Mixtral 8x7B and 8x22B: experts in every layer, the weights of a token's scaled to sum 1."""
+
+    model_type = "mixtral"
+    hf_class = "MixtralForCausalLM"
+    epsilon = ("rms_norm_eps", 1e-5)
+    rope_theta = 1e6
+    experts = {
+        "num_moe_experts": ("num_local_experts", 8),
+        "moe_ffn_hidden_size": ("intermediate_size", None),
+        "moe_router_topk": ("num_experts_per_tok", 2),
+        "moe_aux_loss_coeff": ("router_aux_loss_coef", 0.001),
+    }
+    options = {
+        "sliding_window": Option(None, (None,)),
+        "router_jitter_noise": Option(0.0, (0.0, None)),
+    }
+    written = {"sliding_window": None, "router_jitter_noise": 0.0, "output_router_logits": False}
+    layer = _with_experts(Llama, "block_sparse_moe")
+    expert = _expert("block_sparse_moe", "w1", "w3", "w2")
+
+
+class Qwen3MoE(Qwen3):
+    """Qwen3-30B-A3B, 235B-A22B: experts in every layer. `intermediate_size`, the width of layers
+    without them, goes through as it is."""
+
+    model_type = "qwen3_moe"
+    hf_class = "Qwen3MoeForCausalLM"
+    key_value_heads = 4
+    head_dim = None
+    experts = {
+        "num_moe_experts": ("num_experts", 128),
+        "moe_ffn_hidden_size": ("moe_intermediate_size", 768),
+        "moe_router_topk": ("num_experts_per_tok", 8),
+        "norm_topk_prob": ("norm_topk_prob", False),
+        "moe_aux_loss_coeff": ("router_aux_loss_coef", 0.001),
+    }
+    options = {
+        **Qwen3.options,
+        "decoder_sparse_step": Option(1, (1,)),
+        "mlp_only_layers": Option(None, (None,)),
+    }
+    written = {
+        **Qwen3.written, "decoder_sparse_step": 1, "mlp_only_layers": [],
+        "output_router_logits": False,
+    }  # fmt: skip
+    layer = _with_experts(Qwen3, "mlp")
+    expert = _expert("mlp", "gate_proj", "up_proj", "down_proj")
+
+
 ARCHITECTURES: dict[str, type[Llama]] = {
-    table.model_type: table for table in (Llama, Mistral, Qwen2, Qwen3, Phi)
+    table.model_type: table for table in (Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3MoE, Phi)
 }
 
 
 def architecture(model: ModelConfig) -> type[Llama]:
     """The table of ``model``. Raises InputError if the model has parts that the table lacks."""
     table = ARCHITECTURES[model.architecture]
-    for field, value in table.flags.items():
-        if getattr(model, field) != value:
+    for field, value in _fixed(table).items():
+        if _value(model, field) != value:
             fitting = [
                 name
                 for name, other in ARCHITECTURES.items()
-                if all(getattr(model, key) == wanted for key, wanted in other.flags.items())
+                if all(_value(model, key) == wanted for key, wanted in _fixed(other).items())
             ]
+            said = f"{field} {value}"
+            if field == "num_moe_experts":
+                said = "experts" if value else "none"
             raise InputError(
                 f"model.{field} is {getattr(model, field)}, but a Hugging Face "
-                f"{model.architecture} has {field} {value}; "
+                f"{model.architecture} has {said}; "
                 + (
                     f"use architecture {' or '.join(fitting)}"
                     if fitting
-                    else "none fits both flags"
+                    else "none fits all of the model's parts"
                 )
             )
+    if table is Mixtral and expert_width(model) != model.ffn_hidden_size:
+        raise InputError(
+            f"model.moe_ffn_hidden_size is {model.moe_ffn_hidden_size}, but a Hugging Face mixtral "
+            f"has one width, and ffn_hidden_size is {model.ffn_hidden_size}; make them equal"
+        )
     return table
+
+
+def _fixed(table: type[Llama]) -> dict[str, bool]:
+    fixed = table.flags | {"num_moe_experts": bool(table.experts)}
+    return fixed if "norm_topk_prob" in table.experts else fixed | {"norm_topk_prob": True}
+
+
+def _value(model: ModelConfig, field: str) -> bool:
+    return bool(getattr(model, field))

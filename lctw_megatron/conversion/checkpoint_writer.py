@@ -50,9 +50,8 @@ _LAYER_STATES = (
     "self_attention.core_attention",
     "self_attention.q_layernorm",
     "self_attention.k_layernorm",
-    "mlp.linear_fc1",
-    "mlp.linear_fc2",
 )
+_MLP_STATES = ("mlp.linear_fc1", "mlp.linear_fc2")
 """Modules of a layer that have an `_extra_state` object in megatron-core's sharded state dict:
 always empty for its own linear layers, FP8 scales for TransformerEngine's modules. Empty ones are
 written for all of them, so that loading finds what it asks for whichever layers the model has."""
@@ -102,11 +101,19 @@ class CheckpointFiles(Closing):
 
     def add_empty_states(self, tensors: list[StoredTensor]) -> None:
         """Write the `_extra_state` objects of the model that has these tensors."""
-        layers = 1 + max(stored.layer for stored in tensors if stored.layer is not None)
+        layers = max(stored.stack for stored in tensors)[0]
+        experts = max((stored.stack[1] for stored in tensors if len(stored.stack) > 1), default=0)
         names = [
             f"decoder.layers.{module}._extra_state/shard_{layer}_{layers}"
             for layer in range(layers)
-            for module in _LAYER_STATES
+            for module in (*_LAYER_STATES, *(() if experts else _MLP_STATES))
+        ]
+        names += [
+            f"decoder.layers.mlp.experts.experts.{module}._extra_state/"
+            f"shard_{layer}.{expert}_{layers}.{experts}"
+            for layer in range(layers)
+            for expert in range(experts)
+            for module in ("linear_fc1", "linear_fc2")
         ]
         buffer = io.BytesIO()
         torch.save([None], buffer)  # a list of this rank's parts, as megatron-core writes it

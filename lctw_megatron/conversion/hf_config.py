@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lctw_megatron.config.model_sizes import head_width
+from lctw_megatron.config.model_sizes import expert_width, head_width
 from lctw_megatron.config.rope import check_rope
 from lctw_megatron.config.schema import ModelConfig
 from lctw_megatron.conversion import dtypes
@@ -58,10 +58,15 @@ def read_config(folder: Path) -> HFConfig:
             "safetensors files"
         ) from None
     table = _table(values, path)
+    if "num_moe_experts" in table.experts:  # transformers 5 has one name, 4 two
+        number, _ = table.experts["num_moe_experts"]
+        for name in ("num_local_experts", "num_experts"):
+            if name in values:
+                values = {number if n == name else n: value for n, value in values.items()}
     _refuse_unsupported(values, table, path)
     positions = _number(values, "max_position_embeddings", path, table.max_position_embeddings)
     theta, scaling, turned, rope_notes = read_rope(
-        values, positions, table.partial_rotary_factor, path
+        values, positions, table.partial_rotary_factor, path, table.rope_theta
     )
     dropouts = {ours: values.get(theirs) or 0.0 for theirs, ours in table.dropouts.items()}
     heads = _number(values, "num_attention_heads", path)
@@ -91,6 +96,7 @@ def read_config(folder: Path) -> HFConfig:
             **dropouts,  # type: ignore[arg-type]
             qkv_bias=table.flags["qkv_bias"],
             qk_norm=table.flags["qk_norm"],
+            **{field: values.get(*named) for field, named in table.experts.items()},
         )
     except ValidationError as error:
         first = error.errors()[0]
@@ -103,7 +109,11 @@ def read_config(folder: Path) -> HFConfig:
     check_rope(model, f"{path}: ")
     return HFConfig(
         model=model,
-        ignored=sorted(set(values) - _KNOWN - {*table.options, *table.dropouts, table.epsilon[0]}),
+        ignored=sorted(
+            set(values)
+            - _KNOWN
+            - {*table.options, *table.dropouts, table.epsilon[0], *_known_of_experts(table)}
+        ),
         notes=rope_notes + _notes(values, table, model, path),
     )
 
@@ -114,6 +124,7 @@ def config_values(model: ModelConfig, dtype: str, token_ids: dict[str, Any]) -> 
     width = head_width(model)
     if model.max_position_embeddings is None:
         raise InputError("model.max_position_embeddings is not set in the checkpoint's manifest")
+    values = model.model_dump() | {"moe_ffn_hidden_size": expert_width(model)}
     return {
         "architectures": [table.hf_class],
         "model_type": table.model_type,
@@ -132,10 +143,15 @@ def config_values(model: ModelConfig, dtype: str, token_ids: dict[str, Any]) -> 
         "initializer_range": model.init_method_std,
         **{theirs: _dropout(model, ours) for theirs, ours in table.dropouts.items()},
         "use_cache": True,
+        **{name: values[field] for field, (name, _) in table.experts.items()},
         **table.written,
         **token_ids,
         "torch_dtype": dtypes.CONFIG[dtype],
     }
+
+
+def _known_of_experts(table: type[Llama]) -> set[str]:
+    return {name for name, _ in table.experts.values()} | {"output_router_logits"}
 
 
 _WINDOW = ("sliding_window", "use_sliding_window", "layer_types")

@@ -20,6 +20,7 @@ from lctw_megatron.config.schema import ModelConfig
 from lctw_megatron.conversion import dtypes, side_files
 from lctw_megatron.conversion.checkpoint_writer import CheckpointFiles
 from lctw_megatron.conversion.done_marks import conversion_into
+from lctw_megatron.conversion.fused_experts import split_fused
 from lctw_megatron.conversion.hf_config import read_config
 from lctw_megatron.conversion.hf_safetensors import SafetensorsFolder, tensor_of
 from lctw_megatron.conversion.placement import StoredTensor, stored_tensors
@@ -89,6 +90,7 @@ def check_tensors(
     Two kinds of tensors that say nothing new may be there if they say nothing false: a copy of tied
     embeddings, and what holds no weights (``weightless``), which is returned.
     """
+    split_fused(source.entries, tensors)
     passed = []
     wanted = {part.name: part.shape for stored in tensors for part in stored.parts}
     found = source.entries

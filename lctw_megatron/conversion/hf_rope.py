@@ -15,16 +15,16 @@ _READ = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 
 
 def read_rope(
-    values: dict[str, Any], positions: int, share: float | None, path: Path
+    values: dict[str, Any], positions: int, share: float | None, path: Path, default_theta: float
 ) -> tuple[float, RopeScaling | None, float, list[str]]:
     """(theta, scaling, the share of a head that is turned, notes for the user) of the config.json
     ``path``. InputError.
 
     positions: its max_position_embeddings, or the default. share: the architecture's default; None
-    if it turns whole heads.
+    if it turns whole heads. default_theta: where it names none.
     """
     rope, name = _joined(values, path)
-    theta = rope.get("rope_theta", values.get("rope_theta", 10000.0))
+    theta = rope.get("rope_theta", values.get("rope_theta", default_theta))
     if "rope_theta" in values and values["rope_theta"] not in (None, theta):
         raise InputError(
             f"{path}: rope_theta is {values['rope_theta']}, but {theta} in rope_parameters; "

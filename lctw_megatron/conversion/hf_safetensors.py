@@ -37,6 +37,9 @@ class Entry:
     dtype: str
     """As the format spells it: BF16."""
     shape: tuple[int, ...]
+    inside: tuple[tuple[Any, ...], int] | None = None
+    """Of one that is part of another: that one's name and the place on its first axes, and the
+    first row there (fused_experts.py)."""
 
 
 class SafetensorsFolder(Closing):
@@ -71,11 +74,14 @@ class SafetensorsFolder(Closing):
 
     def read_rows(self, name: str, row: int, out: Tensor) -> None:
         """Fill ``out`` (on the CPU) with the rows from ``row`` on, in its dtype."""
+        entry = self.entries[name]
         if name != self._name:
             self._open.close()
-            self._file = self._open.enter_context(safe_open(self.entries[name].file, "pt"))
+            self._file = self._open.enter_context(safe_open(entry.file, "pt"))
             self._name = name
-        out.copy_(self._file.get_slice(name)[row : row + len(out)])
+        (stored, *place), first = entry.inside or ((name,), 0)
+        rows = slice(first + row, first + row + len(out))
+        out.copy_(self._file.get_slice(stored)[(*place, rows)])
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

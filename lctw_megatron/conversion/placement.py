@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lctw_megatron.config.layout_rules import padded_vocabulary
-from lctw_megatron.config.model_sizes import head_width
+from lctw_megatron.config.model_sizes import expert_width, head_width
 from lctw_megatron.config.schema import ModelConfig
 from lctw_megatron.conversion.architectures import Row, architecture
 
@@ -31,31 +31,37 @@ class Part:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A checkpoint tensor, or one layer of one: layers are stacked along a new first axis.
+    """A checkpoint tensor, or one layer of one, or one expert of a layer: layers are stacked along
+    a new first axis, experts along a second.
 
-    shape is that of one layer. Rows that no part covers are the padding of the vocabulary: zero.
+    place: number of the layer and of the expert, as far as there are any; stack: how many there
+    are. shape is that of one layer or expert. Rows that no part covers are the padding of the
+    vocabulary: zero.
     """
 
     key: str
-    layer: int | None
-    layers: int
+    place: tuple[int, ...]
+    stack: tuple[int, ...]
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
 
     @property
+    def layer(self) -> int | None:
+        return self.place[0] if self.place else None
+
+    @property
     def global_shape(self) -> tuple[int, ...]:
-        return self.shape if self.layer is None else (self.layers, *self.shape)
+        return (*self.stack, *self.shape)
 
     @property
     def offsets(self) -> tuple[int, ...]:
-        """Where this layer begins in the stored tensor of global_shape."""
-        zeros = (0,) * len(self.shape)
-        return zeros if self.layer is None else (self.layer, *zeros)
+        """Where this layer or expert begins in the stored tensor of global_shape."""
+        return (*self.place, *(0 for _ in self.shape))
 
     @property
     def box(self) -> tuple[int, ...]:
-        """The extent of this layer in the stored tensor of global_shape."""
-        return self.shape if self.layer is None else (1, *self.shape)
+        """The extent of this layer or expert in the stored tensor of global_shape."""
+        return (*(1 for _ in self.place), *self.shape)
 
     @property
     def covered_rows(self) -> int:
@@ -67,12 +73,16 @@ def stored_tensors(model: ModelConfig) -> Iterator[StoredTensor]:
     table = architecture(model)
     sizes = _sizes(model)
     for row in table.first:
-        yield _stored(row, sizes, model, "", "", None)
+        yield _stored(row, sizes, model, "", "", ())
     for layer in range(model.num_layers):
+        prefix = f"model.layers.{layer}."
         for row in table.layer:
-            yield _stored(row, sizes, model, LAYERS, f"model.layers.{layer}.", layer)
+            yield _stored(row, sizes, model, LAYERS, prefix, (layer,))
+        for expert in range(model.num_moe_experts or 0):
+            for row in table.expert:
+                yield _stored(row, sizes, model, LAYERS, prefix, (layer, expert))
     for row in table.last + (() if model.tie_word_embeddings else table.head):
-        yield _stored(row, sizes, model, "", "", None)
+        yield _stored(row, sizes, model, "", "", ())
 
 
 def query_groups(model: ModelConfig) -> int:
@@ -89,6 +99,8 @@ def _sizes(model: ModelConfig) -> dict[str, int]:
         "q": model.num_attention_heads * width,
         "k": query_groups(model) * width,
         "d": width,
+        "e": model.num_moe_experts or 0,
+        "x": expert_width(model),
     }
 
 
@@ -98,9 +110,12 @@ def _stored(
     model: ModelConfig,
     prefix: str,
     hf_prefix: str,
-    layer: int | None,
+    place: tuple[int, ...],
 ) -> StoredTensor:
-    shapes = {name: tuple(sizes[a] for a in axes.split()) for name, axes in row.parts.items()}
+    shapes = {
+        name.format(*place[1:]): tuple(sizes[a] for a in axes.split())
+        for name, axes in row.parts.items()
+    }
     heights = [shape[0] for shape in shapes.values()]
     groups = query_groups(model) if row.per_group else 1
     parts = []
@@ -119,8 +134,8 @@ def _stored(
     first = next(iter(shapes.values()))
     return StoredTensor(
         key=prefix + row.key,
-        layer=layer,
-        layers=model.num_layers,
+        place=place,
+        stack=(model.num_layers, model.num_moe_experts or 0)[: len(place)],
         shape=(total, *first[1:]),
         parts=tuple(parts),
     )

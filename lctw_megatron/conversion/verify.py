@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lctw_megatron.config.model_sizes import head_width
+from lctw_megatron.config.model_sizes import expert_width, head_width
 from lctw_megatron.config.schema import ModelConfig
 from lctw_megatron.conversion import dtypes
 from lctw_megatron.conversion.checkpoint_reader import CheckpointReader
+from lctw_megatron.conversion.fused_experts import split_fused
 from lctw_megatron.conversion.hf_config import read_config
 from lctw_megatron.conversion.hf_import import check_tensors, largest_bytes, read_stored
 from lctw_megatron.conversion.hf_safetensors import SafetensorsFolder, tensor_of
@@ -27,6 +28,7 @@ from lctw_megatron.progress import Progress
 # Fields of ModelConfig that config.json has not, or that matter in training only.
 _NOT_COMPARED = {
     "hidden_dropout", "attention_dropout", "embedding_dropout", "attention", "init_method_std",
+    "moe_aux_loss_coeff",
 }  # fmt: skip
 
 
@@ -119,7 +121,9 @@ def compare_logits(hf: Path, checkpoint: Path, tokens: Tensor) -> LogitsComparis
         raise InputError(f"token id {wrong[0]}: {checkpoint} has a vocabulary of {size}")
     rounded_to = dtypes.TORCH[read_manifest(checkpoint).dtype]
     with SafetensorsFolder(hf) as source:
-        for stored in stored_tensors(read_config(hf).model):
+        tensors = list(stored_tensors(read_config(hf).model))
+        split_fused(source.entries, tensors)
+        for stored in tensors:
             for part in stored.parts:
                 rounded_to = dtypes.narrower(rounded_to, source.dtype(part.name))
     theirs = hf_logits(hf, tokens, rounded_to)
@@ -221,4 +225,8 @@ def logits_table(result: LogitsComparison, tolerance: float) -> str:
 def _normal(model: ModelConfig) -> dict[str, object]:
     """All that decides the arithmetic and the shapes, defaults filled in."""
     values = model.model_dump(exclude=_NOT_COMPARED)
-    return values | {"num_query_groups": query_groups(model), "kv_channels": head_width(model)}
+    return values | {
+        "num_query_groups": query_groups(model),
+        "kv_channels": head_width(model),
+        "moe_ffn_hidden_size": expert_width(model),
+    }

@@ -232,7 +232,7 @@ def _train_stage(
         tuple(arguments),
         f"{run.run_dir}/checkpoints",
         needs=tuple(dict.fromkeys(needs)),
-        model_ranks=run.layout.model_ranks,
+        model_ranks=run.layout.fewest_ranks,
         scales=True,
         restarts=True,
         # Without defaults, so that a field that is new in the schema changes nothing.

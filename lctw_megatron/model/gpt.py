@@ -16,14 +16,20 @@ from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
+from megatron.core.transformer.moe.moe_layer import BaseMoELayer  # noqa: E402
 
 from lctw_megatron.config.layout_rules import loss_block_rows, padded_vocabulary  # noqa: E402
 from lctw_megatron.config.schema import LayoutConfig, ModelConfig  # noqa: E402
 from lctw_megatron.errors import InputError  # noqa: E402
 from lctw_megatron.model import spec  # noqa: E402
-from lctw_megatron.model.cross_entropy import row_block_cross_entropy, row_block_is_likeliest  # noqa: E402
+from lctw_megatron.model.cross_entropy import (  # noqa: E402
+    IGNORE,
+    row_block_cross_entropy,
+    row_block_is_likeliest,
+)
 from lctw_megatron.model.initialize import initialize_weights  # noqa: E402
 from lctw_megatron.model.rotary import frequencies  # noqa: E402
+from lctw_megatron.model.router import balance_routers  # noqa: E402
 
 
 class _HandThrough(tensor_parallel.ColumnParallelLinear):
@@ -54,6 +60,8 @@ class PerTokenLossMixin:
     _likeliest = False
     _live_rows: Tensor | None = None
     _zero_gradients = True
+    has_balanced_routers = False
+    """Whether there are experts, chosen by the routers of model/router.py."""
     takes_boundaries: bool
     """Whether all layers have our core attention, which knows piece boundaries."""
 
@@ -92,6 +100,8 @@ class PerTokenLossMixin:
             raise ValueError("piece boundaries given to a model that was built with packed=False")
         if self.post_process:  # type: ignore[attr-defined]
             self.output_layer.hands_through = labels is not None  # type: ignore[attr-defined]
+        if labels is not None and self.has_balanced_routers:
+            kwargs["padding_mask"] = labels == IGNORE  # what does not count in the balance
         return super().forward(  # type: ignore[misc]
             input_ids, position_ids, attention_mask, labels=labels, **kwargs
         )
@@ -176,6 +186,20 @@ def _mark_tensor_parallel(chunk: torch.nn.Module) -> None:
                     )
 
 
+def _mark_experts(chunk: TokenWeightedGPT) -> None:
+    """Give experts gradient buffers and an optimizer of their own, over the ranks that hold copies
+    of the same experts.
+
+    megatron-core does so only where expert_model_parallel_size is above 1. But experts are whole on
+    every tensor-parallel rank too, each of which sees other tokens. And each rank's are counted in
+    the gradient norm.
+    """
+    for layer in chunk.modules():
+        for parameter in layer.experts.parameters() if isinstance(layer, BaseMoELayer) else ():
+            parameter.allreduce = False  # type: ignore[attr-defined]
+            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+
+
 _ALONE: dict[int, Any] = {}
 
 
@@ -249,7 +273,10 @@ def build_model(
         if chunk.pre_process and model.embedding_dropout is not None:
             chunk.embedding.embedding_dropout.p = model.embedding_dropout
         _mark_tensor_parallel(chunk)
+        _mark_experts(chunk)
         chunk.to(device)
+        balance_routers(chunk, model)
+        chunk.has_balanced_routers = model.num_moe_experts is not None
         chunks.append(chunk)
     if seed is not None:
         initialize_weights(chunks, model, seed)

@@ -54,12 +54,15 @@ _OF_THE_RECIPE = {
         "model.qk_norm": "qk_layernorm",
         "model.attention": "attention_backend|transformer_impl",
         r"model.\g<0>": "num_layers|hidden_size|ffn_hidden_size|num_attention_heads|kv_channels|"
-        "num_query_groups|layernorm_epsilon|hidden_dropout|attention_dropout|init_method_std",
+        "num_query_groups|layernorm_epsilon|hidden_dropout|attention_dropout|init_method_std|"
+        "num_moe_experts|moe_ffn_hidden_size|moe_router_topk|moe_aux_loss_coeff",
+        "model.norm_topk_prob": "moe_router_pre_softmax",
         "layout.tensor": "tensor_model_parallel_size",
         "layout.sequence": "sequence_parallel",
         "layout.pipeline": "pipeline_model_parallel_size",
         "layout.virtual_pipeline": "virtual_pipeline_model_parallel_size",
         "layout.context": "context_parallel_size",
+        "layout.expert": "expert_model_parallel_size",
         "layout.recompute": "recompute_.*",
         "layout.loss_block_rows": "cross_entropy_.*",
         "training.precision": "bf16|fp16|(params|pipeline|autocast)_dtype|enable_autocast",
@@ -89,7 +92,7 @@ _BREAKS = {
             "tp_comm_.*"
         ),
         "how far 8 and 4 bits move short_loss - long_loss has not been measured": "fp[48].*",
-        "the models here are dense": "moe_.*|num_moe_experts|expert_.*",
+        "routers, their balance and what goes to experts are model/router.py's": "moe_.*|expert_.*",
         "the loss computes the gradient of the head itself": "defer_embedding_.*|wgrad_deferral.*",
     },
     "ddp": {

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lctw_megatron.config.model_sizes import head_width
+from lctw_megatron.config.model_sizes import expert_width, head_width
 from lctw_megatron.config.rope import attention_factor
 from lctw_megatron.config.schema import LayoutConfig, ModelConfig
 from lctw_megatron.errors import InputError
@@ -82,14 +82,15 @@ def transformer_config(
             "recompute_num_layers": sublayers,
         }
     elif acting != "none":
-        modules = {"selective": ["core_attn"], "mlp": ["mlp"]}[acting]
+        mlp = "moe" if model.num_moe_experts else "mlp"
+        modules = {"selective": ["core_attn"], "mlp": [mlp]}[acting]
         recompute = {"recompute_granularity": "selective", "recompute_modules": modules}
     _check_fields(model, dtype, packed, fields)
     width, phi = head_width(model), model.parallel_block
     settings = dict(
         num_layers=model.num_layers * sublayers,
         hidden_size=model.hidden_size,
-        ffn_hidden_size=model.ffn_hidden_size,
+        ffn_hidden_size=expert_width(model),
         num_attention_heads=model.num_attention_heads,
         num_query_groups=model.num_query_groups or model.num_attention_heads,
         kv_channels=width,
@@ -128,6 +129,7 @@ def transformer_config(
         persist_layer_norm=False,
         attention_backend=_attention_backend(),
         deterministic_mode=torch.are_deterministic_algorithms_enabled(),
+        **_experts(model, layout, dtype),
         **point_to_point(layout, on_gpu),
         **recompute,
     )
@@ -137,6 +139,24 @@ def transformer_config(
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     """`gelu_new` of Hugging Face configs (Hendrycks and Gimpel, 2016)."""
     return torch.nn.functional.gelu(x, approximate="tanh")
+
+
+def _experts(model: ModelConfig, layout: LayoutConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """megatron-core's fields of a mixture of experts. Choosing, balancing and counting are ours
+    (model/router.py), so no loss is asked for here."""
+    if not model.num_moe_experts:
+        return {}
+    return dict(
+        num_moe_experts=model.num_moe_experts,
+        moe_ffn_hidden_size=expert_width(model),
+        moe_router_topk=model.moe_router_topk,
+        moe_router_pre_softmax=True,  # or it refuses one expert a token
+        moe_router_load_balancing_type="none",
+        moe_token_dispatcher_type="alltoall",
+        moe_grouped_gemm=uses_transformer_engine(model, dtype),
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=1,
+    )
 
 
 def with_fields(
@@ -244,9 +264,12 @@ def layer_spec(model: ModelConfig, config: Any, packed: bool) -> tuple[Any, Any]
     """
     from megatron.core.models.gpt import gpt_layer_specs
 
+    # TransformerEngine multiplies all experts of a rank in one grouped kernel; without it they are
+    # run one after the other.
+    experts = dict(num_experts=model.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm)
     if uses_transformer_engine(model, config.params_dtype):
         layer = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
-            qk_layernorm=model.qk_norm
+            qk_layernorm=model.qk_norm, **experts
         )
         from megatron.core.extensions.transformer_engine import TENorm as norm
 
@@ -254,10 +277,12 @@ def layer_spec(model: ModelConfig, config: Any, packed: bool) -> tuple[Any, Any]
             layer.submodules.self_attention.submodules.core_attention = SDPACoreAttention
     else:
         layer = gpt_layer_specs.get_gpt_layer_local_spec(
-            qk_layernorm=model.qk_norm, normalization=config.normalization
+            qk_layernorm=model.qk_norm, normalization=config.normalization, **experts
         )
         norm = LayerNorm if model.parallel_block else RMSNorm
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
+        if model.num_moe_experts:  # the norm before experts is stored under its own name
+            layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
         attention = layer.submodules.self_attention.submodules
         attention.core_attention = SDPACoreAttention
         if model.qk_norm:

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 
 from lctw_megatron.platform.capabilities import capabilities
-from lctw_megatron.platform.megatron_version import MEGATRON
 
 CPU = torch.device("cpu")
 
@@ -43,6 +42,7 @@ _LAZY_MODULES = (
     "megatron.core.models.gpt.gpt_layer_specs",
     "megatron.core.pipeline_parallel",
     "megatron.core.tensor_parallel",
+    "megatron.core.transformer.moe.token_dispatcher",
     "megatron.core.transformer.utils",
 )
 
@@ -69,6 +69,19 @@ def _empty_like(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor
     return torch.empty_like(tensor, *args, **kwargs)
 
 
+class _Stream:
+    """Stands for a CUDA stream, and for an event of it, which is past as soon as it is there."""
+
+    def wait_stream(self, other: Any) -> None: ...
+
+    def wait_event(self, other: Any) -> None: ...
+
+    def record_event(self) -> "_Stream":
+        return self
+
+    def synchronize(self) -> None: ...
+
+
 class _CudaView(ModuleType):
     """`torch.cuda` of a machine whose one device is the CPU; the rest is the real module's."""
 
@@ -78,8 +91,9 @@ class _CudaView(ModuleType):
         self.synchronize = lambda *args, **kwargs: None
         self.manual_seed = torch.manual_seed
         self.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
-        if MEGATRON >= (0, 17):  # gradient buffers wait for CUDA graphs, of which there are none
-            self.current_stream = lambda *args, **kwargs: None
+        # Gradient buffers (0.17 and later) and the dispatcher of experts' tokens wait for streams.
+        only = _Stream()
+        self.Stream = self.current_stream = lambda *args, **kwargs: only
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch.cuda, name)
@@ -118,8 +132,15 @@ def patch_megatron() -> None:
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()  # type: ignore
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)  # type: ignore
     logging.getLogger(random.__name__).addFilter(_is_no_false_alarm)
+    # How many tokens go to which rank: numbers, which gloo wants, once they are off the GPU.
+    dispatcher = sys.modules["megatron.core.transformer.moe.token_dispatcher"]
+    dispatcher.maybe_move_tensor_to_cpu = _moved_to_cpu  # type: ignore[attr-defined]
     # Tensors are shared with everyone; without CUDA the real method can only raise.
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
+
+
+def _moved_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
 
 def _is_no_false_alarm(record: logging.LogRecord) -> bool:

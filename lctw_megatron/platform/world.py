@@ -95,18 +95,20 @@ def initialize(layout: LayoutConfig, seed: int, timeout_minutes: float = 30) -> 
                 backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
             )
     size = dist.get_world_size()
-    model_ranks = layout.model_ranks
-    if size % model_ranks:
+    if size % layout.fewest_ranks:
+        experts = f" with expert {layout.expert}" if layout.expert > 1 else ""
         raise InputError(
             f"layout: tensor {layout.tensor} x pipeline {layout.pipeline} x context "
-            f"{layout.context} = {model_ranks} ranks, but {size} were started; start a multiple of "
-            f"{model_ranks}"
+            f"{layout.context}{experts} = {layout.fewest_ranks} ranks, but {size} were started; "
+            f"start a multiple of {layout.fewest_ranks}"
         )
     sizes = {
         "tensor_model_parallel_size": layout.tensor,
         "pipeline_model_parallel_size": layout.pipeline,
         "virtual_pipeline_model_parallel_size": layout.virtual_pipeline,
         "context_parallel_size": layout.context,
+        "expert_model_parallel_size": layout.expert,
+        "expert_tensor_parallel_size": 1,
         "distributed_timeout_minutes": timeout_minutes,
     }
     if not (parallel_state.is_initialized() and sizes == _FORMED):

@@ -36,10 +36,7 @@ def window_losses(
     if number == 0:
         return torch.zeros((0, window), device=device) if last_stage else None
     stages = parallel_state.get_pipeline_model_parallel_world_size()
-    # The interleaved schedule takes multiples of the stages.
-    batches, per_forward = divide(
-        number, tokens_per_forward // window, stages if len(chunks) > 1 else 1
-    )
+    batches, per_forward = divide(number, tokens_per_forward // window, _multiple(chunks))
     missing = batches * per_forward - number
     if missing and stages > 1:  # they exchange tensors of one shape
         tokens = torch.cat([tokens, tokens.new_zeros((missing, window))])
@@ -79,6 +76,18 @@ def window_losses(
         for chunk, mode in zip(plain, training, strict=True):
             chunk.train(mode)
     return torch.cat(losses)[:number] if last_stage else None
+
+
+def forwards_of(chunks: list[Any], windows: int, width: int, tokens_per_forward: int) -> int:
+    """How many forwards ``window_losses`` takes for so many windows of ``width`` tokens."""
+    return divide(windows, tokens_per_forward // width, _multiple(chunks))[0]
+
+
+def _multiple(chunks: list[Any]) -> int:
+    """The interleaved schedule takes multiples of the stages."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_pipeline_model_parallel_world_size() if len(chunks) > 1 else 1
 
 
 def divide(windows: int, room: int, multiple: int) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from lctw_megatron.config.rope import narrowest_forward
 from lctw_megatron.data import zigzag
 from lctw_megatron.data.batch import IGNORE
 from lctw_megatron.platform.host_copies import to_device
-from lctw_megatron.scoring.forward import window_losses
+from lctw_megatron.scoring.forward import forwards_of, window_losses
 from lctw_megatron.scoring.window_plan import round_width
 from lctw_megatron.scoring.windows import windows
 
@@ -108,7 +108,7 @@ class SelfScorer:
         self.bos_id = bos_id
         self.group = context_group
         model = getattr(chunks[0], "module", chunks[0])
-        config = model.config
+        self._config = config = model.config
         self._narrowest = narrowest_forward(model.rotary_pos_emb.model, window)
         # Sequence parallelism splits the windows too.
         self._multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
@@ -133,8 +133,12 @@ class SelfScorer:
         widths = window_widths(where >= 0, self.window, self._multiple, self._narrowest)
         # Longest first, so that context ranks get alike windows.
         mine = np.argsort(-widths, kind="stable")[rank::size]
-        for width in np.unique(widths[mine])[::-1].tolist():
-            rows = torch.from_numpy(mine[widths[mine] == width])
+        groups = [
+            (width, torch.from_numpy(mine[widths[mine] == width]))
+            for width in np.unique(widths[mine])[::-1].tolist()
+        ]
+        missing = self._missing_forwards(groups, parameter.device)
+        for width, rows in groups:
             own = window_losses(
                 self.chunks, tokens[rows, :width], labels[rows, :width], self.tokens_per_forward
             )
@@ -145,6 +149,10 @@ class SelfScorer:
                 losses[to_device(target[scored], own.device)] = own.flatten()[
                     to_device(scored, own.device)
                 ]
+        if missing:
+            width = min(-(-self._narrowest // self._multiple) * self._multiple, self.window)
+            padding = torch.zeros((missing, width), dtype=torch.int64)
+            window_losses(self.chunks, padding, torch.full_like(padding, IGNORE), width)
         if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
             return
         # Every target is scored by one window of one rank: summing the ranks' parts joins them.
@@ -156,3 +164,18 @@ class SelfScorer:
         for batch, part in zip(batches, losses.split(places), strict=True):
             whole = part.view(batch["host_tokens"].shape)
             batch["short_loss"] = zigzag.cut(whole, rank, size, dim=1)
+
+    def _missing_forwards(self, groups: list[tuple[int, Tensor]], device: torch.device) -> int:
+        """How many forwards of padding this rank must run after those of its ``groups`` (width,
+        windows), to have run as many as every rank that shares experts with it: in each of its
+        layers they wait for its tokens."""
+        if self._config.expert_model_parallel_size == 1:
+            return 0
+        own = sum(
+            forwards_of(self.chunks, len(rows), width, self.tokens_per_forward)
+            for width, rows in groups
+        )
+        most = torch.tensor(own, device=device)
+        group = parallel_state.get_expert_model_parallel_group()
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
+        return int(most) - own

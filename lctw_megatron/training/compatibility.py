@@ -15,6 +15,7 @@ from lctw_megatron.model.checkpoint import CheckpointManifest, find_checkpoint, 
 _FREE_OF_THE_START = {
     "max_position_embeddings", "rope_theta", "rope_scaling", "attention", "hidden_dropout",
     "attention_dropout", "embedding_dropout", "init_method_std",
+    "moe_aux_loss_coeff",
 }  # fmt: skip
 _FREE_ON_RESUME = {"tokens_per_forward", "attention"}
 
@@ -44,7 +45,9 @@ def complete_run(
     if manifest is not None:
         for name in type(model).model_fields:
             ours, theirs = getattr(model, name), getattr(manifest.model, name)
-            derived = ours is None and name in ("num_query_groups", "kv_channels")
+            derived = ours is None and name in (
+                "num_query_groups", "kv_channels", "moe_ffn_hidden_size",
+            )  # fmt: skip
             if isinstance(ours, float) and np.float32(ours) == np.float32(theirs):
                 # 1e-05 went through float32 on its way into some configs; it leaves as it came.
                 model = model.model_copy(update={name: theirs})

@@ -2,7 +2,7 @@
 
 Parameters, gradients and optimizer state are counted, not estimated: megatron-core keeps bf16 (or
 fp32) weights, float32 gradients, and float32 master weights and Adam moments sharded over the
-DP x CP ranks.
+DP x CP ranks; those of experts over the TP x CP x DP / EP ranks that hold the same experts.
 
 Activations follow Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer
 Models" (section 4 and appendix B), with what changed since:
@@ -23,6 +23,13 @@ key heads, d of one head, f the feed-forward width and t tensor-parallel ranks:
     gate, up and their product          3 f       / t
     cosines and sines, for q and for k  4 d
 
+With experts, k of a token, of width x, the last but one is, if they are chosen evenly (the fullest
+rank keeps more: `router/largest_load` of the metrics)
+
+    tokens as they go to experts        k h           / t (sequence parallelism splits them)
+    gate, up and their product          3 k x         / t
+    what comes back of them             k h           / t
+
 and where torch's attention gathers, q + CP x 2 k instead of the second and third line. Phi has one
 norm (2 h), what GELU takes and gives (2 f / t), and of d what positions turn. On a CPU SwiGLU and
 RMSNorm are not fused and keep 2 f + 2 h more, and masks are float32.
@@ -34,7 +41,14 @@ kernels. Leave a tenth of the GPU free.
 from dataclasses import dataclass
 
 from lctw_megatron.config.layout_rules import check_layout, loss_block_rows, padded_vocabulary
-from lctw_megatron.config.model_sizes import layer_sizes, norm_size, rotary_width
+from lctw_megatron.config.model_sizes import (
+    active_parameters,
+    expert_width,
+    layer_sizes,
+    norm_size,
+    parameters,
+    rotary_width,
+)
 from lctw_megatron.config.schema import RunConfig
 from lctw_megatron.model import spec
 from lctw_megatron.platform.capabilities import capabilities
@@ -49,7 +63,7 @@ class StageMemory:
 
     layers: int
     parameters: int
-    """Number of parameters on the rank (not bytes)."""
+    """Number of parameters on the rank (not bytes), its experts among them."""
     weights: int
     gradients: int
     optimizer: int
@@ -90,9 +104,11 @@ def estimate(run: RunConfig, world_size: int, device: str = "cuda") -> MemoryEst
     sharded_over = sizes.data * layout.context
     stages = []
     for stage in range(layout.pipeline):
-        count = stage_parameters(run, stage)
+        dense, experts = stage_parameters(run, stage), expert_parameters(run)
+        count = dense + experts
         # float32 weights are their own master copy.
-        optimizer = count * (12 if bf16 else 8) // sharded_over
+        each = 12 if bf16 else 8
+        optimizer = dense * each // sharded_over + experts * each // expert_copies(run, sizes.data)
         stages.append(
             StageMemory(
                 layers=sizes.layers_per_chunk * sizes.chunks,
@@ -107,12 +123,26 @@ def estimate(run: RunConfig, world_size: int, device: str = "cuda") -> MemoryEst
     return MemoryEstimate(tuple(stages))
 
 
+def expert_parameters(run: RunConfig) -> int:
+    """Parameters of the experts on a rank, the same on every stage."""
+    layers = run.model.num_layers // run.layout.pipeline
+    return layers * layer_sizes(run.model).experts // run.layout.expert
+
+
+def expert_copies(run: RunConfig, data: int) -> int:
+    """Ranks of a stage that hold the same experts, under ``data`` data-parallel ranks."""
+    layout = run.layout
+    return layout.tensor * layout.context * data // layout.expert
+
+
 def stage_parameters(run: RunConfig, stage: int) -> int:
-    """Parameters on a rank of pipeline stage ``stage``. A tied head on another stage is a copy."""
+    """Parameters on a rank of pipeline stage ``stage`` without experts. A tied head on another
+    stage is a copy."""
     model, layout = run.model, run.layout
     layer = layer_sizes(model)
     split = (layer.matrices + layer.biases) // layout.tensor
-    count = model.num_layers // layout.pipeline * (split + layer.norms + layer.output_biases)
+    whole = layer.norms + layer.output_biases + layer.router
+    count = model.num_layers // layout.pipeline * (split + whole)
     first, last = stage == 0, stage == layout.pipeline - 1
     tables = first + last
     if first and last and model.tie_word_embeddings:
@@ -150,7 +180,12 @@ def layer_activations(run: RunConfig) -> int:
     else:
         attention = (q + 2 * k) + (q + k) + 2 * q
     phi = model.parallel_block
-    mlp = 0 if layout.recompute == "mlp" else (2 if phi else 3) * model.ffn_hidden_size
+    if layout.recompute == "mlp":
+        mlp = 0
+    elif model.num_moe_experts:
+        mlp = model.moe_router_topk * (3 * expert_width(model) + 2 * model.hidden_size)
+    else:
+        mlp = (2 if phi else 3) * model.ffn_hidden_size
     split = (attention + mlp) // layout.tensor
     hidden = model.hidden_size // (layout.tensor if layout.sequence else 1)
     norms = (2 if phi else 4) * hidden
@@ -213,8 +248,8 @@ def describe_layout(run: RunConfig, world_size: int | None = None, device: str =
 
     ``world_size`` None means one copy of the model, without data parallelism.
     """
-    layout = run.layout
-    sizes = check_layout(run, world_size or layout.model_ranks)
+    model, layout = run.model, run.layout
+    sizes = check_layout(run, world_size or layout.fewest_ranks)
     assert sizes.world_size and sizes.data and sizes.micro_batches
     lines = [f"layout: {sizes.world_size} ranks" + ("" if world_size else " (the fewest possible)")]
     # megatron-core's order: neighbours share a tensor group, pipeline stages are farthest apart.
@@ -229,10 +264,13 @@ def describe_layout(run: RunConfig, world_size: int | None = None, device: str =
     }
     step = 1
     for name, (count, note) in groups.items():
-        members = [str(rank * step) for rank in range(count)]
-        shown = " ".join(members if count <= 8 else [*members[:4], "...", members[-1]])
-        lines.append(f"  {name:9}{count:4} ranks{note}; rank 0's group: {shown}")
+        lines.append(_group_line(name, count, note, step))
         step *= count
+    if model.num_moe_experts:
+        each = model.num_moe_experts // layout.expert
+        lines.append(_group_line("expert", layout.expert, f", {each} experts on each", 1))
+        every, active = parameters(model) / 1e9, active_parameters(model) / 1e9
+        lines.append(f"parameters: {every:,.2f} B, of which a token uses {active:,.2f} B")
     training, length = run.training, run.data.sequence_length
     batch, micro_batch = training.global_batch_size, training.micro_batch_size
     lines.append(
@@ -247,6 +285,12 @@ def describe_layout(run: RunConfig, world_size: int | None = None, device: str =
     if not run.model.vocab_size:
         lines.append("  without embedding, head and loss: the vocabulary is the tokenizer's")
     return "\n".join(lines) + "\n"
+
+
+def _group_line(name: str, count: int, note: str, step: int) -> str:
+    members = [str(rank * step) for rank in range(count)]
+    shown = " ".join(members if count <= 8 else [*members[:4], "...", members[-1]])
+    return f"  {name:9}{count:4} ranks{note}; rank 0's group: {shown}"
 
 
 def _memory_table(memory: MemoryEstimate, device: str) -> list[str]:

@@ -1,7 +1,8 @@
 """Floating-point operations of training, as the mathematics needs them.
 
 Model FLOPs: every matrix product counted exactly (2 m n k), attention by its causal pairs (those of
-a training step as if each sequence were one document), the backward pass as twice the forward. What
+a training step as if each sequence were one document), of experts those that a token goes to, the
+backward pass as twice the forward. What
 a layout or recomputation does on top is not counted, so that figures compare between layouts
 (Chowdhery et al. 2022, "PaLM", appendix B).
 """
@@ -22,7 +23,7 @@ def forward_flops(model: ModelConfig, lengths: Iterable[int], head_rows: int) ->
     tokens = sum(lengths)
     pairs = sum(n * (n + 1) // 2 for n in lengths)
     # Queries with keys, then probabilities with values: 2 FLOPs per pair and channel each.
-    per_layer = 2 * tokens * layer.matrices + 4 * pairs * layer.query
+    per_layer = 2 * tokens * layer.active + 4 * pairs * layer.query
     head = 2 * head_rows * model.hidden_size * (model.vocab_size or 0)
     return model.num_layers * per_layer + head
 

@@ -36,6 +36,8 @@ class StepSums:
         """Σ loss and targets of near, far and first-seen targets"""
         self.row_losses: dict[int, Tensor] = {}
         """micro batch: Σ loss of each of its sequences on this rank, to find what is not finite"""
+        self.routing = torch.zeros((0, 1), dtype=torch.float64, device=device)
+        """of model.router.take_counts"""
         self.statistics = WeightStatistics(
             torch.zeros(6, dtype=torch.float64, device=device),
             torch.zeros((), dtype=torch.float64, device=device),
@@ -43,7 +45,7 @@ class StepSums:
 
     def all_reduce(self) -> None:
         """Make these the sums of all ranks, on the host: in one copy, for which it waits once."""
-        names = ["weighted_loss", "plain_loss", "counts", "by_distance"]
+        names = ["weighted_loss", "plain_loss", "counts", "by_distance", "routing"]
         parts = [*(getattr(self, name) for name in names), self.statistics.sums]
         flat = torch.cat([part.flatten() for part in parts])
         dist.all_reduce(flat)
@@ -71,7 +73,24 @@ class StepSums:
                 result[f"loss/{name}"] = total / count
             result[f"targets/{name}"] = count
         result |= {f"weights/{name}": v for name, v in self.statistics.summary().items()}
-        return result
+        return result | routing_summary(self.routing, targets)
+
+
+def routing_summary(counts: Tensor, targets: float) -> dict[str, float]:
+    """How evenly tokens went to experts (of model.router.take_counts, summed over all ranks): the
+    balance loss, 1 where they did; the largest expert's tokens over the mean of its layer, averaged
+    over the layers and in the worst; experts of all layers that no token chose. Nothing for a dense
+    model, or where nothing was trained."""
+    choices, imbalance = counts[:, :-1], counts[:, -1]
+    if not float(choices.sum()):
+        return {}
+    largest = choices.amax(1) / choices.mean(1)
+    return {
+        "router/balance_loss": float(imbalance.mean()) / max(targets, 1),
+        "router/largest_load": float(largest.mean()),
+        "router/largest_load_of_any_layer": float(largest.max()),
+        "router/idle_experts": float((choices == 0).sum()),
+    }
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -65,7 +65,8 @@ def build_optimizer(
     training: TrainingConfig,
     fields: Mapping[str, Any] = MappingProxyType({}),
 ) -> Any:
-    """AdamW (apex's or TransformerEngine's if present) sharded over the data-parallel ranks.
+    """AdamW (apex's or TransformerEngine's if present) sharded over the data-parallel ranks, and
+    one for experts over the ranks that hold the same ones. The gradient norm is that of both.
 
     Biases and norms are not decayed (Megatron-LM's rule). Clipping is ours (``clip_gradients``),
     after the gradient norm was seen to be finite. fields: a recipe's `megatron.optimizer`.
@@ -125,6 +126,7 @@ def set_rates(optimizer: Any, training: TrainingConfig, rate: float) -> None:
 def clip_gradients(optimizer: Any, norm: float, largest: float) -> None:
     """Scale the gradients so that their global norm ``norm`` is at most ``largest`` (0: never)."""
     if largest and norm > largest:
-        for parameter in optimizer.get_parameters():
-            if parameter.grad is not None:
-                parameter.grad.mul_(largest / norm)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(largest / norm)

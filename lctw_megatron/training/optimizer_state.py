@@ -117,7 +117,7 @@ def _stored_box(
     )
 
 
-def keep_own_settings(optimizer: Any, saved: dict[str, Any]) -> None:
+def keep_own_settings(optimizer: Any, saved: Any) -> None:
     """Change ``saved``, the loaded state dict of ``optimizer``, so that loading it leaves every
     group the settings that the recipe has just given it.
 
@@ -142,8 +142,11 @@ def keep_own_settings(optimizer: Any, saved: dict[str, Any]) -> None:
             group.update(kept, step=step)
 
 
-def _inner_states(saved: dict[str, Any]) -> list[dict[str, Any]]:
-    """The state dicts of torch's form: of the optimizer, or of each of chained ones."""
+def _inner_states(saved: Any) -> list[dict[str, Any]]:
+    """The state dicts of torch's form: of the optimizer, or of each of chained ones (experts have
+    their own), which megatron-core puts in a list, or under numbers."""
+    if isinstance(saved, list):
+        return [part["optimizer"] for part in saved]
     if "optimizer" in saved:
         return [saved["optimizer"]]
     return [part["optimizer"] for part in saved.values() if isinstance(part, dict)]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from lctw_megatron.config.layout_rules import check_layout
 from lctw_megatron.config.schema import RunConfig
-from lctw_megatron.training.estimate import stage_parameters
+from lctw_megatron.training.estimate import expert_copies, expert_parameters, stage_parameters
 from lctw_megatron.training.flops import step_flops
 
 WRITE_SPEED = 5.0
@@ -43,12 +43,14 @@ def estimate_save(
     """One checkpoint of ``run`` on ``world_size`` ranks (None: one copy of the model), at
     ``write_speed`` GB/s in all. Norms, which tensor ranks share, are counted for each of them.
     Raises InputError for a wrong layout."""
-    sizes = check_layout(run, world_size or run.layout.model_ranks)
+    sizes = check_layout(run, world_size or run.layout.fewest_ranks)
     assert sizes.data is not None
     each = (2 if run.training.precision == "bf16" else 4) + 12
     stages = [stage_parameters(run, stage) * each for stage in range(run.layout.pipeline)]
-    total = sum(stages) * run.layout.tensor
+    experts = expert_parameters(run) * each
+    total = sum(stages) * run.layout.tensor + len(stages) * experts * run.layout.expert
     rank = -(-max(stages) // (sizes.data * run.layout.context))
+    rank += -(-experts // expert_copies(run, sizes.data))
     return SaveEstimate(total, rank, total / write_speed / 1e9, rank / CHECKSUM_SPEED / 1e9)
 
 
@@ -63,7 +65,7 @@ def describe_save(
         f"  {save.seconds:,.1f} s at {write_speed:g} GB/s in all (--write-speed), "
         f"{save.checksum_seconds:,.1f} s of them for checksums",
     ]
-    step = step_flops(run) / (world_size or run.layout.model_ranks) / RANK_TFLOPS / 1e12
+    step = step_flops(run) / (world_size or run.layout.fewest_ranks) / RANK_TFLOPS / 1e12
     every = training.save_interval or training.steps
     share = save.seconds / (save.seconds + every * step)
     lines.append(

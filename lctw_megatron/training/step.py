@@ -1,8 +1,9 @@
 """One optimizer step: score, forward and backward through the schedule, check, update.
 
 The objective is the sum of weight * loss over the global batch divided by the number of its live
-targets. Weights are computed inside the loss function of the schedule, from the losses of the same
-forward pass, and carry no gradient.
+targets, and with experts what uneven routing costs, unweighted (model/router.py). Weights are
+computed inside the loss function of the schedule, from the losses of the same forward pass, and
+carry no gradient.
 """
 
 import math
@@ -18,6 +19,7 @@ from torch import Tensor
 from lctw_megatron.config.schema import RunConfig
 from lctw_megatron.data import zigzag
 from lctw_megatron.model.device_batch import move
+from lctw_megatron.model.router import take_counts
 from lctw_megatron.scoring.self_scoring import SelfScorer
 from lctw_megatron.training.dropout_seed import seed_dropout
 from lctw_megatron.training.metrics import StepSums
@@ -135,6 +137,7 @@ class Stepper:
             micro_batch_size=len(batches[0]["tokens"]),
             forward_only=forward_only,
         )
+        sums.routing = take_counts(self.chunks, self.run.model, self.device)
         sums.all_reduce()
         return sums
 

@@ -66,6 +66,29 @@ REFUSED = [
         None,
         r"vocab_size 1000 padded to a multiple of 128 \(1024\) .* layout.tensor \(3\)",
     ),
+    ({"layout__expert": 2}, None, r"layout.expert is 2, but the model has no experts .* leave it"),
+    ({"model__moe_aux_loss_coeff": 0.1}, None, r"moe_aux_loss_coeff is 0.1, but the model has no"),
+    ({"model__norm_topk_prob": False}, None, r"norm_topk_prob is False, but the model has no"),
+    (
+        {"model__num_moe_experts": 6, "layout__expert": 4},
+        None,
+        r"num_moe_experts \(6\) must be divisible by layout.expert \(4\)",
+    ),
+    (
+        {"model__num_moe_experts": 4, "model__moe_router_topk": 5},
+        None,
+        r"moe_router_topk is 5, expected at most model.num_moe_experts 4",
+    ),
+    (
+        {"model__num_moe_experts": 4, "layout__tensor": 2},
+        None,
+        r"layout.tensor 2 needs layout.sequence: true for a model with experts",
+    ),
+    (
+        {"model__num_moe_experts": 4, "layout__expert": 4, "layout__pipeline": 2},
+        4,
+        r"number of ranks / layout.pipeline \(2\) must be divisible by layout.expert \(4\)",
+    ),
     (
         {"model__architecture": "phi"},
         None,
@@ -126,6 +149,27 @@ def test_derived_sizes_of_a_full_layout():
     assert (sizes.model_ranks, sizes.data, sizes.sequences, sizes.micro_batches) == (8, 2, 4, None)
     assert (sizes.layers_per_chunk, sizes.chunks, sizes.tokens_per_rank) == (2, 2, 512)
     assert (check_layout(run).data, check_layout(run).micro_batches) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("layout", "fewest"),
+    [
+        ({"expert": 8}, 8),
+        ({"expert": 4, "tensor": 2, "sequence": True, "pipeline": 2}, 8),
+        ({"expert": 2, "tensor": 4, "sequence": True, "context": 2}, 8),
+        ({"expert": 3, "context": 2}, 6),
+    ],
+)
+def test_the_fewest_ranks_hold_all_experts(layout, fewest):
+    changes = {f"layout__{name}": value for name, value in layout.items()}
+    run = run_config(
+        **changes, model__num_moe_experts=24, model__ffn_hidden_size=25,
+        training__global_batch_size=24,
+    )  # fmt: skip
+    assert run.layout.fewest_ranks == fewest
+    assert check_layout(run, fewest).data == fewest // run.layout.model_ranks
+    with pytest.raises(InputError):
+        check_layout(run, fewest // 2)
 
 
 def test_an_unknown_vocabulary_is_left_to_the_tokenizer():

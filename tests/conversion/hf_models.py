@@ -23,6 +23,7 @@ _LLAMA3 = dict(
     rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0,
     original_max_position_embeddings=32,
 )  # fmt: skip
+_EXPERTS = dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=28)
 _YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -44,6 +45,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_yarn": ("qwen2", {"rope_scaling": _YARN | dict(attention_factor=1.3)}),
     "qwen3": ("qwen3", {"rope_theta": 1e6, "head_dim": 20}),
     "qwen3_tied": ("qwen3", {"tie_word_embeddings": True, "head_dim": 32}),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "sliding_window": None}),
+    "qwen3_moe": ("qwen3_moe", _EXPERTS | {"norm_topk_prob": True, "head_dim": 20}),
+    "qwen3_moe_unscaled": (
+        "qwen3_moe", _EXPERTS | {"norm_topk_prob": False, "head_dim": 12, "num_experts_per_tok": 1},
+    ),
     "phi": ("phi", {"partial_rotary_factor": 0.4, "head_dim": 20}),
     "phi_tied_dynamic": (
         "phi",
@@ -51,6 +57,18 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 """Name: model type and what differs from the shared sizes."""
+
+
+EXPERT_FIELDS: dict[str, dict[str, Any]] = {
+    "mixtral": dict(
+        num_moe_experts=6, moe_ffn_hidden_size=100, moe_router_topk=3, moe_aux_loss_coeff=0.03,
+    ),
+    "qwen3_moe": dict(
+        num_moe_experts=6, moe_ffn_hidden_size=28, moe_router_topk=4, moe_aux_loss_coeff=0.0,
+        norm_topk_prob=False,
+    ),
+}  # fmt: skip
+"""Of ModelConfig, for architectures that have experts."""
 
 
 def make_model(

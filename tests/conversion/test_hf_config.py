@@ -11,6 +11,7 @@ from lctw_megatron.config.schema import ModelConfig, RopeScaling
 from lctw_megatron.conversion.architectures import ARCHITECTURES
 from lctw_megatron.conversion.hf_config import config_values, read_config
 from lctw_megatron.errors import InputError
+from tests.conversion.hf_models import EXPERT_FIELDS
 
 LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -55,7 +56,8 @@ def test_what_config_json_leaves_out_means_what_transformers_means(kind, tmp_pat
     assert theirs.hidden_act in ARCHITECTURES[kind].activations
     assert ours.tie_word_embeddings == theirs.tie_word_embeddings
     assert ours.init_method_std == theirs.initializer_range
-    assert ours.rope_theta == 10000.0 and ours.rope_scaling is None
+    rope = rope_of_transformers(tmp_path)
+    assert ours.rope_theta == rope["rope_theta"] and ours.rope_scaling is None
 
 
 def rope_of_transformers(folder: Path) -> dict[str, Any]:
@@ -324,6 +326,7 @@ def test_a_model_survives_the_way_out_and_back_and_transformers_reads_it(
         layernorm_epsilon=1e-6, tie_word_embeddings=tied, init_method_std=0.03,
         qkv_bias=ARCHITECTURES[kind].flags["qkv_bias"],
         qk_norm=ARCHITECTURES[kind].flags["qk_norm"],
+        **EXPERT_FIELDS.get(kind, {}),
         **{name: 0.25 for name in ARCHITECTURES[kind].dropouts.values()},
     )  # fmt: skip
     write(tmp_path, config_values(model, "bf16", {"eos_token_id": [2, 3]}))
@@ -332,7 +335,7 @@ def test_a_model_survives_the_way_out_and_back_and_transformers_reads_it(
     assert back.ignored == []
     assert any("attention_dropout 0.25" in note for note in back.notes)
     theirs = AutoConfig.from_pretrained(tmp_path)
-    assert type(theirs).__name__.lower() == f"{kind}config"
+    assert type(theirs).__name__.lower() == f"{kind.replace('_', '')}config"
     assert theirs.max_position_embeddings == 32768 and theirs.head_dim == 24
     rope = rope_of_transformers(tmp_path)
     assert rope["rope_theta"] == 15.3e6

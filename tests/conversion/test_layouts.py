@@ -34,6 +34,20 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
 }  # fmt: skip
 """Ranks, and the layouts that are tried on them."""
 
+EXPERT_LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
+    2: {
+        "TP2xEP2": {"tensor": 2, "sequence": True, "expert": 2},
+        "TP2": {"tensor": 2},  # as scoring and evaluation have it
+    },
+    4: {
+        "PP2xEP2": {"pipeline": 2, "expert": 2},
+        "TP2xPP2xEP2": {"tensor": 2, "sequence": True, "pipeline": 2, "expert": 2},
+        "CP2xEP4": {"context": 2, "expert": 4},
+    },
+}
+EXPERTS = ["mixtral", "qwen3_moe"]
+"""Of MODELS."""
+
 
 def save_from(
     layouts: dict[str, dict[str, Any]], names: list[str], root: str, kind: Literal["gpt", "hybrid"]
@@ -126,6 +140,17 @@ def check(
 def test_loaded_saved_and_exported_from_four_ranks(kind, tmp_path):
     layouts = {label: LAYOUTS[4][label] for label in ("TP2+SPxPP2+VPP2", "TP2xCP2")}
     check(["llama", "qwen3_tied", "phi"], layouts, 4, tmp_path, kind)
+
+
+def test_experts_are_loaded_saved_and_exported_from_two_ranks(tmp_path):
+    check(EXPERTS, EXPERT_LAYOUTS[2], 2, tmp_path)
+
+
+@pytest.mark.long
+def test_experts_are_loaded_saved_and_exported_from_four_ranks(tmp_path):
+    check(["mixtral"], EXPERT_LAYOUTS[4], 4, tmp_path)
+    layouts = {label: EXPERT_LAYOUTS[4][label] for label in ("PP2xEP2", "TP2xPP2xEP2")}
+    check(["qwen3_moe"], layouts, 4, tmp_path)
 
 
 @pytest.mark.long

@@ -21,6 +21,7 @@ sizes = st.builds(
         tie_word_embeddings=tied,
         qkv_bias=ARCHITECTURES[kind].flags["qkv_bias"],
         qk_norm=ARCHITECTURES[kind].flags["qk_norm"],
+        num_moe_experts=groups + 1 if ARCHITECTURES[kind].experts else None,
     ),
     st.sampled_from(sorted(ARCHITECTURES)),
     *[st.integers(1, n) for n in (3, 5, 4, 8, 300, 400, 64)],
@@ -55,8 +56,10 @@ def test_every_tensor_has_one_place_and_layers_are_stacked(model):
         names += [part.name for part in stored.parts]
         places.append((stored.key, stored.offsets))
         assert len(stored.global_shape) == len(stored.offsets) == len(stored.box)
-        if stored.layer is not None:
+        if stored.place:
             assert stored.global_shape[0] == model.num_layers and stored.box[0] == 1
+        if len(stored.place) == 2:
+            assert stored.global_shape[1] == model.num_moe_experts and stored.box[1] == 1
     assert len(set(names)) == len(names) and len(set(places)) == len(places)
     assert ("lm_head.weight" in names) != model.tie_word_embeddings
 

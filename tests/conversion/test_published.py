@@ -43,7 +43,6 @@ REFUSED = {
     "ministral3_3b_2512": "model_type 'ministral3' cannot be converted",
     # 4,096 of 32,768 positions, by transformers' default.
     "mistral_7b": "sliding_window 4096, transformers' default (supported: null)",
-    "mixtral_8x7b": "model_type 'mixtral' cannot be converted",
     "olmo2_7b": "model_type 'olmo2' cannot be converted",
     "phi-3_5": "model_type 'phi3' cannot be converted",
     "qwen": "model_type 'qwen' cannot be converted",
@@ -142,6 +141,7 @@ FRAGMENTS = {
     "llama32_1b": "llama3_2_1b",
     "llama32_3b": "llama3_2_3b",
     "mistral_7b": "mistral_7b_v03",
+    "mixtral_8x7b": "mixtral_8x7b",
     "phi2": "phi_2",
     "qwen2_500m": "qwen2_0_5b",
     "qwen25_1.5b": "qwen2_1_5b",
@@ -169,6 +169,8 @@ def test_a_model_by_name_is_the_published_one(
         "num_query_groups": ours.num_query_groups or ours.num_attention_heads,
         "max_position_embeddings": theirs.max_position_embeddings,
     }
+    if ours.num_moe_experts:
+        resolved["moe_ffn_hidden_size"] = ours.moe_ffn_hidden_size or ours.ffn_hidden_size
     if ours.kv_channels is None:
         assert theirs.kv_channels in (None, ours.hidden_size // ours.num_attention_heads)
         resolved["kv_channels"] = theirs.kv_channels

@@ -130,7 +130,7 @@ def test_nothing_is_asked_for_that_is_not_there_and_only_empty_states_are_left(c
 
     world = initialize(LayoutConfig(), seed=1)
     try:
-        for name in ("llama31_tied", "qwen2", "qwen3"):
+        for name in ("llama31_tied", "qwen2", "qwen3", "qwen3_moe"):
             _, checkpoint, _ = converted(name)
             chunks = build_model(
                 read_manifest(checkpoint).model, LayoutConfig(), max_sequence_length=8,

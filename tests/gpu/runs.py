@@ -65,7 +65,7 @@ def make_run(
 ) -> RunConfig:
     attention, precision = ENGINES[engine]
     layout = dict(layout)
-    megatron = layout.pop("megatron", {})
+    megatron, more = layout.pop("megatron", {}), layout.pop("model", {})
     weights = dict(WEIGHTINGS[weighting])
     if weighting != "uniform":
         weights |= {"window": WINDOW, "stride": STRIDE, "tokens_per_forward": 1024}
@@ -80,7 +80,7 @@ def make_run(
             "run_dir": folder,
             "seed": 7,
             "data": data | {"packing": packing},
-            "model": MODEL | {"attention": attention},
+            "model": MODEL | {"attention": attention} | more,
             "layout": layout,
             "megatron": megatron,
             "weighting": weights,
@@ -90,7 +90,7 @@ def make_run(
 
 
 Case = tuple[str, dict[str, Any], str, str]
-"""engine, layout, packing, weighting"""
+"""engine, layout (and fields of `megatron` and `model`), packing, weighting"""
 
 
 def trainings(prefix: str, folder: str, cases: list[Case]) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from unittest import mock
 
 import torch
 from megatron.core.tensor_parallel import random as megatron_random
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
 # Kept before anything of ours is imported.
 REAL_RANDOM = {
@@ -53,7 +54,7 @@ def workout(prefix: str, folder: Path) -> None:
 
     run = make_run(
         prefix, str(folder), {"recompute": "full"}, "chunk", "dense", "self",
-        model={"hidden_dropout": 0.1, "attention_dropout": 0.1},
+        model={"hidden_dropout": 0.1, "attention_dropout": 0.1, "num_moe_experts": 2},
         training={"steps": 2, "save_interval": 1, "async_save": True},
     )  # fmt: skip
     trainer = loop.Trainer(run)
@@ -141,6 +142,8 @@ def outcome(prefix: str, folder: Path, without: Callable[[], Any]) -> str | None
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(world, "patch_megatron", lambda: None))
         stack.enter_context(mock.patch.object(COMPLAINTS, "handlers", [_Complaints()]))
+        # Made once for all.
+        stack.enter_context(mock.patch.object(MoEAlltoAllTokenDispatcher, "cuda_dtoh_stream", None))
         stack.enter_context(without())
         try:
             workout(prefix, folder)

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lctw_megatron.config.load import load_fragment
-from lctw_megatron.config.model_sizes import parameters
+from lctw_megatron.config.model_sizes import active_parameters, parameters
 from lctw_megatron.config.schema import ModelConfig
 from lctw_megatron.scoring.windows import windows
 from lctw_megatron.training.flops import (
@@ -36,6 +36,16 @@ def test_a_small_model_by_hand():
     # Two documents of one sequence: fewer pairs.
     pairs_lost = 15 - (6 + 3)
     assert forward_flops(SMALL, [5], 0) - forward_flops(SMALL, [3, 2], 0) == 2 * pairs_lost * 32
+
+
+def test_of_experts_those_count_that_a_token_goes_to():
+    experts = {"num_moe_experts": 5, "moe_ffn_hidden_size": 6, "moe_router_topk": 3}
+    routed = SMALL.model_copy(update=experts)
+    # 3 experts of half the width and the router, instead of one MLP.
+    more = 2 * 5 * 2 * (3 * 3 * 8 * 6 + 5 * 8 - 3 * 96)
+    assert forward_flops(routed, [5], 3) - forward_flops(SMALL, [5], 3) == more
+    assert parameters(routed) - parameters(SMALL) == 2 * (5 * 3 * 48 + 5 * 8 - 3 * 96)
+    assert parameters(routed) - active_parameters(routed) == 2 * 2 * 3 * 48
 
 
 @pytest.mark.parametrize("name", ["llama3_8b", "phi2"])
