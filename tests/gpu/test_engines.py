@@ -26,8 +26,8 @@ SIZES: dict[str, Any] = dict(
     num_key_value_heads=2, head_dim=64, max_position_embeddings=512,
 )  # fmt: skip
 ENGINES = {"TransformerEngine": "with", "ours": "without"}
-MODELS = ("llama", "qwen3")
-"""Qwen3 has norms of its own on queries and keys."""
+MODELS = ("llama", "qwen3", "phi_tied_dynamic")
+"""Qwen3 has norms of its own on queries and keys, Phi one norm that is in no linear layer."""
 
 Command = list[str]
 

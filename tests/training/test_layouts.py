@@ -159,7 +159,9 @@ MODEL_LAYOUTS: dict[str, list[dict[str, Any]]] = {
 def _check_variants(
     data: str, folder: Path, ranks: int, layouts: dict[str, Any], kind: str = "gpt"
 ) -> None:
-    answers = run_distributed(variants, ranks, data, str(folder), layouts, MODELS, kind)
+    answers = run_distributed(
+        variants, ranks, data, str(folder), layouts, MODELS, kind, timeout=900
+    )
     losses = set()
     for model, own in layouts.items():
         run = make_run(data, str(folder), {}, "pack", "dense", "self", model=MODELS[model])
