@@ -44,9 +44,8 @@ def test_what_config_json_leaves_out_means_what_transformers_means(kind, tmp_pat
     write(tmp_path, minimal(kind))
     theirs, ours = AutoConfig.from_pretrained(tmp_path), read_config(tmp_path).model
     assert ours.num_query_groups == theirs.num_key_value_heads
-    assert ours.kv_channels == (
-        getattr(theirs, "head_dim", None) or 64 // theirs.num_attention_heads
-    )
+    width = getattr(theirs, "head_dim", None) or 64 // theirs.num_attention_heads
+    assert ours.kv_channels == width
     assert ours.max_position_embeddings == theirs.max_position_embeddings
     assert ours.layernorm_epsilon == getattr(theirs, ARCHITECTURES[kind].epsilon[0])
     rope = rope_of_transformers(tmp_path)
@@ -56,7 +55,6 @@ def test_what_config_json_leaves_out_means_what_transformers_means(kind, tmp_pat
     assert theirs.hidden_act in ARCHITECTURES[kind].activations
     assert ours.tie_word_embeddings == theirs.tie_word_embeddings
     assert ours.init_method_std == theirs.initializer_range
-    rope = rope_of_transformers(tmp_path)
     assert ours.rope_theta == rope["rope_theta"] and ours.rope_scaling is None
 
 
