@@ -56,8 +56,7 @@ def test_what_config_json_leaves_out_means_what_transformers_means(kind, tmp_pat
     assert theirs.hidden_act in ARCHITECTURES[kind].activations
     assert ours.tie_word_embeddings == theirs.tie_word_embeddings
     assert ours.init_method_std == theirs.initializer_range
-    rope = rope_of_transformers(tmp_path)
-    assert ours.rope_theta == rope["rope_theta"] and ours.rope_scaling is None
+    assert ours.rope_theta == rope_of_transformers(tmp_path)["rope_theta"] and ours.rope_scaling is None
 
 
 def rope_of_transformers(folder: Path) -> dict[str, Any]:
@@ -326,8 +325,7 @@ def test_a_model_survives_the_way_out_and_back_and_transformers_reads_it(
         layernorm_epsilon=1e-6, tie_word_embeddings=tied, init_method_std=0.03,
         qkv_bias=ARCHITECTURES[kind].flags["qkv_bias"],
         qk_norm=ARCHITECTURES[kind].flags["qk_norm"],
-        **EXPERT_FIELDS.get(kind, {}),
-        **{name: 0.25 for name in ARCHITECTURES[kind].dropouts.values()},
+        **EXPERT_FIELDS.get(kind, {}) | {d: 0.25 for d in ARCHITECTURES[kind].dropouts.values()},
     )  # fmt: skip
     write(tmp_path, config_values(model, "bf16", {"eos_token_id": [2, 3]}))
     back = read_config(tmp_path)
