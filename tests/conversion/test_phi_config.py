@@ -47,8 +47,13 @@ def test_what_we_cannot_compute_is_refused_by_name(case: str, tmp_path: Path) ->
 def test_the_turned_part_of_a_head_is_read_in_every_spelling_and_written(
     given: dict[str, Any], share: float, tmp_path: Path
 ) -> None:
+    from transformers import AutoConfig
+
     model = read_config(write(tmp_path, minimal("phi", **given))).model
     assert model.partial_rotary_factor == share
+    theirs = AutoConfig.from_pretrained(tmp_path)
+    if hasattr(theirs, "rope_parameters"):  # transformers 5
+        assert theirs.rope_parameters["partial_rotary_factor"] == share
     assert config_values(model, "fp32", {})["partial_rotary_factor"] == share
 
 
