@@ -1,6 +1,5 @@
 """All GPUs of a host beside one of them: tokens a second under each layout."""
 
-import json
 import subprocess
 import sys
 import tempfile
@@ -14,7 +13,9 @@ from lctw_megatron.benchmarks.chip import data_sheet_tflops
 from lctw_megatron.benchmarks.large_model import LARGE, WEIGHTINGS
 from lctw_megatron.benchmarks.steps import step_benchmark
 from lctw_megatron.config.layout_rules import check_layout
+from lctw_megatron.config.load import dump_yaml, load_run
 from lctw_megatron.config.schema import RunConfig
+from lctw_megatron.data.json_object import read_json_object
 from lctw_megatron.errors import InputError
 
 
@@ -66,19 +67,19 @@ def run_of(layout: dict[str, Any], sequences: int, length: int = 32768) -> RunCo
 def _measured(ranks: int, run: RunConfig) -> dict[str, Any]:
     """What ``main`` finds on so many GPUs, and the share of their data sheets that it is."""
     with tempfile.TemporaryDirectory() as folder:
-        asked, found = Path(folder) / "run.json", Path(folder) / "found.json"
-        asked.write_text(run.model_dump_json())
+        asked, found = Path(folder) / "run.yaml", Path(folder) / "found.json"
+        asked.write_text(dump_yaml(run))
         start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         program = [*start, "-m", __name__, str(asked), str(found)]
         subprocess.run([sys.executable, *program], check=True)
-        row: dict[str, Any] = json.loads(found.read_text())
+        row = read_json_object(found)
     row["utilisation"] = row["tflops_per_second"] / ranks / data_sheet_tflops()
     return row
 
 
 def main(asked: str, found: str) -> None:
     """One rank: time the step of the run in ``asked``; the first writes ``found``."""
-    run = RunConfig.model_validate_json(Path(asked).read_text())
+    run = load_run(Path(asked))
     row = step_benchmark(run, {"uniform": WEIGHTINGS["uniform"]}, repeats=5)["uniform"]
     if torch.distributed.get_rank() == 0:
         write_json(found, row)

@@ -70,7 +70,7 @@ class CheckpointReader:
         if covered != math.prod(stored.box):
             raise InputError(
                 f"{self.checkpoint}: {covered} of {math.prod(stored.box)} elements of "
-                f"{stored.key}, {stored.place}, are stored; the checkpoint is damaged"
+                f"{stored.key}{stored.where}, are stored; the checkpoint is damaged"
             )
         value = tensor_of(memory, entry.properties.dtype, stored.box)
         for item in items:

@@ -50,6 +50,12 @@ class StoredTensor:
         return self.place[0] if self.place else None
 
     @property
+    def where(self) -> str:
+        """The place as a reader counts: ", layer 2, expert 0"."""
+        names = zip(("layer", "expert"), self.place, strict=False)
+        return "".join(f", {name} {number}" for name, number in names)
+
+    @property
     def global_shape(self) -> tuple[int, ...]:
         return (*self.stack, *self.shape)
 
