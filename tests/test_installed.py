@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -246,8 +247,9 @@ def test_launch_runs_all_stages_here_and_by_batch_scripts(
     # A script of the cluster, which activates .venv, run without SLURM: on two ranks by torchrun.
     (here / ".venv").symlink_to(installed.environment)
     slurm = ("--cluster", "slurm", "--stages", "train-dense", "--dry-run")
-    _, text = installed.good(here, "lctw-launch", "tiny.yaml", *slurm).split("\n\n", 1)
-    (here / "train.sbatch").write_text(text)
+    printed = installed.good(here, "lctw-launch", "tiny.yaml", *slurm)
+    _, script, _ = re.split(r"^##### .*\n\n", printed, flags=re.MULTILINE)  # and submit.sh
+    (here / "train.sbatch").write_text(script)
     installed.good(here, "bash", "train.sbatch")
     assert len((here / "out/dense/metrics.jsonl").read_text().splitlines()) == 2
     out = installed.good(here, "lctw-launch", "tiny.yaml")

@@ -7,7 +7,8 @@ from pathlib import Path
 from lctw_megatron.cli import positive, run_command
 
 IMPORT = """Convert a Hugging Face folder (Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE, Phi;
-safetensors) to a checkpoint that can be loaded under any layout. Streamed, so the size of the model
+safetensors), or what Megatron-LM has saved of such a model, to a checkpoint that can be loaded
+under any layout. Streamed, so the size of the model
 does not matter: memory is a few times that of its largest tensor."""
 EXPORT = """Convert a checkpoint, written under any layout, to a Hugging Face folder with the rope
 theta and the maximum positions of the trained model, or to a folder that Megatron-LM loads.
@@ -30,8 +31,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="import | export | verify")
 
-    verb = verbs.add_parser("import", help="Hugging Face folder to checkpoint", description=IMPORT)
+    verb = verbs.add_parser(
+        "import", help="Hugging Face or Megatron-LM folder to checkpoint", description=IMPORT
+    )
     verb.add_argument("--hf", metavar="DIR", type=Path, required=True, help="the folder to read")
+    verb.add_argument(
+        "--megatron-lm",
+        metavar="DIR",
+        type=Path,
+        help="take the weights that Megatron-LM saved here (--ckpt-format torch_dist); of --hf "
+        "only config.json and tokenizer are read",
+    )
     verb.add_argument(
         "--output", metavar="DIR", type=Path, required=True, help="checkpoint to write"
     )
@@ -110,7 +120,12 @@ def _import(options: argparse.Namespace) -> int:
     from lctw_megatron.conversion.hf_import import import_hf
 
     start = time.monotonic()
-    done = import_hf(options.hf, options.output, options.dtype)
+    if options.megatron_lm:
+        from lctw_megatron.conversion.megatron_lm_import import import_megatron_lm
+
+        done = import_megatron_lm(options.megatron_lm, options.hf, options.output, options.dtype)
+    else:
+        done = import_hf(options.hf, options.output, options.dtype)
     _report("imported", done, options.output, time.monotonic() - start)
     return 0
 

@@ -28,16 +28,20 @@ _WEIGHTS = ("embedding.", "decoder.", "output_layer.")
 
 
 class CheckpointReader:
-    """The weights of a checkpoint folder. Opening checks its files."""
+    """The weights of a checkpoint folder whose files were found good (``open_checked``)."""
 
     def __init__(self, checkpoint: Path) -> None:
-        check_sums(checkpoint, read_manifest(checkpoint).checksums or {})
-        check_files(checkpoint)
         self.checkpoint = checkpoint
         self._metadata: Metadata = FileSystemReader(checkpoint).read_metadata()
 
-    def check(self, tensors: list[StoredTensor]) -> None:
-        """Raise InputError naming all weights that are missing, unknown or wrongly shaped."""
+    def shape(self, key: str) -> tuple[int, ...] | None:
+        """Of the whole tensor ``key``; None if there is none."""
+        entry = self._metadata.state_dict_metadata.get(key)
+        return tuple(entry.size) if isinstance(entry, TensorStorageMetadata) else None
+
+    def check(self, tensors: list[StoredTensor], described: str = "its manifest") -> None:
+        """Raise InputError naming all weights that are missing, unknown or wrongly shaped.
+        ``described``: where ``tensors`` come from."""
         wanted = {stored.key: stored.global_shape for stored in tensors}
         found = {
             key: tuple(entry.size)
@@ -53,7 +57,7 @@ class CheckpointReader:
         ]
         if problems:
             raise InputError(
-                f"{self.checkpoint}: its weights are not those of its manifest: "
+                f"{self.checkpoint}: its weights are not those of {described}: "
                 + few(problems, "; ")
             )
 
@@ -112,6 +116,13 @@ class CheckpointReader:
         entry = self._metadata.state_dict_metadata[stored.key]
         assert isinstance(entry, TensorStorageMetadata)
         return entry
+
+
+def open_checked(checkpoint: Path) -> CheckpointReader:
+    """The reader of a checkpoint of ours. InputError for what its checks find."""
+    check_sums(checkpoint, read_manifest(checkpoint).checksums or {})
+    check_files(checkpoint)
+    return CheckpointReader(checkpoint)
 
 
 def _narrow(tensor: Tensor, offsets: Sequence[int], lengths: Sequence[int]) -> Tensor:

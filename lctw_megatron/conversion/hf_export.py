@@ -16,7 +16,7 @@ import numpy as np
 from lctw_megatron.atomic import write_json
 from lctw_megatron.config.rope import rope_line
 from lctw_megatron.conversion import dtypes, side_files
-from lctw_megatron.conversion.checkpoint_reader import CheckpointReader
+from lctw_megatron.conversion.checkpoint_reader import CheckpointReader, open_checked
 from lctw_megatron.conversion.done_marks import conversion_into
 from lctw_megatron.conversion.hf_config import config_values
 from lctw_megatron.conversion.hf_import import Conversion
@@ -46,7 +46,7 @@ def export_hf(
     checkpoint = find_checkpoint(checkpoint)
     manifest = read_manifest(checkpoint)
     tensors = list(stored_tensors(manifest.model))
-    reader = CheckpointReader(checkpoint)
+    reader = open_checked(checkpoint)
     reader.check(tensors)
     name = manifest.dtype if dtype == dtypes.KEEP else dtype
     target = dtypes.TORCH[name]

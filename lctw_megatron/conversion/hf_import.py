@@ -176,12 +176,16 @@ def _source(hf: Path, source: SafetensorsFolder, dtype: str) -> dict[str, Any]:
     """What the checkpoint is made from: every file's size and time."""
     paths = {entry.file for entry in source.entries.values()}
     paths |= {hf / CONFIG, *tokenizer_files(hf)}
-    files = {
+    return {"format": "lctw-megatron import 1", "dtype": dtype, "files": stamps(paths)}
+
+
+def stamps(paths: set[Path]) -> dict[str, list[int]]:
+    """Size and time of those that are there, by name."""
+    return {
         path.name: [path.stat().st_size, path.stat().st_mtime_ns]
         for path in sorted(paths)
         if path.is_file()
     }
-    return {"format": "lctw-megatron import 1", "dtype": dtype, "files": files}
 
 
 def _equal(source: SafetensorsFolder, one: str, other: str) -> bool:

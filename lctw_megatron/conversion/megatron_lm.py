@@ -24,7 +24,7 @@ from lctw_megatron.config.model_sizes import head_width
 from lctw_megatron.config.rope import rope_line
 from lctw_megatron.config.schema import ModelConfig
 from lctw_megatron.conversion import dtypes
-from lctw_megatron.conversion.checkpoint_reader import CheckpointReader
+from lctw_megatron.conversion.checkpoint_reader import open_checked
 from lctw_megatron.conversion.checkpoint_writer import CheckpointFiles
 from lctw_megatron.conversion.done_marks import conversion_into
 from lctw_megatron.conversion.hf_import import Conversion
@@ -59,7 +59,7 @@ def export_megatron_lm(
             f"supported: {', '.join(_SAID_BY_ARGUMENTS)}"
         )
     tensors = list(stored_tensors(model))
-    reader = CheckpointReader(checkpoint)
+    reader = open_checked(checkpoint)
     reader.check(tensors)
     name = manifest.dtype if dtype == dtypes.KEEP else dtype
     target = dtypes.TORCH[name]

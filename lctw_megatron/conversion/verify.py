@@ -11,7 +11,7 @@ from torch import Tensor
 from lctw_megatron.config.model_sizes import expert_width, head_width
 from lctw_megatron.config.schema import ModelConfig
 from lctw_megatron.conversion import dtypes
-from lctw_megatron.conversion.checkpoint_reader import CheckpointReader
+from lctw_megatron.conversion.checkpoint_reader import CheckpointReader, open_checked
 from lctw_megatron.conversion.fused_experts import split_fused
 from lctw_megatron.conversion.hf_config import read_config
 from lctw_megatron.conversion.hf_import import check_tensors, largest_bytes, read_stored
@@ -71,7 +71,7 @@ def compare_tensors(hf: Path, checkpoint: Path) -> list[Comparison]:
     conversion does. Raises InputError for missing, unknown and wrongly shaped tensors.
     """
     tensors = list(stored_tensors(read_config(hf).model))
-    reader = CheckpointReader(checkpoint)
+    reader = open_checked(checkpoint)
     reader.check(tensors)
     results: dict[str, Comparison] = {}
     with SafetensorsFolder(hf) as source:

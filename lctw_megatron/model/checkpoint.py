@@ -115,15 +115,9 @@ def write_manifest(
     write_json(folder / MANIFEST, whole.model_dump(mode="json"))
 
 
-def check_files(checkpoint: Path) -> Any:
-    """Refuse a checkpoint with missing or cut files, or that would run code when loaded. Returns
-    its index (checkpoint_metadata.read_index).
-
-    Three parts of it are pickles, and torch and megatron-core read some of them with an
-    unrestricted unpickler (torch.distributed.checkpoint's `.metadata` and the items in the data
-    files that are no tensors). Here they are read first: the one by checkpoint_metadata.py, the
-    others by torch's own that knows tensors and plain values only.
-    """
+def check_tensor_files(checkpoint: Path) -> Any:
+    """Refuse a checkpoint with missing or cut files of tensors, or with an index that would run
+    code when loaded. Returns the index (checkpoint_metadata.read_index)."""
     for name in (".metadata", "metadata.json"):
         if not (checkpoint / name).is_file():
             raise InputError(_missing(checkpoint / name))
@@ -134,9 +128,8 @@ def check_files(checkpoint: Path) -> Any:
         metadata: Any = read_index(path.read_bytes())
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    places = metadata.storage_data.items()
     sizes: dict[str, int] = {}
-    for _, info in places:
+    for info in metadata.storage_data.values():
         end = info.offset + info.length
         sizes[info.relative_path] = max(sizes.get(info.relative_path, 0), end)
     for name, size in sizes.items():
@@ -147,6 +140,20 @@ def check_files(checkpoint: Path) -> Any:
                 f"{path}: {'missing' if found is None else f'{found} bytes'}, expected {size} "
                 "bytes; the checkpoint is damaged, use another"
             )
+    return metadata
+
+
+def check_files(checkpoint: Path) -> Any:
+    """Refuse a checkpoint with missing or cut files, or that would run code when loaded. Returns
+    its index (checkpoint_metadata.read_index).
+
+    Three parts of it are pickles, and torch and megatron-core read some of them with an
+    unrestricted unpickler (torch.distributed.checkpoint's `.metadata` and the items in the data
+    files that are no tensors). Here they are read first: the one by checkpoint_metadata.py, the
+    others by torch's own that knows tensors and plain values only.
+    """
+    metadata = check_tensor_files(checkpoint)
+    places = metadata.storage_data.items()
     common = checkpoint / "common.pt"
     if common.is_file():
         _check_pickled(common)

@@ -5,7 +5,7 @@
         --data-path PREFIX --token-weighting dense
 
 In a script of your own, ``pretrain_weighted`` takes the place of `pretrain`. Written for
-Megatron-Bridge 0.6.
+Megatron-Bridge 0.6, beside a checkout of Megatron-LM as ``pretrain_gpt.py`` says.
 """  # noqa: E501
 
 from argparse import ArgumentParser

@@ -75,11 +75,11 @@ def test_logits_are_those_of_transformers_beyond_the_original_maximum(name, conv
 
 
 def test_padding_rows_of_the_vocabulary_are_zero(converted):
-    from lctw_megatron.conversion.checkpoint_reader import CheckpointReader
+    from lctw_megatron.conversion.checkpoint_reader import open_checked
     from lctw_megatron.conversion.placement import stored_tensors
 
     _, checkpoint, _ = converted("llama")
-    reader = CheckpointReader(checkpoint)
+    reader = open_checked(checkpoint)
     for stored in stored_tensors(read_manifest(checkpoint).model):
         value = reader.read(stored, np.empty(4 * math.prod(stored.shape), np.uint8))
         if stored.key in ("embedding.word_embeddings.weight", "output_layer.weight"):
