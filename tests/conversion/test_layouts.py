@@ -119,7 +119,7 @@ def prepare(names: list[str], root: Path) -> None:
 
 
 def check(
-    names: list[str], layouts: dict[str, dict[str, Any]], ranks: int, root: Path, kind: str
+    names: list[str], layouts: dict[str, dict[str, Any]], ranks: int, root: Path, kind: str = "gpt"
 ) -> None:
     if kind == "hybrid":  # it runs attention and MLP one after the other
         names = [name for name in names if not name.startswith("phi")]
@@ -157,4 +157,5 @@ def test_experts_are_loaded_saved_and_exported_from_four_ranks(tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ranks", sorted(LAYOUTS))
 def test_every_architecture_loaded_saved_and_exported_from_every_layout(ranks, kind, tmp_path):
-    check(sorted(MODELS), LAYOUTS[ranks], ranks, tmp_path, kind)
+    dense = [name for name in sorted(MODELS) if MODELS[name][0] not in EXPERTS]
+    check(dense, LAYOUTS[ranks], ranks, tmp_path, kind)

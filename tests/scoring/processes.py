@@ -6,7 +6,6 @@ it starts in a fraction of a second and may be killed like any other.
 
 import multiprocessing
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 from lctw_megatron.cli import run_command
+from tests.ports import free_port
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 TIMEOUT = 120.0
@@ -38,7 +38,7 @@ class Ranks:
         self.output = output
         output.unlink(missing_ok=True)
         _CONTEXT.set_forkserver_preload(["tests.scoring.preload"])
-        port = _free_port()
+        port = free_port()
         self.processes = [
             _CONTEXT.Process(
                 target=_run, args=(output, rank, world_size, port, os.getcwd(), function, args)
@@ -111,9 +111,3 @@ def _run(
             MASTER_PORT=str(port),
         )
     function(*args)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

@@ -12,12 +12,13 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+
+from tests.ports import free_port
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "setpriv")
 NODES = ("127.0.0.1", "127.0.0.2")
@@ -216,7 +217,9 @@ class SmallSlurm:
             "munged", "munged", "--foreground", "--force", f"--socket={munge}/socket", *files
         )
         _wait_for(lambda: (munge / "socket").exists(), "munged", 20)
-        text = CONF.format(folder=self.folder, ports=_free_ports(3), nodes=NODES, node=NODE)
+        text = CONF.format(
+            folder=self.folder, ports=[free_port() for _ in range(3)], nodes=NODES, node=NODE
+        )
         (self.folder / "slurm.conf").write_text(text)
         self._daemon("slurmctld", "slurmctld", "-D", "-c")
         for node in NODES:
@@ -246,17 +249,6 @@ class SmallSlurm:
 
 def _find(program: str) -> str | None:
     return shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
 
 
 def _processes() -> list[tuple[int, dict[str, str]]]:

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ import psutil
 import pytest
 
 from lctw_megatron.training.exit_status import REQUEUE_STATUS
+from tests.ports import free_port
 from tests.scoring.scene import WINDOWS, Scene, checkpoint, copy, scene
 from tests.training.layouts import make_data, make_run
 from tests.training.runs import write_recipe
@@ -95,9 +95,7 @@ def test_while_data_and_model_are_made(recipe: Path, tmp_path: Path) -> None:
 
 
 def test_while_torch_waits_for_the_other_ranks(recipe: Path, tmp_path: Path) -> None:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = str(listener.getsockname()[1])
+    port = str(free_port())
 
     def waits(pid: int) -> bool:
         return any(
