@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lctw_megatron.conversion.checkpoint_reader import CheckpointReader
+from lctw_megatron.conversion.checkpoint_reader import open_checked
 from lctw_megatron.errors import InputError
 from lctw_megatron.model.checkpoint import load_weights, read_manifest, write_manifest
 from lctw_megatron.model.checkpoint_folder import MANIFEST
@@ -66,7 +66,7 @@ def test_a_flipped_bit_in_any_file_is_named(data: str, saved: Path, tmp_path: Pa
         copy = Path(shutil.copytree(saved, tmp_path / str(number)))
         load_weights(trainer.chunks, copy)
         flip(copy / name)
-        for read in (lambda c: load_weights(trainer.chunks, c), CheckpointReader):
+        for read in (lambda c: load_weights(trainer.chunks, c), open_checked):
             with pytest.raises(InputError, match="damaged") as error:
                 read(copy)
             assert str(error.value).startswith(f"{copy / name}: ") and "\n" not in str(error.value)
