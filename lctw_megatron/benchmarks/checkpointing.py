@@ -11,7 +11,7 @@ from lctw_megatron.benchmarks.large_model import LARGE
 from lctw_megatron.benchmarks.steps import StepBench
 from lctw_megatron.config.schema import RunConfig
 from lctw_megatron.platform.peak_memory import peak_memory_bytes
-from lctw_megatron.platform.world import first_rank_decides, on_first_rank, started_ranks
+from lctw_megatron.platform.world import first_rank_decides, started_ranks
 
 
 def time_checkpoints(results: dict[str, Any]) -> None:
@@ -80,9 +80,10 @@ def checkpoint_benchmark(run: RunConfig, every: int = 20, repeats: int = 3) -> d
         start = time.perf_counter()
         resume(checkpoint, read_manifest(checkpoint), bench.chunks, bench.optimizer)
         loading = time.perf_counter() - start
-        size = sum(file.stat().st_size for file in checkpoint.rglob("*"))
-    finally:
-        on_first_rank(lambda: shutil.rmtree(folder, ignore_errors=True))
+        size = first_rank_decides(lambda: sum(f.stat().st_size for f in checkpoint.rglob("*")))
+    finally:  # a rank that fails asks no other
+        if bench.world.is_first:
+            shutil.rmtree(folder, ignore_errors=True)
     median = {name: statistics.median(values) for name, values in times.items()}
     return {
         "seconds_without": median["without"],

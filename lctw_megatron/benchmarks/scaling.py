@@ -17,6 +17,7 @@ from lctw_megatron.config.load import dump_yaml, load_run
 from lctw_megatron.config.schema import RunConfig
 from lctw_megatron.data.json_object import read_json_object
 from lctw_megatron.errors import InputError
+from lctw_megatron.platform.world import started_ranks
 
 
 def time_scaling(results: dict[str, Any]) -> None:
@@ -26,8 +27,10 @@ def time_scaling(results: dict[str, Any]) -> None:
     `speedup` is tokens a second over the one GPU's. Each layout is a program of its own.
     """
     gpus = torch.cuda.device_count()
-    if gpus < 2:
-        results["scaling"] = "one GPU is here: nothing to compare"
+    if gpus < 2 or started_ranks() > 1:
+        results["scaling"] = (
+            f"needs several GPUs and no torchrun; {gpus} GPUs, {started_ranks()} ranks"
+        )
         return
     alone = _measured(1, run_of({}, gpus))["tokens_per_second"]
     for name, layout in layouts(gpus).items():

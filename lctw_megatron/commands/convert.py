@@ -8,8 +8,8 @@ from lctw_megatron.cli import positive, run_command
 
 IMPORT = """Convert a Hugging Face folder (Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE, Phi;
 safetensors), or what Megatron-LM has saved of such a model, to a checkpoint that can be loaded
-under any layout. Streamed, so the size of the model
-does not matter: memory is a few times that of its largest tensor."""
+under any layout. Streamed, so the size of the model does not matter: memory is a few times that of
+its largest tensor."""
 EXPORT = """Convert a checkpoint, written under any layout, to a Hugging Face folder with the rope
 theta and the maximum positions of the trained model, or to a folder that Megatron-LM loads.
 Streamed like import."""

@@ -1,5 +1,6 @@
 """Running a conversion again: finished work is recognised, nothing of the user's is overwritten."""
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 from lctw_megatron.atomic import atomic_directory, write_json
 from lctw_megatron.data.json_object import read_json
 from lctw_megatron.errors import InputError, few
+from lctw_megatron.model.checkpoint_folder import MANIFEST
 from lctw_megatron.ownership import left_unfinished, sole_writer
 
 MARK = "conversion.json"
@@ -36,6 +38,14 @@ def conversion_into(
     with sole_writer(output, log), atomic_directory(output) as folder:
         yield folder
         write_json(folder / MARK, {"source": source, "files": _sizes(folder)})
+
+
+def source_of(checkpoint: Path, kind: str, **settings: Any) -> dict[str, Any]:
+    """What an export of ``kind`` is made from: ``checkpoint`` and ``settings``."""
+    # Every save writes an identifier of its own into .metadata.
+    content = (checkpoint / ".metadata").read_bytes() + (checkpoint / MANIFEST).read_bytes()
+    digest = hashlib.blake2b(content, digest_size=16).hexdigest()
+    return {"format": kind, "checkpoint": digest, **settings}
 
 
 def _is_done(output: Path, source: dict[str, Any], log: Callable[[str], None]) -> bool:

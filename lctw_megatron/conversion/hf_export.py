@@ -5,7 +5,6 @@ describes the model as it was trained: its rope_theta, scaling and maximum posit
 the checkpoint's manifest.
 """
 
-import hashlib
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,14 +16,13 @@ from lctw_megatron.atomic import write_json
 from lctw_megatron.config.rope import rope_line
 from lctw_megatron.conversion import dtypes, side_files
 from lctw_megatron.conversion.checkpoint_reader import CheckpointReader, open_checked
-from lctw_megatron.conversion.done_marks import conversion_into
+from lctw_megatron.conversion.done_marks import conversion_into, source_of
 from lctw_megatron.conversion.hf_config import config_values
 from lctw_megatron.conversion.hf_import import Conversion
 from lctw_megatron.conversion.placement import StoredTensor, stored_tensors
 from lctw_megatron.conversion.safetensors_writer import SafetensorsWriter, plan_files
 from lctw_megatron.data.tokenizer_files import CONFIG
 from lctw_megatron.model.checkpoint import find_checkpoint, read_manifest
-from lctw_megatron.model.checkpoint_folder import MANIFEST
 from lctw_megatron.progress import Progress
 
 MAX_FILE_BYTES = 5 * 10**9
@@ -52,15 +50,8 @@ def export_hf(
     target = dtypes.TORCH[name]
     shapes = {part.name: part.shape for stored in tensors for part in stored.parts}
     parameters = sum(math.prod(shape) for shape in shapes.values())
-    content = (checkpoint / ".metadata").read_bytes() + (checkpoint / MANIFEST).read_bytes()
-    source = {
-        "format": "lctw-megatron export 1",
-        # Every save writes an identifier of its own into .metadata.
-        "checkpoint": hashlib.blake2b(content, digest_size=16).hexdigest(),
-        "step": manifest.step,
-        "dtype": name,
-        "max_shard_bytes": max_file_bytes,
-    }
+    settings = {"step": manifest.step, "dtype": name, "max_shard_bytes": max_file_bytes}
+    source = source_of(checkpoint, "lctw-megatron export 1", **settings)
     config_values(
         manifest.model, name, {}
     )  # refuses what has no config.json, before anything is written

@@ -91,7 +91,7 @@ def rope_values(model: ModelConfig) -> dict[str, Any]:
     scaling = model.rope_scaling
     written: dict[str, Any] | None = None
     if scaling is not None:
-        values = scaling.model_dump(exclude_none=True)
+        values = scaling.model_dump()
         written = {n: values[n] for n in ("rope_type", *FIELDS[scaling.rope_type]) if n in values}
     fields = {"rope_theta": model.rope_theta, "rope_scaling": written}
     if model.parallel_block:

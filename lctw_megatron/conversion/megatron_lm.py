@@ -10,7 +10,6 @@ Plain megatron-core loads the inner folder. It holds weights only: optimizer and
 those of tools/train.py, which no other loop continues.
 """
 
-import hashlib
 import math
 from argparse import Namespace
 from collections.abc import Callable
@@ -26,13 +25,12 @@ from lctw_megatron.config.schema import ModelConfig
 from lctw_megatron.conversion import dtypes
 from lctw_megatron.conversion.checkpoint_reader import open_checked
 from lctw_megatron.conversion.checkpoint_writer import CheckpointFiles
-from lctw_megatron.conversion.done_marks import conversion_into
+from lctw_megatron.conversion.done_marks import conversion_into, source_of
 from lctw_megatron.conversion.hf_import import Conversion
 from lctw_megatron.conversion.placement import query_groups, stored_tensors
 from lctw_megatron.data.tokenizer_files import copy_tokenizer_files
 from lctw_megatron.errors import InputError
 from lctw_megatron.model.checkpoint import TOKENIZER, find_checkpoint, read_manifest
-from lctw_megatron.model.checkpoint_folder import MANIFEST
 from lctw_megatron.progress import Progress
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -63,13 +61,8 @@ def export_megatron_lm(
     reader.check(tensors)
     name = manifest.dtype if dtype == dtypes.KEEP else dtype
     target = dtypes.TORCH[name]
-    content = (checkpoint / ".metadata").read_bytes() + (checkpoint / MANIFEST).read_bytes()
-    source = {
-        "format": "lctw-megatron export to megatron-lm 1",
-        "checkpoint": hashlib.blake2b(content, digest_size=16).hexdigest(),
-        "step": manifest.step,
-        "dtype": name,
-    }
+    kind = "lctw-megatron export to megatron-lm 1"
+    source = source_of(checkpoint, kind, step=manifest.step, dtype=name)
     sizes = [math.prod(stored.shape) for stored in tensors]
     with conversion_into(output, source, log) as folder:
         if folder is None:

@@ -83,10 +83,14 @@ def measure(
 
 def _ahead(samples: Iterator[RecallSample], at_once: int) -> Iterator[list[RecallSample]]:
     """``samples`` in lists; while the model works on one the next is made."""
+
+    def make() -> list[RecallSample]:
+        return list(islice(samples, at_once))
+
     with ThreadPoolExecutor(1) as maker:
-        coming = maker.submit(lambda: list(islice(samples, at_once)))
+        coming = maker.submit(make)
         while some := coming.result():
-            coming = maker.submit(lambda: list(islice(samples, at_once)))
+            coming = maker.submit(make)
             yield some
 
 

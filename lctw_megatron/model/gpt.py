@@ -60,8 +60,6 @@ class PerTokenLossMixin:
     _likeliest = False
     _live_rows: Tensor | None = None
     _zero_gradients = True
-    has_balanced_routers = False
-    """Whether there are experts, chosen by the routers of model/router.py."""
     takes_boundaries: bool
     """Whether all layers have our core attention, which knows piece boundaries."""
 
@@ -100,7 +98,7 @@ class PerTokenLossMixin:
             raise ValueError("piece boundaries given to a model that was built with packed=False")
         if self.post_process:  # type: ignore[attr-defined]
             self.output_layer.hands_through = labels is not None  # type: ignore[attr-defined]
-        if labels is not None and self.has_balanced_routers:
+        if labels is not None and self.config.num_moe_experts:  # type: ignore[attr-defined]
             kwargs["padding_mask"] = labels == IGNORE  # what does not count in the balance
         return super().forward(  # type: ignore[misc]
             input_ids, position_ids, attention_mask, labels=labels, **kwargs
@@ -276,7 +274,6 @@ def build_model(
         _mark_experts(chunk)
         chunk.to(device)
         balance_routers(chunk, model)
-        chunk.has_balanced_routers = model.num_moe_experts is not None
         chunks.append(chunk)
     if seed is not None:
         initialize_weights(chunks, model, seed)

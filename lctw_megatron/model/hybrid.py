@@ -14,13 +14,11 @@ from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.core.models.hybrid.hybrid_model import HybridModel
-from megatron.core.transformer import TransformerLayer
 from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.utils import sharded_state_dict_default
 
 from lctw_megatron.config.schema import LayoutConfig, ModelConfig
-from lctw_megatron.errors import InputError
 from lctw_megatron.model import spec
 from lctw_megatron.model.gpt import PerTokenLossMixin
 from lctw_megatron.platform.cpu import patch_megatron
@@ -83,11 +81,6 @@ def hybrid_chunk(
     model: ModelConfig, layout: LayoutConfig, config: Any, packed: bool, **arguments: Any
 ) -> TokenWeightedHybrid:
     layer, norm = spec.layer_spec(model, config, packed)
-    if layer.module is not TransformerLayer:
-        raise InputError(
-            "megatron.model is hybrid, whose layers have attention and MLP one after the other, as "
-            f"those of model.architecture {model.architecture} have not; set megatron.model=gpt"
-        )
     return TokenWeightedHybrid(
         config=config,
         hybrid_stack_spec=stack_spec(layer, norm),
@@ -97,7 +90,8 @@ def hybrid_chunk(
 
 
 def stack_spec(layer: Any, norm: Any) -> Any:
-    """layer: GPTModel's, of which attention and MLP are taken apart. norm: the last one."""
+    """layer: GPTModel's, of which attention and MLP are taken apart (config/rules.py refuses those
+    that cannot be). norm: the last one."""
     whole = layer.submodules
     attention = replace(whole, pre_mlp_layernorm=IdentityOp, mlp=IdentityOp, mlp_bda=IdentityFuncOp)
     mlp = replace(

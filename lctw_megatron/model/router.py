@@ -118,10 +118,10 @@ def balance_routers(chunk: Any, model: ModelConfig) -> None:
 def take_counts(chunks: list[Any], model: ModelConfig, device: torch.device) -> Tensor:
     """float64 [layers, E + 1] of this rank since the last call: the choices of every expert, and
     the part of sum_q n_q L_q. [0, 1] of a dense model."""
-    experts = model.num_moe_experts or 0
-    found = torch.zeros(
-        (model.num_layers if experts else 0, experts + 1), dtype=torch.float64, device=device
-    )
+    if not model.num_moe_experts:
+        return torch.zeros((0, 1), dtype=torch.float64, device=device)
+    shape = model.num_layers, model.num_moe_experts + 1
+    found = torch.zeros(shape, dtype=torch.float64, device=device)
     for router in routers(chunks):
         assert router.layer_number is not None
         found[router.layer_number - 1] = torch.cat([router.choices, router.imbalance.view(1)])

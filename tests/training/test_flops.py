@@ -48,12 +48,13 @@ def test_of_experts_those_count_that_a_token_goes_to():
     assert parameters(routed) - active_parameters(routed) == 2 * 2 * 3 * 48
 
 
-@pytest.mark.parametrize("name", ["llama3_8b", "phi2"])
-def test_short_sequences_cost_six_flops_per_parameter_and_token(name):
+# Of phi-2's narrower layers attention is more.
+@pytest.mark.parametrize(("name", "attention"), [("llama3_8b", 0.003), ("phi2", 0.004)])
+def test_short_sequences_cost_six_flops_per_parameter_and_token(name, attention):
     model = ModelConfig(**load_fragment("model", name, "the test"))
     embedding = model.vocab_size * model.hidden_size  # looked up, not multiplied
     expected = 6 * (parameters(model) - embedding) * 128
-    assert sequence_flops(model, 128) == pytest.approx(expected, rel=0.004)
+    assert sequence_flops(model, 128) == pytest.approx(expected, rel=attention)
 
 
 def test_attention_of_long_sequences_by_hand():
