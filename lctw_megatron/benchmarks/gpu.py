@@ -12,6 +12,7 @@ import torch
 from lctw_megatron.benchmarks.attention import attention_benchmark
 from lctw_megatron.benchmarks.checkpointing import time_checkpoints
 from lctw_megatron.benchmarks.chip import matmul_tflops
+from lctw_megatron.benchmarks.full_size import time_full_size
 from lctw_megatron.benchmarks.head import head_benchmark
 from lctw_megatron.benchmarks.large_model import profile_step, time_deterministic, time_steps
 from lctw_megatron.benchmarks.overlap import time_overlap
@@ -52,6 +53,7 @@ PARTS: dict[str, Callable[[dict[str, Any]], None]] = {
     "scoring": time_scoring,
     "checkpoints": time_checkpoints,
     "scaling": time_scaling,
+    "full_size": time_full_size,
 }
 """Name -> what adds its numbers to the results."""
 

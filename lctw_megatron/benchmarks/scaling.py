@@ -32,7 +32,7 @@ def time_scaling(results: dict[str, Any]) -> None:
             f"needs several GPUs and no torchrun; {gpus} GPUs, {started_ranks()} ranks"
         )
         return
-    alone = _measured(1, run_of({}, gpus))["tokens_per_second"]
+    alone = measured(1, run_of({}, gpus))["tokens_per_second"]
     for name, layout in layouts(gpus).items():
         for kind, sequences in (("strong", gpus), ("weak", gpus**2)):
             run = run_of(layout, sequences)
@@ -41,10 +41,10 @@ def time_scaling(results: dict[str, Any]) -> None:
             except InputError as error:
                 results[f"{name}, {kind}"] = str(error)
                 continue
-            row = _measured(gpus, run)
+            row = measured(gpus, run)
             results[f"{name}, {kind}"] = {"speedup": row["tokens_per_second"] / alone} | row
     long = run_of({"context": gpus, "recompute": "full"}, 1, 131072)
-    results[f"CP{gpus} at 131,072 tokens"] = _measured(gpus, long)
+    results[f"CP{gpus} at 131,072 tokens"] = measured(gpus, long)
 
 
 def layouts(gpus: int) -> dict[str, dict[str, Any]]:
@@ -67,8 +67,9 @@ def run_of(layout: dict[str, Any], sequences: int, length: int = 32768) -> RunCo
     )
 
 
-def _measured(ranks: int, run: RunConfig) -> dict[str, Any]:
-    """What ``main`` finds on so many GPUs, and the share of their data sheets that it is."""
+def measured(ranks: int, run: RunConfig) -> dict[str, Any]:
+    """What ``main`` finds on so many GPUs, and the share of their data sheets that it is. Raises
+    CalledProcessError."""
     with tempfile.TemporaryDirectory() as folder:
         asked, found = Path(folder) / "run.yaml", Path(folder) / "found.json"
         asked.write_text(dump_yaml(run))
@@ -81,9 +82,13 @@ def _measured(ranks: int, run: RunConfig) -> dict[str, Any]:
 
 
 def main(asked: str, found: str) -> None:
-    """One rank: time the step of the run in ``asked``; the first writes ``found``."""
+    """One rank: time the step of the run in ``asked``; the first writes ``found``, with the most
+    memory that a rank had in use."""
     run = load_run(Path(asked))
     row = step_benchmark(run, {"uniform": WEIGHTINGS["uniform"]}, repeats=5)["uniform"]
+    held = torch.tensor(torch.cuda.max_memory_allocated(), device="cuda")
+    torch.distributed.all_reduce(held, torch.distributed.ReduceOp.MAX)
+    row["rank_gib"] = held.item() / 2**30
     if torch.distributed.get_rank() == 0:
         write_json(found, row)
 

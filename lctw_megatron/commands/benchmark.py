@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> int:
         nargs="*",
         default=[],
         help="parts: steps deterministic overlap profile head documents scoring checkpoints "
-        "scaling; default: all",
+        "scaling full_size; default: all",
     )
     scoring = commands.add_parser("scoring", help="our scorer beside transformers on this CPU")
     scoring.add_argument(

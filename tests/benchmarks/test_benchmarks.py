@@ -11,6 +11,7 @@ import torch
 from lctw_megatron.benchmarks.attention import attention_benchmark
 from lctw_megatron.benchmarks.checkpointing import checkpoint_benchmark
 from lctw_megatron.benchmarks.cpu import STEP, WEIGHTINGS
+from lctw_megatron.benchmarks.full_size import plan
 from lctw_megatron.benchmarks.head import head_benchmark
 from lctw_megatron.benchmarks.scaling import layouts, run_of
 from lctw_megatron.benchmarks.scoring_cpu import scoring_benchmark
@@ -81,6 +82,19 @@ def test_ranks_step_on_their_parts_of_the_same_sequences() -> None:
 def test_the_layouts_that_are_compared_fit_the_model(gpus: int) -> None:
     for layout in layouts(gpus).values():
         check_layout(run_of(layout, gpus), gpus)
+
+
+def test_of_8b_as_little_is_recomputed_as_fits_the_gpus() -> None:
+    found = {gib: [run for _, run in plan(4, gib * 2**30)] for gib in (40, 80, 141)}
+    assert [run is None for run in found[40]].count(True) == 8
+    recomputed = {
+        gib: [run.layout.recompute if run else "does not fit" for run in found[gib]]
+        for gib in (80, 141)
+    }
+    assert recomputed[80] == ["mlp", "mlp", "does not fit", "mlp"] + [
+        "full", "full", "does not fit", "full",
+    ]  # fmt: skip
+    assert recomputed[141] == ["none"] * 4 + ["mlp", "mlp", "full", "full"]
 
 
 def test_scoring_beside_transformers(hf_folder: Path, tmp_path: Path, capsys: Any) -> None:  # noqa: F811

@@ -1,13 +1,11 @@
 """HybridModel's layers, and what a checkpoint calls them."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from lctw_megatron.config.schema import LayoutConfig, ModelConfig
-from lctw_megatron.errors import InputError
 from lctw_megatron.model.initialize import sharding
 from lctw_megatron.platform.megatron_version import MEGATRON
 from lctw_megatron.platform.world import initialize
@@ -54,15 +52,6 @@ def test_the_pattern_has_two_layers_for_one_and_a_bar_between_stages() -> None:
     assert layer_pattern(model, LayoutConfig()) == "*-*-*-*-"
     stages = LayoutConfig(pipeline=2, virtual_pipeline=2)
     assert layer_pattern(model, stages) == "*-|*-|*-|*-"
-
-
-def test_layers_that_cannot_be_taken_apart_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lctw_megatron.model import spec
-
-    whole = SimpleNamespace(module=type("ParallelLayer", (), {}))
-    monkeypatch.setattr(spec, "layer_spec", lambda *_: (whole, None))
-    with pytest.raises(InputError, match="model.architecture llama have not; set megatron.model"):
-        build("hybrid")
 
 
 def test_recomputed_are_whole_layers_of_the_model() -> None:
