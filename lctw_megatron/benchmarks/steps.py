@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from lctw_megatron.benchmarks.measure import measure_in_turn
@@ -30,10 +31,14 @@ class StepBench:
             max_sequence_length=run.data.sequence_length,
             dtype=spec.DTYPES[run.training.precision],
             device=self.device,
-            seed=run.seed,
+            seed=None,
             fields=run.megatron.transformer,
             kind=run.megatron.model,
         )
+        # Not `seed`, whose draws are the same under every layout: 8B would take 80 s. Norms and
+        # biases are set.
+        for weight in (w for chunk in self.chunks for w in chunk.parameters() if w.dim() > 1):
+            torch.nn.init.normal_(weight, std=run.model.init_method_std)
         self.wrapped = wrap_data_parallel(self.chunks, run.megatron.ddp)
         self.optimizer = build_optimizer(self.wrapped, run.training, run.megatron.optimizer)
 

@@ -115,7 +115,7 @@ class Trainer:
             max_sequence_length=run.data.sequence_length,
             dtype=spec.DTYPES[run.training.precision],
             device=self.world.device,
-            seed=None if run.start else run.seed,
+            seed=None if run.start or own else run.seed,
             packed=run.data.packing == "pack",
             fields=run.megatron.transformer,
             kind=run.megatron.model,
