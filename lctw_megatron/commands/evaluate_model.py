@@ -243,8 +243,8 @@ def _add_forward(verb: argparse.ArgumentParser) -> None:
         "--tokens-per-forward",
         metavar="T",
         type=positive,
-        default=16384,
-        help="sequences are run together up to this many tokens; default: 16384",
+        help="sequences are run together up to this many tokens; default: 16384, on a GPU up to "
+        "65536 for a small model",
     )
     add("--tensor", metavar="TP", type=positive, default=1, help="tensor-parallel ranks")
     add("--pipeline", metavar="PP", type=positive, default=1, help="pipeline stages")

@@ -61,14 +61,14 @@ def main(arguments: list[str]) -> int:
         "--tokens-per-forward",
         metavar="T",
         type=positive,
-        default=16384,
-        help="windows are run together up to this many tokens, which decides the memory; "
-        "default: 16384",
+        help="windows are run together up to this many tokens, which decides the memory; default: "
+        "as begun, else 16384, on a GPU up to 65536 for a small scorer",
     )
     add(
         "--precision",
         choices=("fp32", "bf16"),
-        help="of weights and products, losses are float32; default: bf16 on a GPU, fp32 on a CPU",
+        help="of weights and products, losses are float32; default: as begun, else bf16 on a GPU, "
+        "fp32 on a CPU",
     )
     add("--tensor", metavar="TP", type=positive, default=1, help="tensor-parallel ranks")
     add("--pipeline", metavar="PP", type=positive, default=1, help="pipeline stages")
@@ -93,8 +93,7 @@ def main(arguments: list[str]) -> int:
 def _score(options: argparse.Namespace) -> int:
     from lctw_megatron.config.schema import LayoutConfig
     from lctw_megatron.config.validation_errors import build
-    from lctw_megatron.platform.capabilities import capabilities
-    from lctw_megatron.platform.world import first_rank_decides, join
+    from lctw_megatron.platform.world import default_device, first_rank_decides, join
     from lctw_megatron.scoring.job import Job
     from lctw_megatron.scoring.score_corpus import Request, score
     from lctw_megatron.scoring.windows import Windowing
@@ -104,7 +103,6 @@ def _score(options: argparse.Namespace) -> int:
     windowing = Windowing(
         options.window, options.stride, options.sequence_length, options.score_first_window
     )
-    precision = options.precision or ("bf16" if capabilities().gpu else "fp32")
     join(layout)
     job = first_rank_decides(
         lambda: Job(
@@ -113,8 +111,9 @@ def _score(options: argparse.Namespace) -> int:
             windowing,
             options.name,
             layout,
-            precision,
+            options.precision,
             options.tokens_per_forward,
+            default_device().type,
         )
     )
     shard, shards = options.shard or (None, options.shards)

@@ -46,6 +46,22 @@ def norm_size(model: ModelConfig) -> int:
     return model.hidden_size * (2 if model.parallel_block else 1)
 
 
+def forward_tokens(model: ModelConfig, device: str) -> int:
+    """How many tokens a forward without gradients takes at once, unless told: on a GPU (``device``
+    "cuda") 16,384 to 65,536, so many that a layer's widest bf16 tensors (gate, up, their product
+    and four of the hidden size) take a GiB. Launching the kernels of a small model takes the host
+    longer than 16,384 tokens take the GPU. On a CPU 16,384."""
+    if device != "cuda":
+        return 16384
+    widest = (
+        3 * model.moe_router_topk * expert_width(model)
+        if model.num_moe_experts
+        else (3 * model.ffn_hidden_size)
+    )
+    tokens = 2**30 // (2 * (widest + 4 * model.hidden_size))
+    return min(max(1 << tokens.bit_length() - 1, 16384), 65536)
+
+
 def expert_width(model: ModelConfig) -> int:
     """Of an expert's gate and up projections; a dense model's MLP is its one expert."""
     return model.moe_ffn_hidden_size or model.ffn_hidden_size

@@ -403,9 +403,11 @@ class ScoringConfig(Section):
     name: str = "short_loss"
     score_first_window: bool = False
     """Score the first K targets too, where both contexts are the same."""
-    tokens_per_forward: Positive = 16384
+    tokens_per_forward: Positive | None = None
+    """Of one forward; default: as begun, else 16,384, on a GPU up to 65,536 for a small scorer."""
     precision: Literal["fp32", "bf16"] | None = None
-    """Of weights and products, losses are float32; default: bf16 on a GPU, fp32 on a CPU."""
+    """Of weights and products, losses are float32; default: as begun, else bf16 on a GPU, fp32 on a
+    CPU."""
     tensor: Positive = 1
     """Tensor-parallel ranks that share one scorer."""
     pipeline: Positive = 1

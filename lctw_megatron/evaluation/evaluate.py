@@ -52,7 +52,7 @@ class EvaluationSettings:
     """The evaluator that picks LongPPL's key tokens; None: the measured model itself."""
     alpha: float = KEY_ALPHA
     beta: float = KEY_BETA
-    tokens_per_forward: int = 16384
+    tokens_per_forward: int | None = None
 
 
 def evaluate_to_file(

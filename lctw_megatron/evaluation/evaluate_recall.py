@@ -60,7 +60,7 @@ def recall_to_file(
     output: str | Path,
     settings: RecallSettings,
     layout: LayoutConfig,
-    tokens_per_forward: int,
+    tokens_per_forward: int | None,
     samples_file: str | Path | None = None,
 ) -> dict[str, Any] | None:
     """Measure, unless ``output`` holds the result already; write it there, and the samples as JSON

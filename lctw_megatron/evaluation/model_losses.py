@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lctw_megatron.config.layout_rules import check_model
+from lctw_megatron.config.model_sizes import forward_tokens
 from lctw_megatron.config.schema import LayoutConfig
 from lctw_megatron.data.batch import Sample
 from lctw_megatron.data.token_dataset import TokenDataset
@@ -47,12 +48,12 @@ class ModelLosses(SequenceLosses):
         checkpoint: str | Path,
         layout: LayoutConfig,
         sequence_length: int,
-        tokens_per_forward: int = 16384,
+        tokens_per_forward: int | None = None,
     ) -> None:
         """checkpoint: as ``find_checkpoint`` takes it. sequence_length: the longest to come.
 
-        tokens_per_forward: see ``SequenceLosses``. Raises
-        InputError for a missing or damaged checkpoint and a layout that does not fit.
+        tokens_per_forward: see ``SequenceLosses``; None chooses by the model. Raises InputError for
+        a missing or damaged checkpoint and a layout that does not fit.
         """
         from lctw_megatron.model.gpt import build_model
 
@@ -76,7 +77,8 @@ class ModelLosses(SequenceLosses):
         load_weights(chunks, self.checkpoint)
         for chunk in chunks:
             chunk.eval()
-        super().__init__(chunks, layout, world, tokens_per_forward)
+        tokens = tokens_per_forward or forward_tokens(model, world.device.type)
+        super().__init__(chunks, layout, world, tokens)
 
     def losses(self, samples: Sequence[Sample]) -> np.ndarray:
         """Losses of the targets of ``samples``: float32 [n, S], nats; NaN where there is no target.

@@ -190,7 +190,8 @@ def _score_stage(recipe: Recipe, scoring: ScoringConfig, prefix: str, name: str)
         arguments += ["--name", scoring.name]
     if scoring.score_first_window:
         arguments += ["--score-first-window"]
-    arguments += ["--tokens-per-forward", str(scoring.tokens_per_forward)]
+    if scoring.tokens_per_forward is not None:
+        arguments += ["--tokens-per-forward", str(scoring.tokens_per_forward)]
     if scoring.precision:
         arguments += ["--precision", scoring.precision]
     for option, ranks in (("--tensor", scoring.tensor), ("--pipeline", scoring.pipeline)):

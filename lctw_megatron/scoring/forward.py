@@ -55,8 +55,8 @@ def window_losses(
         return model(inputs, places, None, labels=targets, live_rows=rows), _hand_over
 
     plain = [getattr(chunk, "module", chunk) for chunk in chunks]
-    training = [chunk.training for chunk in plain]
-    for chunk in plain:
+    in_training = [chunk for chunk in plain if chunk.training]
+    for chunk in in_training:
         chunk.eval()
     context_ranks = plain[0].config.context_parallel_size
     try:
@@ -73,8 +73,8 @@ def window_losses(
                 collect_non_loss_data=True,
             )
     finally:
-        for chunk, mode in zip(plain, training, strict=True):
-            chunk.train(mode)
+        for chunk in in_training:
+            chunk.train()
     return torch.cat(losses)[:number] if last_stage else None
 
 

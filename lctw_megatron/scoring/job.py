@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lctw_megatron.config.layout_rules import check_model
+from lctw_megatron.config.model_sizes import forward_tokens
 from lctw_megatron.config.rope import longest_context
 from lctw_megatron.config.schema import LayoutConfig
 from lctw_megatron.data.manifest import SidecarManifest, read_manifest
@@ -37,6 +38,8 @@ class Job:
     Where the first rank makes it, the scorer it has found travels with it to the others.
 
     data: prefix of the token dataset. checkpoint: a run folder, its checkpoints or one checkpoint.
+    precision, tokens_per_forward: None goes on as the work was begun that is there, so that a merge
+    or a rest may run elsewhere; else ``device``, the type of what scores, decides.
     """
 
     data: str
@@ -44,8 +47,9 @@ class Job:
     windowing: Windowing
     name: str = "short_loss"
     layout: LayoutConfig = LayoutConfig()
-    precision: str = "fp32"
-    tokens_per_forward: int = 16384
+    precision: str | None = None
+    tokens_per_forward: int | None = None
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
@@ -57,7 +61,8 @@ class Job:
         self._check_tokenizer()
 
     def __getstate__(self) -> dict[str, Any]:
-        found = {"scorer_path": self.scorer_path, "scorer_manifest": self.scorer_manifest}
+        names = ("scorer_path", "scorer_manifest", "arithmetic")
+        found = {name: getattr(self, name) for name in names}
         return {**{field.name: getattr(self, field.name) for field in fields(self)}, **found}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -76,8 +81,30 @@ class Job:
         return checkpoints.read_manifest(self.scorer_path)
 
     @cached_property
+    def arithmetic(self) -> dict[str, Any]:
+        """``precision`` and ``tokens_per_forward`` (see the class)."""
+        given = {"precision": self.precision, "tokens_per_forward": self.tokens_per_forward}
+        usual = {
+            "precision": "bf16" if self.device == "cuda" else "fp32",
+            "tokens_per_forward": forward_tokens(self.scorer_manifest.model, self.device),
+        }
+        begun = self._begun() if None in given.values() else {}
+        return {name: given[name] or begun.get(name) or usual[name] for name in usual}
+
+    def _begun(self) -> Settings:
+        """Settings of a shard or of the sidecar that is there; empty without."""
+        for path in sorted(shard_files(self.folder)):
+            with suppress(InputError, OSError):
+                return ShardReader(path).settings
+        with suppress(InputError, OSError):
+            return _settings_of(read_manifest(self.prefix, SidecarManifest))
+        return {}
+
+    @cached_property
     def plan(self) -> WindowPlan:
-        return WindowPlan(self.dataset.lengths, self.windowing, self.tokens_per_forward)
+        return WindowPlan(
+            self.dataset.lengths, self.windowing, self.arithmetic["tokens_per_forward"]
+        )
 
     @property
     def prefix(self) -> str:
@@ -106,8 +133,7 @@ class Job:
             "scorer_digest": checkpoints.checkpoint_digest(self.scorer_path),
             **self.windowing._asdict(),
             "windows_version": WINDOWS_VERSION,
-            "precision": self.precision,
-            "tokens_per_forward": self.tokens_per_forward,
+            **self.arithmetic,
             "tensor": self.layout.tensor,
         }
 

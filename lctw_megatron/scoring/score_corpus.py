@@ -119,7 +119,7 @@ def _survey(
         number for number in numbers if not job.is_done(number, shards, request.overwrite, log)
     ]
     statistics = job.plan.statistics
-    log(f"{capabilities().line()}; scoring in {job.precision}")
+    log(f"{capabilities().line()}; scoring in {job.arithmetic['precision']}")
     log(
         f"{job.prefix}: {human(statistics.scored)} of {human(job.dataset.num_tokens)} tokens to "
         f"score, with {statistics.min_context} to {job.windowing.window} tokens of context "
@@ -138,8 +138,8 @@ def _score_shards(job: Job, work: _Work, world: World, log: Callable[[str], None
         job.scorer_path,
         job.layout,
         job.windowing.window,
-        job.tokens_per_forward,
-        job.precision,
+        job.arithmetic["tokens_per_forward"],
+        job.arithmetic["precision"],
         world.device,
     )
     last_stage = world.pipeline_rank == job.layout.pipeline - 1
@@ -160,8 +160,8 @@ def _score_shards(job: Job, work: _Work, world: World, log: Callable[[str], None
 def _shard_losses(
     job: Job, scorer: Any, blocks: range, progress: Progress | None
 ) -> Iterator[np.ndarray]:
-    for table in job.plan.tables(blocks):
-        losses = scorer.block_losses(job.dataset, table, job.bos_id)
+    tables = job.plan.tables(blocks)
+    for table, losses in scorer.losses(job.dataset, tables, job.bos_id):
         if progress is not None:
             scored = int((table[:, 4] - table[:, 3]).sum())
             progress.update(int((table[:, 2] - table[:, 1]).sum()), scored=scored)

@@ -1,6 +1,6 @@
 """A frozen checkpoint that gives the losses of windows."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 
@@ -20,6 +20,9 @@ from lctw_megatron.platform.world import first_rank_decides
 from lctw_megatron.scoring.forward import window_losses
 from lctw_megatron.scoring.window_plan import forwards
 from lctw_megatron.scoring.windows import Table
+
+_Parts = list[tuple[NDArray[np.int64], torch.Tensor | None]]
+_Running = tuple[Table, _Parts]
 
 CPU_FORWARD_TOKENS = 2048
 """On a CPU larger forwards leave the caches: 16,384 tokens at a time are 5 to 20 % slower."""
@@ -61,22 +64,34 @@ class Scorer:
             packed=False,
         )
         load_weights(self.chunks, checkpoint)
+        for chunk in self.chunks:
+            chunk.eval()
 
-    def block_losses(
-        self, dataset: TokenDataset, table: Table, bos_id: int | None
-    ) -> NDArray[np.float32] | None:
-        """Losses of the targets that a block's windows score, in the order of ``table`` (int64
-        [windows, 5], see WindowPlan.tables): float32 [targets], on the last pipeline stage; None on
-        the others.
+    def losses(
+        self, dataset: TokenDataset, tables: Iterable[Table], bos_id: int | None
+    ) -> Iterator[tuple[Table, NDArray[np.float32] | None]]:
+        """Each block of windows (int64 [windows, 5], see WindowPlan.tables) with the losses of the
+        targets that they score, in its order: float32 [targets], on the last pipeline stage; None
+        on the others.
 
         bos_id: what windows that begin in the middle of a document read as their first token; None
         leaves the token there. InputError for a token beyond the scorer's vocabulary or a loss that
         is not finite.
         """
-        count = table[:, 4] - table[:, 3]
-        ends = np.cumsum(count)
-        losses = np.empty(int(count.sum()), dtype=np.float32)
-        last_stage = True
+        before: _Running | None = None
+        for table in tables:
+            # The GPU has the next block to work on before the host waits for the last one.
+            running = table, self._start(dataset, table, bos_id)
+            if before is not None:
+                yield before[0], self._finish(dataset, *before)
+            before = running
+        if before is not None:
+            yield before[0], self._finish(dataset, *before)
+
+    def _start(self, dataset: TokenDataset, table: Table, bos_id: int | None) -> _Parts:
+        """Which rows of the table were run together, and their losses [windows, width]; on a GPU
+        without waiting for them."""
+        parts = []
         for width, per_forward, rows in self._calls(table):
             tokens, labels = self._cut(dataset, table[rows], width, bos_id)
             result = window_losses(
@@ -85,16 +100,23 @@ class Scorer:
                 torch.from_numpy(labels),
                 width * per_forward,
             )
+            parts.append((rows, result))
+        return parts
+
+    def _finish(
+        self, dataset: TokenDataset, table: Table, parts: _Parts
+    ) -> NDArray[np.float32] | None:
+        count = table[:, 4] - table[:, 3]
+        ends = np.cumsum(count)
+        losses = np.empty(int(count.sum()), dtype=np.float32)
+        for rows, result in parts:
             if result is None:
-                last_stage = False
-                continue
+                return None
             for row, values in zip(rows, result.cpu().numpy(), strict=True):
                 start, _, score_start, score_end = table[row, 1:]
                 losses[ends[row] - count[row] : ends[row]] = values[
                     score_start - 1 - start : score_end - 1 - start
                 ]
-        if not last_stage:
-            return None
         if not np.isfinite(losses).all():
             at = int(np.isfinite(losses).argmin())
             row = int(np.searchsorted(ends, at, side="right"))

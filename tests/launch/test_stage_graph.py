@@ -58,7 +58,7 @@ def test_commands_are_those_of_the_tools(plan):
     )
     assert commands["score"] == (
         "tools/score.py --data data/books --checkpoint out/base/checkpoints --window 256 "
-        "--stride 192 --tokens-per-forward 16384"
+        "--stride 192"
     )
     assert commands["export-dense"] == (
         "tools/convert.py export --checkpoint out/dense/checkpoints --output out/dense/hf"

@@ -1,5 +1,6 @@
 """What does not fit is refused before any work, with both sides named."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,30 @@ def test_another_tokenizer_is_refused_with_both_digests(scene: Scene, tmp_path: 
         job_of(scene, data=str(tmp_path / "corpus"))
     for part in ("a/tokenizer", "0" * 32, "other/tokenizer", "7" * 32, str(scene.checkpoint)):
         assert part in str(error.value)
+
+
+def test_tokens_of_a_forward_are_those_asked_for_or_follow_from_model_and_device(
+    scene: Scene,
+) -> None:
+    assert job_of(scene, device="cuda").settings["tokens_per_forward"] == 256
+    for device, tokens in (("cpu", 16384), ("cuda", 65536)):
+        job = job_of(scene, name="another", tokens_per_forward=None, device=device)
+        assert job.settings["tokens_per_forward"] == job.plan.tokens_per_block // 8 == tokens
+
+
+def test_what_is_left_out_goes_on_as_it_was_begun_elsewhere(copy: Scene) -> None:
+    free = {"precision": None, "tokens_per_forward": None}
+    write_shards(job_of(copy, **free, device="cuda"), 1)
+    begun = {"precision": "bf16", "tokens_per_forward": 65536}
+    job = job_of(copy, **free)
+    assert job.arithmetic == pickle.loads(pickle.dumps(job)).arithmetic == begun
+    merge(job, 1)
+    assert job_of(copy, **free).arithmetic == begun, "as the sidecar says"
+    assert job_of(copy, **free, name="another").arithmetic["precision"] == "fp32"
+    assert job_of(copy, precision="fp32", tokens_per_forward=None).arithmetic == {
+        **begun,
+        "precision": "fp32",
+    }
 
 
 def test_a_tokenizer_is_known_by_its_content_not_by_its_name(scene: Scene, tmp_path: Path) -> None:
