@@ -18,7 +18,7 @@ from lctw_megatron.benchmarks.large_model import profile_step, time_deterministi
 from lctw_megatron.benchmarks.overlap import time_overlap
 from lctw_megatron.benchmarks.results import print_results, write_results
 from lctw_megatron.benchmarks.scaling import time_scaling
-from lctw_megatron.benchmarks.scoring_gpu import time_scoring
+from lctw_megatron.benchmarks.scoring_gpu import time_scorers, time_scoring
 from lctw_megatron.config.layout_rules import loss_block_rows
 from lctw_megatron.config.schema import LayoutConfig
 from lctw_megatron.errors import InputError
@@ -51,6 +51,7 @@ PARTS: dict[str, Callable[[dict[str, Any]], None]] = {
     "head": time_head,
     "documents": time_attention,
     "scoring": time_scoring,
+    "scorers": time_scorers,
     "checkpoints": time_checkpoints,
     "scaling": time_scaling,
     "full_size": time_full_size,

@@ -1,4 +1,5 @@
-"""On one GPU: windows of a 1B Llama beside Hugging Face transformers with the same weights."""
+"""On one GPU: windows of a 1B Llama beside Hugging Face transformers with the same weights, and how
+much of the chip scorers of two sizes use."""
 
 import tempfile
 import time
@@ -7,24 +8,30 @@ from typing import Any
 
 import torch
 
+from lctw_megatron.benchmarks.chip import data_sheet_tflops
 from lctw_megatron.benchmarks.large_model import LARGE
 from lctw_megatron.benchmarks.measure import measure_in_turn
+from lctw_megatron.config.load import load_fragment
+from lctw_megatron.config.model_sizes import forward_tokens
+from lctw_megatron.config.schema import LayoutConfig, ModelConfig
+from lctw_megatron.model.cross_entropy import IGNORE
+from lctw_megatron.training.flops import forward_flops
+
+WINDOW, STRIDE = 8192, 6144
 
 
 def time_scoring(results: dict[str, Any]) -> None:
     """Windows of a 1B Llama beside Hugging Face's with the same weights, in one run."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from lctw_megatron.config.schema import LayoutConfig
     from lctw_megatron.conversion.hf_import import import_hf
     from lctw_megatron.model.checkpoint import load_weights, read_manifest
-    from lctw_megatron.model.cross_entropy import IGNORE
     from lctw_megatron.model.gpt import build_model
     from lctw_megatron.platform.world import initialize
     from lctw_megatron.scoring.forward import window_losses
 
     model = LARGE["model"]
-    window, stride, number = 8192, 6144, 8
+    window, number = WINDOW, 8
     config = LlamaConfig.from_dict(
         {
             "hidden_size": model["hidden_size"],
@@ -54,10 +61,7 @@ def time_scoring(results: dict[str, Any]) -> None:
             dtype=torch.bfloat16, device=world.device, seed=None,
         )  # fmt: skip
         load_weights(chunks, Path(folder) / "checkpoint")
-    tokens = torch.randint(model["vocab_size"], (number, window), device="cuda")
-    labels = torch.roll(tokens, -1, 1)
-    labels[:, -1] = IGNORE
-    labels[:, : window - 1 - stride] = IGNORE
+    tokens, labels = _windows(model["vocab_size"], number, world.device)
     outputs: dict[str, torch.Tensor] = {}
 
     def ours() -> None:
@@ -86,4 +90,53 @@ def time_scoring(results: dict[str, Any]) -> None:
         "mean loss difference": float(difference.mean()),
         "mean loss": float(outputs["theirs"][scored].mean()),
         "import seconds": imported,
+    }
+
+
+def _windows(
+    vocabulary: int, number: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random tokens and labels of ``number`` windows in the middle of a text: int64 [number, K]."""
+    tokens = torch.randint(vocabulary, (number, WINDOW), device=device)
+    labels = torch.roll(tokens, -1, 1)
+    labels[:, -1] = IGNORE
+    labels[:, : WINDOW - 1 - STRIDE] = IGNORE
+    return tokens, labels
+
+
+def time_scorers(results: dict[str, Any]) -> None:
+    """Windows of SmolLM2-135M's shape and of a 1B Llama's, in forwards of 16,384 tokens and of as
+    many as are taken without being told."""
+    models = {"135M": load_fragment("model", "smollm2_135m", "the benchmark"), "1B": LARGE["model"]}
+    for name, values in models.items():
+        model = ModelConfig.model_validate(values)
+        for tokens in sorted({16384, forward_tokens(model, "cuda")}):
+            results[f"scoring {name}, {tokens:,} tokens a forward"] = scorer_speed(
+                model, tokens, 64
+            )
+
+
+def scorer_speed(model: ModelConfig, tokens_per_forward: int, number: int) -> dict[str, float]:
+    """``number`` windows under random bf16 weights."""
+    from lctw_megatron.model.gpt import build_model
+    from lctw_megatron.platform.world import initialize
+    from lctw_megatron.scoring.forward import window_losses
+
+    world = initialize(LayoutConfig(), 1)
+    chunks = build_model(
+        model, LayoutConfig(), max_sequence_length=WINDOW, dtype=torch.bfloat16,
+        device=world.device, seed=1, packed=False,
+    )  # fmt: skip
+    assert model.vocab_size is not None
+    tokens, labels = _windows(model.vocab_size, number, world.device)
+    (cost,) = measure_in_turn(
+        [lambda: window_losses(chunks, tokens, labels, tokens_per_forward)], world.device, 3
+    )
+    scored = int((labels[0] != IGNORE).sum())
+    work = number * forward_flops(model, [WINDOW], scored)
+    return {
+        "tokens_per_second": number * WINDOW / cost.seconds,
+        "tflops_per_second": work / cost.seconds / 1e12,
+        "utilisation": work / cost.seconds / 1e12 / data_sheet_tflops(),
+        "peak_gib": cost.peak_bytes / 2**30,
     }

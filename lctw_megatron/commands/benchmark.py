@@ -20,8 +20,8 @@ def main(arguments: list[str]) -> int:
         "--only",
         nargs="*",
         default=[],
-        help="parts: steps deterministic overlap profile head documents scoring checkpoints "
-        "scaling full_size; default: all",
+        help="parts: steps deterministic overlap profile head documents scoring scorers "
+        "checkpoints scaling full_size; default: all",
     )
     scoring = commands.add_parser("scoring", help="our scorer beside transformers on this CPU")
     scoring.add_argument(

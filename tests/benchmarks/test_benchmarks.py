@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from lctw_megatron.benchmarks import scoring_gpu
 from lctw_megatron.benchmarks.attention import attention_benchmark
 from lctw_megatron.benchmarks.checkpointing import checkpoint_benchmark
 from lctw_megatron.benchmarks.cpu import STEP, WEIGHTINGS
@@ -95,6 +96,14 @@ def test_of_8b_as_little_is_recomputed_as_fits_the_gpus() -> None:
         "full", "full", "does not fit", "full",
     ]  # fmt: skip
     assert recomputed[141] == ["none"] * 4 + ["mlp", "mlp", "full", "full"]
+
+
+def test_what_a_scorer_reads_in_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring_gpu, "WINDOW", 64)
+    monkeypatch.setattr(scoring_gpu, "STRIDE", 48)
+    monkeypatch.setattr(scoring_gpu, "data_sheet_tflops", lambda: 2.0)
+    row = scoring_gpu.scorer_speed(small_run().model, tokens_per_forward=128, number=4)
+    assert row["tokens_per_second"] > 0 and row["tflops_per_second"] == 2 * row["utilisation"]
 
 
 def test_scoring_beside_transformers(hf_folder: Path, tmp_path: Path, capsys: Any) -> None:  # noqa: F811
