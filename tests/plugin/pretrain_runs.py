@@ -33,8 +33,19 @@ Outcome = tuple[list[dict[str, float]], dict[str, Any]]
 """Each step's reported losses on this rank, and the weights after the last (arrays, by name)."""
 
 
-def by_megatron_lm(prefix: str, folder: str, weights: dict[str, Any], *more: str) -> Outcome:
-    """The example pretrain_gpt.py with ``more`` arguments, beginning with these weights."""
+def token_losses(model: Any) -> Any:
+    """float32 array [2, SEQUENCE]: what a GPTModel loses on a text of random tokens."""
+    text = torch.randint(VOCABULARY, (2, SEQUENCE + 1), generator=torch.Generator().manual_seed(7))
+    positions = torch.arange(SEQUENCE).expand(2, SEQUENCE)
+    with torch.no_grad():
+        return model.eval()(text[:, :-1], positions, None, labels=text[:, 1:]).numpy().copy()
+
+
+def by_megatron_lm(
+    prefix: str, folder: str, weights: dict[str, Any], *more: str
+) -> tuple[Outcome, Any]:
+    """The example pretrain_gpt.py with ``more`` arguments, beginning with these weights; beside its
+    outcome the ``token_losses`` of the model that it ends with."""
     import megatron.core.datasets.utils as dataset_helpers
     from megatron.training import training
 
@@ -47,10 +58,10 @@ def by_megatron_lm(prefix: str, folder: str, weights: dict[str, Any], *more: str
         # Its helpers are in the wheel, compiled; the Makefile that it wants to run is not.
         mock.patch.object(dataset_helpers, "compile_helpers", lambda: None),
         mock.patch.object(sys, "argv", ["pretrain_gpt.py", *ARGUMENTS, *data, *more]),
-        recorded(training, weights) as outcome,
+        recorded(training, weights) as (outcome, models),
     ):
         pretrain_gpt.main()
-        return outcome()
+        return outcome(), token_losses(models[0])
 
 
 def by_megatron_bridge(prefix: str, folder: str, weights: dict[str, Any]) -> Outcome:
@@ -76,7 +87,7 @@ def by_megatron_bridge(prefix: str, folder: str, weights: dict[str, Any]) -> Out
         mock.patch.object(train, shapes, lambda *args, **kwargs: None),
         mock.patch.object(evaluation, shapes, lambda *args, **kwargs: None),
         mock.patch.object(sys, "argv", ["pretrain_bridge.py", *recipe]),
-        recorded(train, weights) as outcome,
+        recorded(train, weights) as (outcome, _),
     ):
         pretrain_bridge.main()
         return outcome()
@@ -130,7 +141,8 @@ def bridge_recipe() -> Any:
 @contextmanager
 def recorded(loop: Any, weights: dict[str, Any]) -> Iterator[Any]:
     """Models begin with ``weights``, or NaN if there are none; the context gives what tells the
-    outcome of the module ``loop``. Parameters report CUDA types, since every step asserts them."""
+    outcome of the module ``loop``, and its models. Parameters report CUDA types, since every step
+    asserts them."""
     from megatron.core.models.gpt import GPTModel
 
     from lctw_megatron.platform.cpu import optimizer_construction
@@ -160,7 +172,7 @@ def recorded(loop: Any, weights: dict[str, Any]) -> Iterator[Any]:
         mock.patch.object(loop, "training_log", training_log),
         optimizer_construction(),
     ):
-        yield outcome
+        yield outcome, models
 
 
 class Absent:
