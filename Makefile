@@ -4,7 +4,8 @@
 #   make test         the tests, without the long proofs
 #   make test-all     the tests with the long proofs
 #   make test-gpu     the tests that need a GPU, in the environment that is active
-#   make test-next    the tests on Python 3.12 with the newest supported megatron-core
+#   make test-next    the tests on Python 3.12 with the newest supported megatron-core, and with
+#                     Megatron-Bridge
 #   make lint         formatter, linter and type checker
 #   make format       let the formatter and the linter change the files
 #
@@ -18,6 +19,10 @@ PYTHON_NEXT ?= $(shell \
 TORCH ?= torch==2.13.0
 # A container's own: its torch and TransformerEngine fit its GPUs, and pip would replace them.
 PYTHON_GPU ?= python3
+
+# What Megatron-Bridge imports on a CPU. It asks for far more, which only GPUs have, so it comes itself
+# without what it asks for; it reads no newer transformers.
+BRIDGE := "transformers<=5.12.1" accelerate datasets einops omegaconf
 
 # Two files of tests at a time: many tests start ranks of their own. WORKERS= is one after the other.
 WORKERS ?= -n 2 --dist loadfile
@@ -70,5 +75,6 @@ $(READY_NEXT): pyproject.toml
 	@$(PYTHON_NEXT) -c 'import sys; sys.exit(sys.version_info < (3, 12) and "error: megatron-core 0.19 needs Python 3.12: make test-next PYTHON_NEXT=...")'
 	$(PYTHON_NEXT) -m venv $(VENV_NEXT)
 	$(VENV_NEXT)/bin/python -m pip install --quiet "$(TORCH)" "megatron-core==0.19.2"
-	$(VENV_NEXT)/bin/python -m pip install --quiet --editable ".[dev]"
+	$(VENV_NEXT)/bin/python -m pip install --quiet --editable ".[dev]" $(BRIDGE)
+	$(VENV_NEXT)/bin/python -m pip install --quiet --no-deps "megatron-bridge==0.6.2"
 	@touch $@
