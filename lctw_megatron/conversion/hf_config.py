@@ -60,9 +60,13 @@ def read_config(folder: Path) -> HFConfig:
     table = _table(values, path)
     if "num_moe_experts" in table.experts:  # transformers 5 has one name, 4 two
         number, _ = table.experts["num_moe_experts"]
-        for name in ("num_local_experts", "num_experts"):
-            if name in values:
-                values = {number if n == name else n: value for n, value in values.items()}
+        names = [name for name in ("num_local_experts", "num_experts") if name in values]
+        if len({str(values[name]) for name in names}) > 1:
+            raise InputError(
+                f"{path}: num_local_experts is {values['num_local_experts']!r:.80}, but "
+                f"num_experts is {values['num_experts']!r:.80}; keep one"
+            )
+        values = {number if name in names else name: value for name, value in values.items()}
     _refuse_unsupported(values, table, path)
     positions = _number(values, "max_position_embeddings", path, table.max_position_embeddings)
     theta, scaling, turned, rope_notes = read_rope(
@@ -76,15 +80,21 @@ def read_config(folder: Path) -> HFConfig:
             f"{path}: num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}"
         )
     hidden = _number(values, "hidden_size", path)
+    width = _given(values, "head_dim", table.head_dim)
+    if width is None and hidden % heads:
+        raise InputError(
+            f"{path}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}, and "
+            "there is no head_dim"
+        )
     try:
-        model = ModelConfig(
-            architecture=table.model_type,  # type: ignore[arg-type]
+        fields = dict(
+            architecture=table.model_type,
             num_layers=_number(values, "num_hidden_layers", path),
             hidden_size=hidden,
             ffn_hidden_size=_number(values, "intermediate_size", path),
             num_attention_heads=heads,
             num_query_groups=groups,
-            kv_channels=_number(values, "head_dim", path, table.head_dim or hidden // heads),
+            kv_channels=_number(values, "head_dim", path, width or hidden // heads),
             vocab_size=_number(values, "vocab_size", path),
             max_position_embeddings=positions,
             rope_theta=theta,
@@ -93,19 +103,23 @@ def read_config(folder: Path) -> HFConfig:
             layernorm_epsilon=values.get(table.epsilon[0], table.epsilon[1]),
             tie_word_embeddings=_given(values, "tie_word_embeddings", False),
             init_method_std=_given(values, "initializer_range", 0.02),
-            **dropouts,  # type: ignore[arg-type]
+            **dropouts,
             qkv_bias=table.flags["qkv_bias"],
             qk_norm=table.flags["qk_norm"],
             **{field: values.get(*named) for field, named in table.experts.items()},
         )
+        model = ModelConfig.model_validate(fields, strict=True)  # no words for numbers
     except ValidationError as error:
         first = error.errors()[0]
         ours = str(first["loc"][-1])
-        names = {ours: theirs for theirs, ours in table.dropouts.items()}
-        names |= {"layernorm_epsilon": table.epsilon[0], "init_method_std": "initializer_range"}
         raise InputError(
-            f"{path}: {names.get(ours, ours)} is {first['input']!r:.80}: {first['msg']}"
+            f"{path}: {_theirs(ours, table)} is {first['input']!r:.80}: {first['msg']}"
         ) from None
+    if model.num_moe_experts and model.moe_router_topk > model.num_moe_experts:
+        raise InputError(
+            f"{path}: {_theirs('moe_router_topk', table)} is {model.moe_router_topk}, expected at "
+            f"most {_theirs('num_moe_experts', table)} {model.num_moe_experts}"
+        )
     check_rope(model, f"{path}: ")
     return HFConfig(
         model=model,
@@ -160,7 +174,8 @@ _WINDOW = ("sliding_window", "use_sliding_window", "layer_types")
 def _has_idle_window(values: dict[str, Any], table: type[Llama]) -> bool:
     """Whether there is a sliding window that hides nothing: it is as long as the model's positions,
     or begins (Qwen's `max_window_layers`) above the last layer."""
-    window = values.get("sliding_window", 4096)
+    option = table.options.get("sliding_window")
+    window = values.get("sliding_window", option.default if option else 4096)
     if "use_sliding_window" in table.options:
         used, first = values.get("use_sliding_window"), values.get("max_window_layers", 28)
         layers = values.get("num_hidden_layers")
@@ -168,7 +183,7 @@ def _has_idle_window(values: dict[str, Any], table: type[Llama]) -> bool:
         if used and above and not values.get("layer_types"):
             return True
     else:
-        used = window is not None and "sliding_window" in table.options
+        used = window is not None and option is not None
     positions = values.get("max_position_embeddings") or table.max_position_embeddings
     whole = isinstance(window, int) and isinstance(positions, int)
     return bool(used) and whole and window >= positions
@@ -235,6 +250,18 @@ def _refuse_unsupported(values: dict[str, Any], table: type[Llama], path: Path) 
                 break
     if found:
         raise InputError(f"{path}: unsupported: {'; '.join(found)}")
+
+
+def _theirs(field: str, table: type[Llama]) -> str:
+    """config.json's name of ``field`` of ModelConfig."""
+    names = {
+        "num_layers": "num_hidden_layers", "ffn_hidden_size": "intermediate_size",
+        "num_query_groups": "num_key_value_heads", "kv_channels": "head_dim",
+        "layernorm_epsilon": table.epsilon[0], "init_method_std": "initializer_range",
+    }  # fmt: skip
+    names |= {ours: theirs for theirs, ours in table.dropouts.items()}
+    names |= {ours: theirs for ours, (theirs, _) in table.experts.items()}
+    return names.get(field, field)
 
 
 def _dropout(model: ModelConfig, name: str) -> float:

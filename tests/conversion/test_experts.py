@@ -48,7 +48,7 @@ def test_what_config_json_leaves_out_of_experts_means_what_transformers_means(ki
 )
 def test_layers_without_experts_among_others_are_refused(field, value, tmp_path):
     write(tmp_path, "qwen3_moe", **{field: value})
-    with pytest.raises(InputError, match=f"(?s){field if value != 1 else 'num_moe_experts'}"):
+    with pytest.raises(InputError, match=field):
         read_config(tmp_path)
 
 

@@ -13,10 +13,6 @@ from lctw_megatron.conversion.hf_config import config_values, read_config
 from lctw_megatron.errors import InputError
 from tests.conversion.hf_models import EXPERT_FIELDS
 
-LLAMA3 = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}  # fmt: skip
 SIZES = {
     "vocab_size": 160, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
     "num_attention_heads": 32,
@@ -67,95 +63,23 @@ def rope_of_transformers(folder: Path) -> dict[str, Any]:
     return {"rope_theta": config.rope_theta, **(config.rope_scaling or {"rope_type": "default"})}
 
 
-@pytest.mark.parametrize(
-    "rope",
-    [
-        {"rope_theta": 5e5},
-        {"rope_theta": 5e5, "rope_scaling": None},
-        {"rope_theta": 5e5, "rope_scaling": {"rope_type": "default"}},
-        {"rope_theta": 5e5, "rope_scaling": LLAMA3},
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
-        {"rope_parameters": {**LLAMA3, "rope_theta": 5e5}},
-        {"rope_theta": 5e5, "rope_parameters": {**LLAMA3, "rope_theta": 5e5}},
-    ],
-)
-def test_rope_is_read_in_every_spelling(rope, tmp_path):
-    write(tmp_path, minimal("llama", max_position_embeddings=131072, **rope))
-    model = read_config(tmp_path).model
-    assert model.rope_theta == 5e5
-    scaled = "factor" in json.dumps(rope)
-    assert (model.rope_scaling is not None) == scaled
-    if scaled:
-        assert model.rope_scaling.original_max_position_embeddings == 8192
-    theirs = rope_of_transformers(tmp_path)
-    assert theirs["rope_theta"] == 5e5
-    assert theirs["rope_type"] == ("llama3" if scaled else "default")
-
-
-def test_llama3_scaling_without_its_original_length_takes_the_maximum_like_transformers(tmp_path):
-    scaling = {k: v for k, v in LLAMA3.items() if k != "original_max_position_embeddings"}
-    write(tmp_path, minimal("llama", max_position_embeddings=4096, rope_scaling=scaling))
-    ours = read_config(tmp_path).model.rope_scaling
-    assert ours is not None and ours.original_max_position_embeddings == 4096
-
-
-def test_what_transformers_takes_for_a_missing_original_maximum_or_factor(tmp_path):
-    def read(**scaling: Any) -> RopeScaling:
-        sizes = {"head_dim": 16, "max_position_embeddings": 4096}
-        write(tmp_path, minimal("llama", **sizes, rope_scaling=scaling))
-        found = read_config(tmp_path).model.rope_scaling
-        assert found is not None
-        return found
-
-    assert read(type="yarn", factor=4.0).original_max_position_embeddings == 4096
-    assert read(type="yarn", factor=4.0, truncate=None).truncate is False  # a null is not a default
-    assert read(type="dynamic", factor=4.0).original_max_position_embeddings == 4096
-    assert read(type="linear", factor=4.0).original_max_position_embeddings is None
-    assert read(type="yarn", factor=None, original_max_position_embeddings=512).factor == 8
-
-
-def test_fields_that_a_type_of_rope_has_not_are_left_out_with_a_word(tmp_path):
-    given = {"type": "linear", "factor": 2, "finetuned": True, "beta_fast": 8}
-    write(tmp_path, minimal("llama", rope_scaling=given))
-    found = read_config(tmp_path)
-    assert found.model.rope_scaling == RopeScaling(rope_type="linear", factor=2)
-    (note,) = found.notes
-    assert "rope_scaling: left out, as rope_type linear has no beta_fast, finetuned" in note
-
-
 UNSUPPORTED = {
-    "rope longrope": (
-        "llama", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}},
-        "rope_parameters.rope_type 'longrope'",
+    "tied by a word": ("llama", {"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'"),
+    "an odd head": ("llama", {"head_dim": 7}, "head_dim is 7"),
+    "heads that share nothing": (
+        "llama", {"hidden_size": 66}, "hidden_size 66 is not a multiple of num_attention_heads 32",
     ),
-    "rope su": ("llama", {"rope_scaling": {"type": "su"}}, "rope_scaling.rope_type 'su'"),
-    "rope type of no type": ("llama", {"rope_scaling": {"type": ["linear"]}}, "['linear']"),
-    "linear without factor": (
-        "llama", {"rope_scaling": {"type": "linear"}}, "rope_type linear without factor",
+    "one expert": ("qwen3_moe", {"num_experts": 1}, "num_experts is 1"),
+    "no auxiliary loss": (
+        "mixtral", {"router_aux_loss_coef": None}, "router_aux_loss_coef is None",
     ),
-    "dynamic below 1": (
-        "llama", {"rope_scaling": {"type": "dynamic", "factor": 0.5}},
-        "rope_scaling.factor of rope_type dynamic is 0.5",
+    "more experts of a token than there are": (
+        "mixtral", {"num_local_experts": 2, "num_experts_per_tok": 3},
+        "num_experts_per_tok is 3, expected at most num_local_experts 2",
     ),
-    "yarn of no number": (
-        "llama", {"rope_scaling": {"type": "yarn", "factor": "4x"}},
-        "rope_scaling.factor of rope_type yarn is '4x'",
+    "two numbers of experts": (
+        "mixtral", {"num_local_experts": 2, "num_experts": 4}, "num_local_experts is 2, but",
     ),
-    "yarn with its bounds reversed": (
-        "llama", {"rope_scaling": {"type": "yarn", "factor": 4, "beta_fast": 1, "beta_slow": 32}},
-        "rope_scaling.beta_fast is 1, expected at least beta_slow 32",
-    ),
-    "yarn of a false original": (
-        "llama", {"rope_scaling": {"type": "yarn", "factor": None,
-                                   "original_max_position_embeddings": "8k"}},
-        "original_max_position_embeddings is '8k'",
-    ),
-    "rope per layer type": (
-        "qwen3",
-        {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
-        "full_attention",
-    ),
-    "partial rotation": ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
     "attention bias": ("llama", {"attention_bias": True}, "attention_bias True"),
     "attention bias of Qwen3": ("qwen3", {"attention_bias": True}, "attention_bias True"),
     "feed-forward bias": ("llama", {"mlp_bias": True}, "mlp_bias True"),
@@ -188,15 +112,9 @@ UNSUPPORTED = {
         "llama", {"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequence",
     ),
     "another model": ("gpt2", {}, "model_type 'gpt2'"),
-    "two thetas": (
-        "llama",
-        {"rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 2e4}},
-        "keep one",
-    ),
     "uneven groups": ("llama", {"num_key_value_heads": 5}, "num_key_value_heads 5"),
     "a word for a number": ("llama", {"hidden_size": "big"}, "hidden_size is 'big'"),
     "no size": ("llama", {"vocab_size": None}, "vocab_size is missing"),
-    "llama3 without factor": ("llama", {"rope_scaling": {"rope_type": "llama3"}}, "factor"),
 }  # fmt: skip
 
 
@@ -227,6 +145,9 @@ IDLE = {
         "qwen3",
         {"use_sliding_window": True, "sliding_window": 64, "max_position_embeddings": 64,
          "layer_types": ["full_attention", "sliding_attention", "sliding_attention"]},
+    ),
+    "Mixtral says nothing": (
+        "mixtral", {"num_local_experts": 2, "max_position_embeddings": 64},
     ),
     "rope type null": ("llama", {"rope_scaling": {"rope_type": None, "type": "default"}}),
 }  # fmt: skip
