@@ -28,6 +28,9 @@ from lctw_megatron.errors import InputError
 from lctw_megatron.model.checkpoint import CheckpointManifest, check_tensor_files, write_manifest
 from lctw_megatron.progress import Progress
 
+_OTHER_FORMATS = ("mp_rank_00", "mp_rank_00_000", "model_optim_rng.pt")
+"""In an iteration's folder that `--ckpt-format torch` wrote: of the first rank, without and with
+pipeline parallelism, and the pickle in it."""
 _TABLES = ("embedding.word_embeddings.", "output_layer.")
 """Of the vocabulary, which Megatron-LM pads as its arguments say."""
 
@@ -102,21 +105,26 @@ def _padded_as_there(stored: StoredTensor, reader: CheckpointReader) -> StoredTe
 
 def _iteration(load: Path) -> Path:
     """The folder of the newest iteration, as the tracker names it."""
-    if (load / ".metadata").is_file():
-        return load
     tracker = load / TRACKER
-    if not tracker.is_file():
+    if tracker.is_file():
+        step = tracker.read_text(errors="replace").strip()
+        # Twelve digits are more than any run has, and fewer than a file name may have.
+        if step != "release" and not (step.isascii() and step.isdigit() and len(step) < 13):
+            raise InputError(f"{tracker}: is {step!r:.40}, expected an iteration or release")
+        load = load / (step if step == "release" else f"iter_{int(step):07d}")
+        if not load.is_dir():
+            raise InputError(
+                f"{load}: missing, but {TRACKER} names it; fetch it, or name another iteration's "
+                "folder"
+            )
+    elif not any((load / name).exists() for name in (".metadata", *_OTHER_FORMATS)):
         raise InputError(
             f"{load}: holds neither {TRACKER}, as what Megatron-LM saves, nor .metadata, as one "
             "iteration of it; name what --save named"
         )
-    step = tracker.read_text(errors="replace").strip()
-    if step != "release" and not (step.isascii() and step.isdigit()):
-        raise InputError(f"{tracker}: is {step!r:.40}, expected an iteration or release")
-    folder = load / (step if step == "release" else f"iter_{int(step):07d}")
-    if not (folder / ".metadata").is_file():
+    if not (load / ".metadata").is_file():
         raise InputError(
-            f"{folder}: has no .metadata, as only --ckpt-format torch_dist writes; let Megatron-LM "
+            f"{load}: has no .metadata, as only --ckpt-format torch_dist writes; let Megatron-LM "
             "convert it (--ckpt-convert-format torch_dist --ckpt-convert-save DIR)"
         )
-    return folder
+    return load

@@ -91,8 +91,19 @@ def test_weights_and_manifest_are_those_of_the_import_from_hugging_face(scene, t
             "is 'new', expected",
         ),
         (
+            lambda s: (s / "latest_checkpointed_iteration.txt").write_text("1" * 5000),
+            "is '1111.*, expected",
+        ),
+        (
+            lambda s: [
+                (s / "latest_checkpointed_iteration.txt").unlink(),
+                (s / "mp_rank_00").mkdir(),
+            ],
+            "saved: has no .metadata, as only --ckpt-format torch_dist writes",
+        ),
+        (
             lambda s: (s / "latest_checkpointed_iteration.txt").write_text("11"),
-            "iter_0000011: has no",
+            "iter_0000011: missing, but",
         ),
         (lambda s: (s / "iter_0000012" / "__0_0.distcp").write_bytes(b""), "__0_0.distcp: 0 bytes"),
     ],
