@@ -31,6 +31,9 @@ from lctw_megatron.progress import Progress
 _OTHER_FORMATS = ("mp_rank_00", "mp_rank_00_000", "model_optim_rng.pt")
 """In an iteration's folder that `--ckpt-format torch` wrote: of the first rank, without and with
 pipeline parallelism, and the pickle in it."""
+_NORM, _NORM_OF_LOCAL_LAYERS = "pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"
+"""The norm before experts: with TransformerEngine, and with `--transformer-impl local`, which names
+it as if an MLP followed."""
 _TABLES = ("embedding.word_embeddings.", "output_layer.")
 """Of the vocabulary, which Megatron-LM pads as its arguments say."""
 
@@ -55,8 +58,9 @@ def import_megatron_lm(
     tensors = list(stored_tensors(config.model))
     check_tensor_files(folder)
     reader = CheckpointReader(folder)
-    reader.check([_padded_as_there(stored, reader) for stored in tensors], str(hf / CONFIG))
-    kinds = sorted({dtypes.name_of(reader.dtype(stored)) for stored in tensors})
+    there = [_as_there(stored, reader) for stored in tensors]
+    reader.check(there, str(hf / CONFIG))
+    kinds = sorted({dtypes.name_of(reader.dtype(stored)) for stored in there})
     if dtype == dtypes.KEEP and len(kinds) > 1:
         raise InputError(f"{folder}: tensors in {' and '.join(kinds)}; choose one with --dtype")
     name = kinds[0] if dtype == dtypes.KEEP else dtype
@@ -82,10 +86,10 @@ def import_megatron_lm(
         memory = np.empty(max(largest_bytes(tensors, dtypes.TORCH[kind]) for kind in kinds), "u1")
         total = sum(math.prod(stored.shape) for stored in tensors) * target.itemsize
         with Progress("import", total, "B") as progress, CheckpointFiles(into) as files:
-            for stored in tensors:
-                rows = replace(stored, shape=(stored.covered_rows, *stored.shape[1:]))
+            for stored, found in zip(tensors, there, strict=True):
+                rows = replace(found, shape=(stored.covered_rows, *stored.shape[1:]))
                 reader.read(rows, memory)
-                value = tensor_of(memory, reader.dtype(stored), stored.shape)
+                value = tensor_of(memory, reader.dtype(found), stored.shape)
                 value[stored.covered_rows :].zero_()
                 value = value.to(target, copy=True)
                 files.add(stored, value)
@@ -95,8 +99,11 @@ def import_megatron_lm(
     return Conversion(len(tensors), parameters, parameters * target.itemsize)
 
 
-def _padded_as_there(stored: StoredTensor, reader: CheckpointReader) -> StoredTensor:
-    """``stored`` with as many rows as the folder has, if it is a table and they are enough."""
+def _as_there(stored: StoredTensor, reader: CheckpointReader) -> StoredTensor:
+    """``stored`` under the folder's name of it, and with as many rows as the folder has, if it is a
+    table and they are enough."""
+    if stored.key.endswith(_NORM) and reader.shape(stored.key) is None:
+        return replace(stored, key=stored.key.removesuffix(_NORM) + _NORM_OF_LOCAL_LAYERS)
     found = reader.shape(stored.key)
     if stored.key.startswith(_TABLES) and found and found[0] >= stored.covered_rows:
         return replace(stored, shape=(found[0], *stored.shape[1:]))

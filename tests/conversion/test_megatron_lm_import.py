@@ -33,16 +33,12 @@ def _open():
     raise Opened
 
 
-@pytest.fixture(scope="module")
-def scene(tmp_path_factory):
-    """A Hugging Face folder, its checkpoint, and the same weights as Megatron-LM saves them: with
-    another padding, which is not zero, beside things that only Megatron-LM reads."""
-    folder = tmp_path_factory.mktemp("from_megatron_lm")
-    hf = make_model("qwen3_tied", folder / "hf")
-    import_hf(hf, folder / "checkpoint", log=lambda line: None)
-    model = read_manifest(folder / "checkpoint").model
-    reader, tensors = open_checked(folder / "checkpoint"), list(stored_tensors(model))
-    saved = folder / "saved" / "iter_0000012"
+def save_as_megatron_lm(checkpoint, folder, names=()):
+    """The weights of ``checkpoint`` as Megatron-LM saves them: with another padding, which is not
+    zero, beside things that only Megatron-LM reads. names: (ours, its own) of tensors."""
+    model = read_manifest(checkpoint).model
+    reader, tensors = open_checked(checkpoint), list(stored_tensors(model))
+    saved = folder / "iter_0000012"
     saved.mkdir(parents=True)
     with CheckpointFiles(saved, {"args": Namespace(num_layers=1), "trap": Trap()}) as files:
         memory = torch.empty(2**20, dtype=torch.uint8).numpy()
@@ -53,8 +49,19 @@ def scene(tmp_path_factory):
                     [value[: model.vocab_size], torch.full((300, value.shape[1]), 7.0)]
                 )
                 stored = replace(stored, shape=tuple(value.shape))
+            for ours, theirs in names:
+                stored = replace(stored, key=stored.key.replace(ours, theirs))
             files.add(stored, value)
-    (folder / "saved" / "latest_checkpointed_iteration.txt").write_text("12\n")
+    (folder / "latest_checkpointed_iteration.txt").write_text("12\n")
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory):
+    """A Hugging Face folder, its checkpoint, and the same weights saved by Megatron-LM."""
+    folder = tmp_path_factory.mktemp("from_megatron_lm")
+    hf = make_model("qwen3_tied", folder / "hf")
+    import_hf(hf, folder / "checkpoint", log=lambda line: None)
+    save_as_megatron_lm(folder / "checkpoint", folder / "saved")
     return folder
 
 
@@ -114,6 +121,19 @@ def test_what_is_not_there_is_named(scene, tmp_path, change, named):
     with pytest.raises(InputError, match=named) as error:
         import_megatron_lm(tmp_path / "saved", scene / "hf", tmp_path / "out")
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_experts_come_in_also_from_layers_that_are_not_transformer_engine_s(tmp_path):
+    hf = make_model("mixtral", tmp_path / "hf")
+    import_hf(hf, tmp_path / "checkpoint", log=lambda line: None)
+    expected = weights(tmp_path / "checkpoint")
+    local = [("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight")]
+    for name, names in {"te": (), "local": local}.items():
+        save_as_megatron_lm(tmp_path / "checkpoint", tmp_path / name, names)
+        import_megatron_lm(tmp_path / name, hf, tmp_path / f"{name}_in", log=lambda line: None)
+        found = weights(tmp_path / f"{name}_in")
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[place], found[place]) for place in expected)
 
 
 def test_a_config_json_of_another_model_is_refused(scene, tmp_path):
