@@ -90,6 +90,17 @@ def run_table(runs: Sequence[RunRecord]) -> Rows:
     return [["run", *kept], *body]
 
 
+def only_measured(runs: Sequence[RunRecord]) -> list[str]:
+    """A line of each folder without a training, such as what a model could do before."""
+    lines = []
+    for run in runs:
+        if not run.metrics and not run.evaluation:
+            files = {"recall.json": run.recall, "harness.json": run.harness}
+            there = " and ".join(name for name, content in files.items() if content)
+            lines.append(f"{run.name}: only {there}, nothing of its training or held-out losses.")
+    return lines
+
+
 def explain(runs: Sequence[RunRecord]) -> list[str]:
     """What the tables need to be read rightly, a line each."""
     lines = []
