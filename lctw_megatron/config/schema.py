@@ -485,7 +485,8 @@ class ClusterConfig(Section):
     """SIGTERM reaches the ranks this long before the time limit."""
     modules: list[str] = []
     environment: dict[str, str] = {}
-    """Exported in every job (NCCL variables, caches). $NAME and ${NAME} are expanded in the job."""
+    """Exported in every job (NCCL variables, caches). $NAME, ${NAME} and ~ where a path begins are
+    expanded in the job."""
     setup: list[str] = []
     """Shell lines run before the command, e.g. activating an environment; one that fails ends the
     job."""
