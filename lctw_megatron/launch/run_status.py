@@ -43,9 +43,11 @@ def run_status(run: RunConfig) -> RunStatus:
     beat, owner = read_beat(folder), holder(folder / ".lock")
     lines = last_metrics(folder / "metrics.jsonl")
     saved = _newest_checkpoint(folder / "checkpoints")
-    done = saved or 0
+    done, logged = saved or 0, lines[-1]["step"] + 1 if lines else 0
     if beat and beat.stage != "starting":
-        done = max(beat.step, lines[-1]["step"] + 1 if lines else 0)
+        done = max(beat.step, logged)
+    elif not beat and not owner:  # a copy that was kept of a run
+        done = max(done, logged)
     alive = owner is not None and not owner[1]
     finished = not alive and saved is not None and saved >= steps
     parts = [f"step {done}/{steps} ({100 * done / steps:.0f} %)"]

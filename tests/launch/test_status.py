@@ -72,7 +72,10 @@ def test_a_run_is_alive_stale_dead_or_finished(plan: Plan, monkeypatch: pytest.M
     run = next(run for run in plan().runs if run.name == "base")  # 100 steps of 8 x 256 tokens
     folder = Path(run.run_dir)
     assert run_status(run).text == "step 0/100 (0 %), no checkpoint, not started"
-    folder.mkdir(parents=True)
+    write_run(folder, 40, None, "training")
+    path_in(folder).unlink()
+    assert run_status(run).text == "step 40/100 (40 %), no checkpoint, not running"
+    (folder / "metrics.jsonl").unlink()
     with owned(folder / ".lock", "the run"):
         assert "no checkpoint, starting (process " in run_status(run).text
         write_run(folder, 40, 30, "training", age=-7200)
