@@ -497,6 +497,14 @@ class ClusterConfig(Section):
     sbatch: list[str] = []
     """Further #SBATCH lines, without the `#SBATCH`."""
 
+    @field_validator("environment")
+    @classmethod
+    def _are_variables(cls, environment: dict[str, str]) -> dict[str, str]:
+        for name in environment:
+            if not (name.isascii() and name.isidentifier()):  # or the shell ends every job
+                raise ValueError(f"names of letters, digits and _ ({name!r} is none)")
+        return environment
+
 
 class RunConfig(Section):
     """One training run, fully resolved."""
