@@ -1,5 +1,6 @@
 """Runs asked for their recall at other depths, of other tasks, or not at all."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from lctw_megatron.report.comparisons import overview_table
 from lctw_megatron.report.estimate import difference
 from lctw_megatron.report.groups import Group, group_runs
 from lctw_megatron.report.left_out import left_out
+from lctw_megatron.report.recall_table import recall_lines
 from lctw_megatron.report.report import write_report
 from lctw_megatron.report.runs import read_runs
 from lctw_megatron.report.shared_recall import with_shared_depths
@@ -84,6 +86,17 @@ def test_a_run_of_other_samples_narrows_nothing(write) -> None:
     folders = [folders[0], write("dense", 2, depths=(0.1, 0.9))]
     groups, lines = with_shared_depths(groups_of(*folders))
     assert lines == [] and overview_table(groups)[2][2] == "other samples"
+
+
+def test_another_short_context_than_the_others_is_said(write) -> None:
+    folders = [write("uniform", 1), write("dense", 1), write("dense", 2)]
+    assert "with the last 1,024 tokens" in recall_lines(groups_of(*folders))[0]
+    path = Path(folders[2]) / "recall.json"
+    content = json.loads(path.read_text())
+    content["settings"]["window"] = 8192
+    path.write_text(json.dumps(content))
+    (line,) = recall_lines(groups_of(*folders))
+    assert "with the last 1,024 (uniform-seed1, dense) or 8,192 (dense) tokens" in line
 
 
 def test_a_seed_without_evaluation_is_named(write) -> None:
