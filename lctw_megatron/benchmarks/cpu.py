@@ -11,7 +11,7 @@ from lctw_megatron.benchmarks.checkpointing import checkpoint_benchmark
 from lctw_megatron.benchmarks.head import head_benchmark
 from lctw_megatron.benchmarks.large_model import LARGE
 from lctw_megatron.benchmarks.packed_windows import packed_windows_benchmark
-from lctw_megatron.benchmarks.results import print_results, write_results
+from lctw_megatron.benchmarks.results import Results
 from lctw_megatron.benchmarks.steps import step_benchmark
 from lctw_megatron.config.schema import ModelConfig, RunConfig
 from lctw_megatron.platform.capabilities import capabilities
@@ -36,20 +36,23 @@ WEIGHTINGS: dict[str, dict[str, Any]] = {
 
 
 def cpu_benchmark(output: Path, full_head: bool) -> int:
-    """Measure everything, print a table, write all numbers to ``output``."""
+    """Measure everything; print each number and write all to ``output`` as soon as it is there."""
     device = torch.device("cpu")
-    results: dict[str, Any] = {"machine": capabilities().line(), "threads": torch.get_num_threads()}
+    results = Results(output)
+    results["machine"] = capabilities().line()
+    results["threads"] = torch.get_num_threads()
     rows, hidden, vocabulary = (8192, 1024, 128256) if full_head else (2048, 512, 32000)
     results["head"] = head_benchmark(rows, hidden, vocabulary, device, torch.float32, repeats=3)
     results["attention with documents"] = attention_benchmark(
         4096, 4, 2, 64, 8, device, torch.float32
     )
     run = RunConfig.model_validate(STEP)
-    results |= packed_windows_benchmark(ModelConfig.model_validate(LARGE["model"]))
+    model = ModelConfig.model_validate(LARGE["model"])
+    for name, row in packed_windows_benchmark(model).items():
+        results[name] = row
     for name, row in step_benchmark(run, WEIGHTINGS, repeats=9).items():
         results[f"step {name}"] = row
     one = RunConfig.model_validate(STEP | {"training": STEP["training"] | {"global_batch_size": 1}})
-    results["checkpoint every 20 steps"] = checkpoint_benchmark(one)
-    print_results(results)
-    write_results(results, output)
+    for name, row in checkpoint_benchmark(one, 20, repeats=3):
+        results[f"checkpoints, {name}"] = row
     return 0

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from lctw_megatron.benchmarks.results import print_results
 from lctw_megatron.benchmarks.scaling import measured
 from lctw_megatron.config.schema import LayoutConfig, RunConfig
 from lctw_megatron.platform.world import started_ranks
@@ -23,8 +22,7 @@ RECOMPUTED = ("none", "mlp", "full")
 
 def time_full_size(results: dict[str, Any]) -> None:
     """A uniform step at 32k and at 128k tokens under each layout, in as little recomputation as
-    fits; a sequence a step, or as many as keep the stages of a pipeline busy. Each row is printed
-    when it is there, as all together take a while.
+    fits; a sequence a step, or as many as keep the stages of a pipeline busy.
     """
     gpus = torch.cuda.device_count()
     if gpus < 4 or started_ranks() > 1:
@@ -42,7 +40,6 @@ def time_full_size(results: dict[str, Any]) -> None:
             except subprocess.CalledProcessError as error:
                 row = f"failed with status {error.returncode}, see above"
         results[name] = row
-        print_results({name: row})
 
 
 def plan(gpus: int, memory: int) -> Iterator[tuple[str, RunConfig | None]]:

@@ -1,5 +1,6 @@
 """On GPUs: how fast. What must be right there is tested by tests/gpu."""
 
+import inspect
 import os
 import time
 import traceback
@@ -16,7 +17,7 @@ from lctw_megatron.benchmarks.full_size import time_full_size
 from lctw_megatron.benchmarks.head import head_benchmark
 from lctw_megatron.benchmarks.large_model import profile_step, time_deterministic, time_steps
 from lctw_megatron.benchmarks.overlap import time_overlap
-from lctw_megatron.benchmarks.results import print_results, write_results
+from lctw_megatron.benchmarks.results import Results
 from lctw_megatron.benchmarks.scaling import time_scaling
 from lctw_megatron.benchmarks.scoring_gpu import time_scorers, time_scoring
 from lctw_megatron.config.layout_rules import loss_block_rows
@@ -60,8 +61,8 @@ PARTS: dict[str, Callable[[dict[str, Any]], None]] = {
 
 
 def gpu_benchmark(output: Path, only: list[str]) -> int:
-    """Measure all PARTS (or ``only`` those named), print them, write all numbers to ``output``; of
-    several ranks (`overlap`) the first prints and writes.
+    """Measure all PARTS (or ``only`` those named); print each number, and write all to ``output``,
+    as soon as it is there; of several ranks (`overlap`) the first prints and writes.
 
     A part that fails does not keep the others from running; the exit status is then 1.
     """
@@ -70,13 +71,15 @@ def gpu_benchmark(output: Path, only: list[str]) -> int:
     if not capabilities().gpu:
         raise InputError("benchmark gpu: torch sees no GPU; run it on a machine that has one")
     torch.cuda.set_device(default_device())
-    results: dict[str, Any] = {
-        "machine": capabilities().line(),
-        "bf16 matmul TFLOP/s": matmul_tflops(),
-    }
     failed, first = False, os.environ.get("RANK", "0") == "0"
+    results = Results(output, first)
+    results["machine"] = capabilities().line()
+    results["bf16 matmul TFLOP/s"] = matmul_tflops()
     for name in only or PARTS:
         start = time.perf_counter()
+        if first:
+            what = (inspect.getdoc(PARTS[name]) or "").partition("\n\n")[0]
+            print(f"[{name}: {' '.join(what.split())}]", flush=True)
         try:
             PARTS[name](results)
         except Exception as error:
@@ -86,7 +89,4 @@ def gpu_benchmark(output: Path, only: list[str]) -> int:
         torch.cuda.empty_cache()
         if first:
             print(f"[{name}: {time.perf_counter() - start:.1f} s]", flush=True)
-            write_results(results, output)
-    if first:
-        print_results(results)
     return int(failed)

@@ -6,16 +6,20 @@ from typing import Any
 from lctw_megatron.atomic import write_json
 
 
-def print_results(results: dict[str, Any]) -> None:
-    """Every part on a line of its own."""
-    for name, row in results.items():
-        text = _text(row) if isinstance(row, dict) else row
-        print(f"{name}: {text}", flush=True)
+class Results(dict[str, Any]):
+    """Name -> numbers. Each is printed, and all are written, when it is set: what is killed leaves
+    what it had."""
 
+    def __init__(self, output: Path, first_rank: bool = True) -> None:
+        """first_rank: only that one prints and writes."""
+        super().__init__()
+        self._output, self._first_rank = output, first_rank
 
-def write_results(results: dict[str, Any], output: Path) -> None:
-    """All numbers, atomically."""
-    write_json(output, results)
+    def __setitem__(self, name: str, row: Any) -> None:
+        super().__setitem__(name, row)
+        if self._first_rank:
+            print(f"{name}: {_text(row) if isinstance(row, dict) else row}", flush=True)
+            write_json(self._output, self)
 
 
 def _text(row: dict[str, Any]) -> str:

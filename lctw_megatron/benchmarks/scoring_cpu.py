@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from lctw_megatron.benchmarks.results import print_results, write_results
+from lctw_megatron.benchmarks.results import Results
 from lctw_megatron.benchmarks.sixteen_bits import weight_changes
 from lctw_megatron.config.schema import LayoutConfig, ModelConfig, PrepareConfig
 from lctw_megatron.data.token_dataset import TokenDataset
@@ -119,13 +119,14 @@ def scoring_benchmark(hf: Path, text: list[str], output: Path, **sizes: Any) -> 
                 f"--text {' '.join(text)}: its longest document has {lengths.max()} tokens, "
                 f"{task.tokens} are needed; give a longer one"
             )
-        results = measure(task)
-        results["change of weights in 16 bits"] = _sixteen_bits(task)
-    results["task"] |= {
+        found = measure(task)
+        found["change of weights in 16 bits"] = _sixteen_bits(task)
+    found["task"] |= {
         "data": [Path(name).name for name in text], "checkpoint": "imported", "hf": hf.name,
     }  # fmt: skip
-    print_results(results)
-    write_results(results, output)
+    results = Results(output)
+    for name, row in found.items():
+        results[name] = row
     return 0
 
 

@@ -485,7 +485,8 @@ class ClusterConfig(Section):
     """SIGTERM reaches the ranks this long before the time limit."""
     modules: list[str] = []
     environment: dict[str, str] = {}
-    """Exported in every job (NCCL variables, caches). $NAME and ${NAME} are expanded in the job."""
+    """Exported in every job (NCCL variables, caches). $NAME, ${NAME} and ~ where a path begins are
+    expanded in the job."""
     setup: list[str] = []
     """Shell lines run before the command, e.g. activating an environment; one that fails ends the
     job."""
@@ -495,6 +496,14 @@ class ClusterConfig(Section):
     """Further options of srun, e.g. `--container-image=image.sqsh` (Pyxis)."""
     sbatch: list[str] = []
     """Further #SBATCH lines, without the `#SBATCH`."""
+
+    @field_validator("environment")
+    @classmethod
+    def _are_variables(cls, environment: dict[str, str]) -> dict[str, str]:
+        for name in environment:
+            if not (name.isascii() and name.isidentifier()):  # or the shell ends every job
+                raise ValueError(f"names of letters, digits and _ ({name!r} is none)")
+        return environment
 
 
 class RunConfig(Section):

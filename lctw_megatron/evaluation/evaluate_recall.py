@@ -180,15 +180,13 @@ def _cells(
 
 
 def _check(settings: RecallSettings, window: int, layout: LayoutConfig, maker: SampleMaker) -> None:
-    """Make a sample of every kind and divide every length, before anything takes long."""
+    """Check every sample and divide every length, before anything takes long."""
     for length in settings.lengths:
         check_sequence(length, f"{length} of --lengths", layout)
         if window < length:
             check_sequence(window, f"--window {window}", layout)
         for task in settings.tasks:
-            sample = maker(task, length, 1.0, 0)
-            if window < length:
-                sample.short(window, maker.bos_id)
+            maker.check(task, length, settings.samples, window if window < length else None)
 
 
 def _notes(

@@ -38,6 +38,10 @@ class Haystack(Protocol):
     identity: str
     """Changes with the contents."""
 
+    def check(self, room: int) -> None:
+        """InputError if it has not so much."""
+        ...
+
     def fill(self, room: int, rng: np.random.Generator, by_lines: bool) -> Filler:
         """by_lines: joints between lines, where there are any, instead of between sentences."""
         ...
@@ -50,6 +54,9 @@ class Sentences:
 
     def __init__(self, encode: PartEncoder) -> None:
         self._units = encode(SENTENCES)
+
+    def check(self, room: int) -> None:
+        pass
 
     def fill(self, room: int, rng: np.random.Generator, by_lines: bool) -> Filler:
         first = int(rng.integers(len(self._units)))
@@ -76,17 +83,20 @@ class Stream:
         """lengths int64 [documents]: the tokens of each that may be used, from ``first`` on."""
         self.name, self.identity = name, identity
         self._documents, self._lengths, self._first = documents, lengths, first
+        self._longest = int(lengths.max(initial=0))
         self._texts = encode.texts
 
-    def fill(self, room: int, rng: np.random.Generator, by_lines: bool) -> Filler:
-        fitting = np.flatnonzero(self._lengths >= room)
-        if not len(fitting):
+    def check(self, room: int) -> None:
+        if self._longest < room:
             raise InputError(
-                f"--haystack {self.name}: its longest document has {max(self._lengths, default=0)} "
+                f"--haystack {self.name}: its longest document has {self._longest} "
                 f"tokens, but a sample takes {room} of one; give longer documents or smaller "
                 "--lengths, or leave --haystack out (repeated sentences are always long enough)"
             )
-        document = int(rng.choice(fitting))
+
+    def fill(self, room: int, rng: np.random.Generator, by_lines: bool) -> Filler:
+        self.check(room)
+        document = int(rng.choice(np.flatnonzero(self._lengths >= room)))
         begin = self._first + int(rng.integers(self._lengths[document] - room + 1))
         ids, joints = self._read(document, begin, room, by_lines)
         # Better an end of a sentence before the question too, if the document has so much before.

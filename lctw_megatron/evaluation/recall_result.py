@@ -7,10 +7,10 @@ pairs: a question is easier or harder for both.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from lctw_megatron.evaluation.buckets import Difference, Pair, paired_difference
 from lctw_megatron.evaluation.saved_result import Shape, read_result
@@ -88,6 +88,8 @@ class _Settings(Shape):
     tasks: list[str]
     lengths: list[int]
     depths: list[float]
+    samples: int
+    haystack: str
     window: int
 
 
@@ -96,7 +98,7 @@ class _Cell(Shape):
     length: int
     depth: float | None
     samples_digest: str
-    nats: list[float]
+    nats: Annotated[list[float], Field(min_length=1)]
     tokens: list[int]
     right: list[float]
     short_nats: list[float] | None

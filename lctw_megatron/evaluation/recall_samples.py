@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from lctw_megatron.data.tokenizers import Tokenizer
 from lctw_megatron.errors import InputError
 from lctw_megatron.evaluation.haystack import Sentences, Stream, encoded, fill_units, open_haystack
 from lctw_megatron.evaluation.part_encoder import PartEncoder
-from lctw_megatron.evaluation.recall_tasks import BY_LINES, TASKS, WITHOUT_DEPTH
+from lctw_megatron.evaluation.recall_tasks import BY_LINES, TASKS, WITHOUT_DEPTH, Story
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,7 @@ class RecallSample:
     def short(self, window: int, bos_id: int | None) -> Sample:
         """Only the last ``window`` inputs, the first of them ``bos_id`` if there is one. InputError
         if question and answers do not fit."""
-        if self.tail > window:
-            raise InputError(
-                f"--window {window}: the question and answers of task {self.task} alone take "
-                f"{self.tail} tokens; give a greater one"
-            )
+        _check_window(window, self.task, self.tail)
         ids = self.ids[-window - 1 :].copy()
         if bos_id is not None:
             ids[0] = bos_id
@@ -67,6 +64,20 @@ class RecallSample:
         return hashlib.blake2b(self.ids.tobytes() + places.tobytes(), digest_size=8).digest()
 
 
+class _Parts(NamedTuple):
+    """A sample as tokens, before its filler: int32 ids."""
+
+    story: Story
+    in_haystack: bool
+    """Whether the filler is the haystack's, not the story's own."""
+    first: np.ndarray
+    opening: np.ndarray
+    tail: np.ndarray
+    pieces: list[np.ndarray]
+    room: int
+    """Tokens of the filler."""
+
+
 class SampleMaker:
     """Makes samples for one tokenizer and one haystack."""
 
@@ -83,10 +94,49 @@ class SampleMaker:
         self._sentences = Sentences(self._encode)
         self.haystack = open_haystack(haystack, tokenizer, self._encode)
 
+    def check(self, task: str, length: int, samples: int, window: int | None = None) -> None:
+        """InputError if one of so many samples cannot be made, or asked in ``window`` tokens: they
+        differ by some. Only the first is made, as long ones take a while."""
+        self(task, length, 0.5, 0)
+        for number in range(samples):
+            parts = self._parts(self._rng(task, number), task, length, 0.5)
+            if parts.in_haystack:
+                self.haystack.check(parts.room)
+            if window is not None:
+                _check_window(window, task, len(parts.tail))
+
     def __call__(self, task: str, length: int, depth: float | None, number: int) -> RecallSample:
         """Sample ``number`` of ``task``. InputError if ``length`` or the haystack is too short."""
-        rng = np.random.default_rng([self.seed, zlib.crc32(task.encode()), number])
-        story = TASKS[task](rng, 0.0 if depth is None else depth)
+        rng = self._rng(task, number)
+        story, in_haystack, first, opening, tail, pieces, room = self._parts(
+            rng, task, length, 0.0 if depth is None else depth
+        )
+        if in_haystack:
+            filler = self.haystack.fill(room, rng, task in BY_LINES)
+        else:
+            assert story.filler is not None
+            before = self._sentences if story.opening else None
+            filler = fill_units(encoded(story.filler, self._encode), room, before)
+        parts, at = [first], 0
+        places = [0.0, *(place for place, _ in story.pieces)]
+        joints = [_nearest(filler.joints, place * room) for place in places]
+        for joint, ids in sorted(
+            zip(joints, [opening, *pieces], strict=True), key=lambda item: item[0]
+        ):
+            parts += [filler.ids[at:joint], ids]
+            at = joint
+        parts += [filler.ids[at:], tail]
+        ids = np.concatenate(parts).astype(np.int32)
+        assert len(ids) == length + 1
+        self._check_vocabulary(ids)
+        answers, texts = self._answers(story.tail, tail, length + 1)
+        return RecallSample(task, length, depth, number, ids, answers, texts, len(tail))
+
+    def _rng(self, task: str, number: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, zlib.crc32(task.encode()), number])
+
+    def _parts(self, rng: np.random.Generator, task: str, length: int, depth: float) -> "_Parts":
+        story = TASKS[task](rng, depth)
         tail_text = "".join(text for text, _ in story.tail)
         # Code is hidden in the user's own, where there is any, on lines of its own.
         in_code = task in BY_LINES and isinstance(self.haystack, Stream)
@@ -100,29 +150,16 @@ class SampleMaker:
                 f"a length of {length} tokens: a sample of task {task} needs {length - room} "
                 "tokens of this tokenizer without any text around it; give a greater length"
             )
-        if story.filler and not in_code:
-            before = self._sentences if story.opening else None
-            filler = fill_units(encoded(story.filler, self._encode), room, before)
-        else:
-            filler = self.haystack.fill(room, rng, task in BY_LINES)
-        parts, at = [first], 0
-        places = [0.0, *(place for place, _ in story.pieces)]
-        joints = [_nearest(filler.joints, place * room) for place in places]
-        for joint, ids in sorted(
-            zip(joints, [opening, *pieces], strict=True), key=lambda item: item[0]
-        ):
-            parts += [filler.ids[at:joint], ids]
-            at = joint
-        parts += [filler.ids[at:], tail]
-        ids = np.concatenate(parts).astype(np.int32)
-        assert len(ids) == length + 1
+        self._check_vocabulary(np.concatenate([opening, tail, *pieces]))
+        in_haystack = story.filler is None or in_code
+        return _Parts(story, in_haystack, first, opening, tail, pieces, room)
+
+    def _check_vocabulary(self, ids: np.ndarray) -> None:
         if (largest := int(ids.max())) >= self._vocab_size:
             raise InputError(
                 f"tokenizer {self._tokenizer.identity.path}: token {largest} of a sample is beyond "
                 f"the model's vocabulary of {self._vocab_size}; is it the model's tokenizer?"
             )
-        answers, texts = self._answers(story.tail, tail, length + 1)
-        return RecallSample(task, length, depth, number, ids, answers, texts, len(tail))
 
     def text(self, sample: RecallSample) -> str:
         """What a sample says, without BOS."""
@@ -138,6 +175,14 @@ class SampleMaker:
                 texts.append(text)
             at += len(text)
         return [span + end - len(tail) for span in self._encode.spans(tail, spans)], texts
+
+
+def _check_window(window: int, task: str, tail: int) -> None:
+    if tail > window:
+        raise InputError(
+            f"--window {window}: the question and answers of task {task} alone take {tail} tokens; "
+            "give a greater one"
+        )
 
 
 def _nearest(joints: np.ndarray, place: float) -> int:

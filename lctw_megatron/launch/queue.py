@@ -173,9 +173,10 @@ def _queue(ids: Sequence[str]) -> dict[str, list[str]]:
     if answer.returncode:
         raise NoAnswer(f"squeue: {' '.join(answer.stderr.split())[:500]}")
     for line in answer.stdout.splitlines():
-        id, _, state = line.strip().partition(" ")
-        if not re.fullmatch(r"[A-Z_]+", state):  # a site's wrapper may say more
-            continue
+        words = line.split()
+        if len(words) != 2 or not re.fullmatch(r"[A-Z_]+", words[1]):
+            continue  # a site's wrapper may say more
+        id, state = words
         if id in ids and state.lower() not in found.setdefault(id, []):
             found[id].append(state.lower())
     return found

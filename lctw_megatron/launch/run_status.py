@@ -25,6 +25,8 @@ _SILENT_STEPS = 10
 """Steps without a beat after which a run that trains counts as stale."""
 _SILENT_MINUTES = 30.0
 """The same while it starts, evaluates or saves, if it has no training.hang_minutes."""
+_CLOCKS_APART = 60.0
+"""Seconds by which the clocks of two machines may differ without a word."""
 _LOG_BYTES = 1 << 18
 
 
@@ -41,9 +43,11 @@ def run_status(run: RunConfig) -> RunStatus:
     beat, owner = read_beat(folder), holder(folder / ".lock")
     lines = last_metrics(folder / "metrics.jsonl")
     saved = _newest_checkpoint(folder / "checkpoints")
-    done = saved or 0
+    done, logged = saved or 0, lines[-1]["step"] + 1 if lines else 0
     if beat and beat.stage != "starting":
-        done = max(beat.step, lines[-1]["step"] + 1 if lines else 0)
+        done = max(beat.step, logged)
+    elif not beat and not owner:  # a copy that was kept of a run
+        done = max(done, logged)
     alive = owner is not None and not owner[1]
     finished = not alive and saved is not None and saved >= steps
     parts = [f"step {done}/{steps} ({100 * done / steps:.0f} %)"]
@@ -70,10 +74,12 @@ def run_status(run: RunConfig) -> RunStatus:
 def _sign_of_life(beat: Beat | None, owner: str, allowed: float) -> str:
     if beat is None:
         return f"starting ({owner})"
-    age = max(time.time() - beat.time, 0.0)
+    age = time.time() - beat.time
     if age > allowed:
         return f"stale: no sign of life for {clock(age)} while {beat.stage} ({owner})"
-    return f"{beat.stage}, alive {age:.0f} s ago ({owner})"
+    if age < -_CLOCKS_APART:
+        return f"{beat.stage}, alive, by a clock {clock(-age)} ahead of this machine's ({owner})"
+    return f"{beat.stage}, alive {max(age, 0.0):.0f} s ago ({owner})"
 
 
 def _newest_checkpoint(folder: Path) -> int | None:

@@ -178,7 +178,9 @@ def _literal(path: Path) -> str:
 
 
 def _expanded(value: str) -> str:
-    """``value`` for the shell: $NAME and ${NAME} are expanded there, all else is literal."""
+    """``value`` for the shell: $NAME, ${NAME} and, where a path begins, ~ are expanded there, all
+    else is literal."""
+    value = re.sub(r"(^|:)~(?=[/:]|$)", r"\1${HOME}", value)
     parts = re.split(r"(\$(?:[A-Za-z_]\w*|\{[A-Za-z_]\w*\}))", value)
     if len(parts) == 1:
         return shlex.quote(value)

@@ -23,8 +23,9 @@ declare -A id
 submit() {{ # NAME [OPTION...] SCRIPT: prints NAME and the job's id, which others wait for
     local said
     said=$(sbatch --parsable "${{@:2}}" 2>&1) || {{ echo "sbatch --parsable ${{*:2}}: $said" >&2; exit 1; }}
-    # A site's sbatch may say more: the id is a line of its own, ID or ID;CLUSTER.
-    id[$1]=$(sed -nE 's/^([0-9]+)(;[^[:space:]]*)?[[:space:]]*$/\\1/p' <<< "$said" | tail -n 1)
+    # A site's sbatch may say more: the id is a line of its own, ID or ID;CLUSTER, or what sbatch
+    # says without --parsable.
+    id[$1]=$(sed -nE 's/^[[:space:]]*(Submitted batch job )?([0-9]+)((;| on cluster )[^[:space:]]*)?[[:space:]]*$/\\2/p' <<< "$said" | tail -n 1)
     if [ -z "${{id[$1]}}" ]; then
         echo "sbatch --parsable ${{*:2}}: no line with a job's id in what it said: '$said'" >&2
         exit 1

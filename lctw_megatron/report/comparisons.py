@@ -107,8 +107,10 @@ def overview_table(groups: Sequence[Group]) -> Rows:
             rows[0].append(comparison.name)
             rows[1].append("-" if ours is None else show(level(ours)))
             for row, group in zip(rows[2:], others, strict=True):
-                found = difference(comparison.read(group), ours)
-                text = "-" if found is None else show(found, "+")
+                theirs = comparison.read(group)
+                found = difference(theirs, ours)
+                unknown = "other samples" if ours and theirs else "-"
+                text = unknown if found is None else show(found, "+")
                 row.append(marked(text, *verdict(found, comparison)))
     _add_cost(rows, groups)
     return rows

@@ -1,4 +1,4 @@
-"""Runs of a group that do not count, since they were measured on other samples than its first."""
+"""Runs of a group that do not count: measured on other samples than its first, or not at all."""
 
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -30,6 +30,13 @@ def left_out(groups: Sequence[Group]) -> list[str]:
                 lines.append(
                     f"{group.name}: {what}: {few(others)} left out, measured on other samples than "
                     f"{known[0][0]}."
+                )
+            every = {name for _, found in known for name in found}
+            lacking = [run.name for run in group.runs if samples(run).keys() < every]
+            if lacking:
+                lines.append(
+                    f"{group.name}: {what}: {few(lacking)} was not, or not in all, measured; what "
+                    "it lacks is the mean of the others."
                 )
     return lines
 

@@ -60,8 +60,8 @@ def tasks_of(groups: Sequence[Group]) -> list[str]:
 
 
 def shared_tasks(groups: Sequence[Group]) -> list[str]:
-    """Those that every group has of which recall was measured at all."""
-    measured = [tasks_of([group]) for group in groups if has_recall(group)]
+    """Those that every run has of which recall was measured at all."""
+    measured = [found["tasks"] for found in _recall_settings(groups)]
     return [task for task in tasks_of(groups) if all(task in tasks for tasks in measured)]
 
 

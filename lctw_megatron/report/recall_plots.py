@@ -152,7 +152,7 @@ def _depth_map(
         for cell in select(run.recall or {"cells": []}, task):
             if cell["depth"] is not None:
                 place = depths.index(cell["depth"]), lengths.index(cell["length"])
-                found.setdefault(place, []).append(cell["mean"]["right"][0])
+                found.setdefault(place, []).append(np.mean(cell["right"]))
     shares = np.full((len(depths), len(lengths)), np.nan)
     for place, values in found.items():
         shares[place] = np.mean(values)

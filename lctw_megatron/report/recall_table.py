@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from lctw_megatron.errors import few
 from lctw_megatron.evaluation.recall_result import show
 from lctw_megatron.report import measures
 from lctw_megatron.report.estimate import difference, is_beyond, level
@@ -50,13 +51,25 @@ def _difference_row(
 
 def recall_lines(groups: Sequence[Group]) -> list[str]:
     """What the tables and figures need to be read rightly."""
-    for run in (run for group in groups for run in group.runs if run.recall):
-        assert run.recall
-        settings = run.recall["settings"]
-        return [
-            f"Recall: {settings['samples']} samples of each task, length and depth in "
-            f"{settings['haystack']}, teacher-forced; ± is the standard error over samples and, of "
-            f"several, seeds; of a difference that of the same samples. Dotted and hollow: with "
-            f"the last {settings['window']:,} tokens of the context only."
-        ]
-    return []
+    if not any(measures.has_recall(group) for group in groups):
+        return []
+    return [
+        f"Recall: {_said(groups, 'samples')} samples of each task, length and depth in "
+        f"{_said(groups, 'haystack')}, teacher-forced; ± is the standard error over samples and, "
+        f"of several, seeds; of a difference that of the same samples. Dotted and hollow: with the "
+        f"last {_said(groups, 'window')} tokens of the context only."
+    ]
+
+
+def _said(groups: Sequence[Group], setting: str) -> str:
+    """What recall was measured with; where that differs, with which groups had what."""
+    found: dict[str, dict[str, None]] = {}
+    for group in groups:
+        for run in group.runs:
+            if run.recall:
+                value = run.recall["settings"][setting]
+                text = f"{value:,}" if isinstance(value, int) else str(value)
+                found.setdefault(text, {})[group.name] = None
+    if len(found) == 1:
+        return next(iter(found))
+    return " or ".join(f"{text} ({few(list(names))})" for text, names in found.items())

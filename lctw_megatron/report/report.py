@@ -39,8 +39,15 @@ from lctw_megatron.report.recall_plots import (
     recall_difference,
 )
 from lctw_megatron.report.recall_table import recall_lines, recall_tables
-from lctw_megatron.report.result_tables import explain, loss_table, run_table, weight_table
+from lctw_megatron.report.result_tables import (
+    explain,
+    loss_table,
+    only_measured,
+    run_table,
+    weight_table,
+)
 from lctw_megatron.report.runs import RunRecord, read_runs
+from lctw_megatron.report.shared_recall import with_shared_depths
 from lctw_megatron.report.table import Rows, to_markdown, to_text
 from lctw_megatron.report.weight_plots import text_page, weight_histogram
 
@@ -90,10 +97,10 @@ def write_report(
     so that a report that is there is complete. Raises InputError.
     """
     runs, first = read_runs(folders, baseline)
-    groups = group_runs(runs, first)
+    groups, unshared = with_shared_depths(group_runs(runs, first))
     folder = Path(output) if output else Path(folders[0]).resolve().parent / "report"
     sections = [
-        _results(groups),
+        _results(groups, [*unshared, *left_out(groups)]),
         *_drawn(RECALL, groups, folder),
         Section("Benchmarks", [benchmark_table(groups)], lines=benchmark_lines(groups)),
         Section("Held-out loss", [loss_table(groups)], lines=explain(runs)),
@@ -106,7 +113,7 @@ def write_report(
             lines=recall_lines(groups),
             folded="show the tables" if len(groups) > FEW else "",
         ),
-        Section("The runs", [run_table(runs)]),
+        Section("The runs", [run_table(runs)], lines=only_measured(runs)),
         *_drawn(TRAINING, groups, folder),
     ]
     sections = [part for part in map(_without_empty_tables, sections) if _is_something(part)]
@@ -134,10 +141,10 @@ def _title(groups: Sequence[Group]) -> str:
     return f"{few(others, most=12)} against {first}" if others else f"Report: {first}"
 
 
-def _results(groups: Sequence[Group]) -> Section:
+def _results(groups: Sequence[Group], exceptions: Sequence[str]) -> Section:
     if len(groups) == 1:
-        return Section("Results", lines=left_out(groups))
-    lines = verdict_lines(groups) + left_out(groups)
+        return Section("Results", lines=exceptions)
+    lines = [*verdict_lines(groups), *exceptions]
     return Section("Results", [overview_table(groups)], lines=lines)
 
 

@@ -90,6 +90,17 @@ def run_table(runs: Sequence[RunRecord]) -> Rows:
     return [["run", *kept], *body]
 
 
+def only_measured(runs: Sequence[RunRecord]) -> list[str]:
+    """A line of each folder without a training, such as what a model could do before."""
+    lines = []
+    for run in runs:
+        if not run.metrics and not run.evaluation:
+            files = {"recall.json": run.recall, "harness.json": run.harness}
+            there = " and ".join(name for name, content in files.items() if content)
+            lines.append(f"{run.name}: only {there}, nothing of its training or held-out losses.")
+    return lines
+
+
 def explain(runs: Sequence[RunRecord]) -> list[str]:
     """What the tables need to be read rightly, a line each."""
     lines = []
@@ -116,15 +127,28 @@ def explain(runs: Sequence[RunRecord]) -> list[str]:
             f"{settings['sequence_length']:,} tokens from {documents} documents of "
             f"{settings['data']}; ± is the standard error over sequences and, of several, seeds."
         )
-        if longppl := evaluated.get("longppl"):
-            line = (
-                f"LongPPL, exp of the loss on key tokens: short context {settings['window']} "
-                f"tokens, key tokens picked by {longppl['evaluator']}."
-            )
-            if longppl["key_tokens"] < FEW_KEY_TOKENS:
-                line += f" On {longppl['key_tokens']} key tokens it says nothing."
-            lines.append(line)
-    return lines
+    return lines + _longppl_lines(runs)
+
+
+def _longppl_lines(runs: Sequence[RunRecord]) -> list[str]:
+    """Who picked the key tokens, and where they are too few."""
+    found = [(run, run.evaluation) for run in runs if (run.evaluation or {}).get("longppl")]
+    picked: dict[str, list[str]] = {}
+    for run, evaluation in found:
+        assert evaluation
+        how = (
+            f"short context {evaluation['settings']['window']} tokens, key tokens picked by "
+            f"{evaluation['longppl']['evaluator']}"
+        )
+        picked.setdefault(how, []).append(run.name)
+    if not picked:
+        return []
+    ways = [how if len(picked) == 1 else f"{few(names)}: {how}" for how, names in picked.items()]
+    line = f"LongPPL, exp of the loss on key tokens: {few(ways, '; ', most=4)}."
+    least = min(evaluation["longppl"]["key_tokens"] for _, evaluation in found if evaluation)
+    if least < FEW_KEY_TOKENS:
+        line += f" On {least} key tokens it says nothing."
+    return [line]
 
 
 def _loss(value: Measured | None) -> str:

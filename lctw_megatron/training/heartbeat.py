@@ -36,22 +36,25 @@ class Heartbeat:
         self._path = path_in(run_dir)
         with suppress(OSError):
             self._path.unlink(missing_ok=True)  # of the start before
-        self._last = Beat("", 0, 0.0)
+        self._stage = ""
+        self._next = 0.0
+        """When the next beat of this stage is due. As all that is measured here by a clock that
+        nobody sets: one that jumps would keep beats back, or give steps a negative time."""
         self._first: tuple[int, float] | None = None
         """The first step of this start, and when it began."""
 
     def beat(self, stage: str, step: int) -> None:
-        now = time.time()
-        if stage == self._last.stage and 0 <= now - self._last.time < INTERVAL_SECONDS:
+        now = time.monotonic()
+        if stage == self._stage and now < self._next:
             return
+        self._stage, self._next = stage, now + INTERVAL_SECONDS
         if self._first is None and stage == "training":
             self._first = step, now
         each = None
         if self._first and step > self._first[0]:
             each = (now - self._first[1]) / (step - self._first[0])
-        self._last = Beat(stage, step, now, each)
         with suppress(OSError):  # a full disk ends the run at its next save, on all ranks
-            write_json(self._path, asdict(self._last))
+            write_json(self._path, asdict(Beat(stage, step, time.time(), each)))
 
 
 def path_in(run_dir: Path) -> Path:

@@ -41,7 +41,7 @@ class TrainingRecall:
             self.maker = SampleMaker(known, None, SEED, run.model.vocab_size)
             for length in config.lengths:
                 for task in config.tasks:
-                    self.maker(task, length, DEPTHS[0], 0)
+                    self.maker.check(task, length, config.samples)
         except InputError as error:
             raise InputError(f"training.recall: {error}") from None
 

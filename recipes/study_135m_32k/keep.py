@@ -4,7 +4,8 @@
 
 Of each run that was trained, evaluated and asked for its recall: run.yaml, metrics.jsonl,
 evaluation.json and recall.json, which is what tools/report.py reads. Not its weights, and not the
-page of training text in evaluation.json, whose licence is not ours.
+page of training text in evaluation.json, whose licence is not ours. Of `before`, which was not
+trained, recall.json.
 """
 
 import argparse
@@ -41,6 +42,11 @@ def main(arguments: list[str]) -> int:
             evaluation["weights"]["page"] = None
         _write(kept / "evaluation.json", evaluation)
         _write(kept / "recall.json", recall)
+        print(f"kept: {kept}")
+    if (before := read_recall(options.runs / "before" / "recall.json")) is not None:
+        kept = options.output / "before"
+        kept.mkdir(parents=True, exist_ok=True)
+        _write(kept / "recall.json", before)
         print(f"kept: {kept}")
     return 0
 

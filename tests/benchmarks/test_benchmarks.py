@@ -4,16 +4,18 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
-from lctw_megatron.benchmarks import scoring_gpu
+from lctw_megatron.benchmarks import gpu, scoring_gpu
 from lctw_megatron.benchmarks.attention import attention_benchmark
 from lctw_megatron.benchmarks.checkpointing import checkpoint_benchmark
 from lctw_megatron.benchmarks.cpu import STEP, WEIGHTINGS
 from lctw_megatron.benchmarks.full_size import plan
 from lctw_megatron.benchmarks.head import head_benchmark
+from lctw_megatron.benchmarks.results import Results
 from lctw_megatron.benchmarks.scaling import layouts, run_of
 from lctw_megatron.benchmarks.scoring_cpu import scoring_benchmark
 from lctw_megatron.benchmarks.sixteen_bits import weight_changes
@@ -22,6 +24,7 @@ from lctw_megatron.config.layout_rules import check_layout
 from lctw_megatron.config.schema import LayoutConfig, RunConfig
 from lctw_megatron.platform.world import World
 from tests.conversion.hf_models import make_model
+from tests.distributed import run_distributed
 from tests.tokenizer_files import VOCAB_SIZE, hf_folder, real_text  # noqa: F401 (a fixture)
 
 CPU = torch.device("cpu")
@@ -55,10 +58,47 @@ def test_steps_are_beside_their_flops() -> None:
     assert 1.1 < rows["self-scoring dense"]["flops_ratio"] < 1.6
 
 
-def test_what_saving_costs() -> None:
-    row = checkpoint_benchmark(small_run(), every=3, repeats=1)
-    assert row["seconds_without"] > 0 and row["asynchronous_share"] > -1
-    assert row["save_seconds"] > 0 and row["load_seconds"] > 0 and row["gigabytes"] > 0
+def what_saving_costs() -> list[tuple[str, dict[str, Any]]]:
+    return list(checkpoint_benchmark(small_run(), every=2))
+
+
+def test_what_saving_costs_on_each_rank() -> None:
+    for found in run_distributed(what_saving_costs, 2):
+        rows = dict(found)
+        assert list(rows) == [
+            "first step", "2 steps", "first save", "load", "blocking save",
+            "2 steps with an asynchronous save",
+        ]  # fmt: skip
+        assert all(row["seconds"] > 0 for row in rows.values())
+        assert rows["first save"]["gigabytes"] > 0
+        blocking, background = list(rows.values())[-2:]
+        share = blocking["seconds"] / rows["2 steps"]["seconds"]
+        assert blocking["share_of_steps"] == share
+        assert background["share_of_steps"] > -1 and background["waited_seconds"] >= 0
+
+
+def test_what_is_killed_leaves_the_numbers_that_it_had(monkeypatch, tmp_path, capsys) -> None:
+    def part(results: dict[str, Any]) -> None:
+        """Two numbers."""
+        results["one"] = {"seconds": 1.5}
+        seen.append((capsys.readouterr().out, json.loads(output.read_text())["one"]))
+        raise KeyboardInterrupt
+
+    seen: list[tuple[str, dict[str, Any]]] = []
+    output = tmp_path / "found.json"
+    monkeypatch.setattr(gpu, "PARTS", {"part": part})
+    monkeypatch.setattr(gpu, "capabilities", lambda: Mock(gpu=True, line=lambda: "machine"))
+    monkeypatch.setattr(gpu, "matmul_tflops", lambda: 1.0)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    with pytest.raises(KeyboardInterrupt):
+        gpu.gpu_benchmark(output, [])
+    ((said, kept),) = seen
+    assert said.splitlines()[-2:] == ["[part: Two numbers.]", "one: seconds 1.5"]
+    assert kept == {"seconds": 1.5}
+    # Of several ranks only the first has a say.
+    output.unlink()
+    Results(output, first_rank=False)["one"] = 1.0
+    assert not output.exists() and not capsys.readouterr().out
 
 
 def test_ranks_step_on_their_parts_of_the_same_sequences() -> None:

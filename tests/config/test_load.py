@@ -187,6 +187,9 @@ def test_set_reaches_recipe_wide_sections(recipe):
     assert loaded.cluster is not None
     assert (loaded.cluster.partition, loaded.cluster.nodes) == ("long", 4)
     assert loaded.cluster.environment == {"OMP_NUM_THREADS": "1", "A": "x=y"}
+    for name in ("A-B", "1A", "Ä", "A B"):
+        with pytest.raises(InputError, match=f"cluster.environment is .*'{name}' is none"):
+            recipe(RECIPE, "cluster=site", f"cluster.environment.{name}=x")
     assert recipe(RECIPE, "output_dir=elsewhere").output_dir == "elsewhere"
 
 

@@ -201,6 +201,35 @@ def test_what_does_not_fit_is_one_line(hf_folder, sentencepiece_model, tmp_path)
     refused("comes back from its tokens as", tokenizer=lacking, vocab_size=1000)
 
 
+def test_every_sample_is_checked_before_one_is_measured(hf_folder, tmp_path):
+    """They differ by some tokens: what the first can do another may not."""
+    tokenizer = load_tokenizer(hf_folder)
+    maker = SampleMaker(tokenizer, None, seed=0, vocab_size=VOCAB_SIZE)
+    needs = []
+    for number in range(20):
+        with pytest.raises(InputError, match=r"needs (\d+) tokens") as error:
+            maker("one_key", 5, 0.5, number)
+        needs.append(int(re.search(r"needs (\d+)", str(error.value))[1]))
+    first, most = needs[0], max(needs)
+    assert first < most
+    maker.check("one_key", most, 20)
+    maker.check("one_key", first, 1)
+    with pytest.raises(InputError, match=rf"a length of {first} tokens"):
+        maker.check("one_key", first, 20)
+    tails = [maker("one_key", most, 0.5, number).tail for number in range(20)]
+    maker.check("one_key", most, 20, max(tails))
+    with pytest.raises(InputError, match=f"--window {max(tails) - 1}: the question"):
+        maker.check("one_key", most, 20, max(tails) - 1)
+    text = tmp_path / "text.txt"
+    text.write_text("word " * 2000)
+    (ids,) = tokenizer.encode_batch([text.read_text()])
+    hidden = SampleMaker(tokenizer, str(text), seed=0, vocab_size=VOCAB_SIZE)
+    longest = len(ids) + first - 1  # so many tokens of the text the first sample takes
+    hidden.check("one_key", longest, 1)
+    with pytest.raises(InputError, match="its longest document has"):
+        hidden.check("one_key", longest, 20)
+
+
 def test_without_bos_a_line_says_so_and_no_sample_begins_with_one(hf_folder, tmp_path):
     folder = shutil.copytree(hf_folder, tmp_path / "bare")
     values = json.loads((folder / "tokenizer.json").read_text())

@@ -192,9 +192,15 @@ def test_a_banner_is_no_job_id_and_odd_lines_are_no_jobs(plan, slurm):
     stub.write_text("#!/bin/bash\necho Welcome to the cluster, since 1999\necho '7;main'\n")
     queue.submit(made, made.select(["prepare"]), CPU)
     assert json.loads((made.folder / "jobs.json").read_text()) == {"prepare": "7"}
-    slurm.waiting("\nCLUSTER: main\nodd\n7 RUNNING\n")
+    slurm.waiting("\nCLUSTER: main\nodd\n7   RUNNING\n")
     jobs = queue.plan_jobs(made, made.select(["prepare"]), CPU)
     assert queue.stage_states(made, jobs)[0].text == "running, job 7"
+    # What a site's wrapper makes of it that takes no --parsable.
+    for said in ("Submitted batch job 7", "  7", "Submitted batch job 7 on cluster main"):
+        (made.folder / "jobs.json").unlink()
+        stub.write_text(f"#!/bin/bash\necho '{said}'\necho 3 jobs before it\n")
+        queue.submit(made, made.select(["prepare"]), CPU)
+        assert json.loads((made.folder / "jobs.json").read_text()) == {"prepare": "7"}
     stub.write_text("#!/bin/bash\necho Welcome to the cluster\n")
     with pytest.raises(InputError, match="no line with a job's id"):
         queue.submit(made, made.select(["train-base"]), CPU)

@@ -13,6 +13,7 @@ import pytest
 from lctw_megatron.config.schema import ClusterConfig
 from lctw_megatron.errors import InputError
 from lctw_megatron.launch import slurm
+from lctw_megatron.launch.run_status import last_error
 from lctw_megatron.launch.slurm import stage_jobs
 from tests.launch.conftest import RECIPE
 
@@ -211,13 +212,30 @@ def test_the_sites_lines_may_read_unset_variables_and_the_environment_names_othe
     cluster = ClusterConfig(
         nodes=2,
         gpus_per_node=0,
-        environment={"HF_HOME": '${SCRATCH}/my "hf" `x` $(x)', "PLAIN": "a $ b"},
-        setup=["export MY_BACKUP=$NOT_SET_ANYWHERE", 'echo "$HF_HOME|$PLAIN" > seen'],
+        environment={
+            "HF_HOME": '${SCRATCH}/my "hf" `x` $(x)',
+            "PLAIN": "a $ b",
+            "HOMES": "~/a b:/c~/d:~",
+        },
+        setup=["export MY_BACKUP=$NOT_SET_ANYWHERE", 'echo "$HF_HOME|$PLAIN|$HOMES" > seen'],
     )
     (job,) = jobs(made, cluster, "train-base")
-    assert run_script(job.script, SCRATCH="/fast disk", **IN_JOB)[0] == 0
-    assert Path("seen").read_text() == '/fast disk/my "hf" `x` $(x)|a $ b\n'
+    assert run_script(job.script, SCRATCH="/fast disk", HOME="/my home", **IN_JOB)[0] == 0
+    homes = "/my home/a b:/c~/d:/my home"
+    assert Path("seen").read_text() == f'/fast disk/my "hf" `x` $(x)|a $ b|{homes}\n'
     assert "srun --kill-on-bad-exit=1 --export=ALL " in job.script
+
+
+def test_a_line_of_the_sites_that_fails_is_named(plan, run_script):
+    """As the end of a .bashrc that only asks whether something is there."""
+    Path("site.sh").write_text("echo loaded\n[ -f /nowhere ]\n")
+    setup = ["exec 2> log", "[ -d / ]", "source site.sh"]
+    made = plan()
+    (job,) = jobs(made, ClusterConfig(nodes=2, gpus_per_node=0, setup=setup), "prepare")
+    assert run_script(job.script, **IN_JOB) == (1, [])
+    line = "error: the lines before the command ended with status 1 at: [ -f /nowhere ]"
+    assert Path("log").read_text() == f"{line}\n"
+    assert last_error([Path("log")]) == line
 
 
 def test_parts_are_array_tasks_or_one_after_the_other(plan, run_script):

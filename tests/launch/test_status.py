@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from lctw_megatron.launch.run_status import last_error, run_status
 from lctw_megatron.launch.stage_graph import StageGraph
 from lctw_megatron.model.checkpoint_folder import MANIFEST, step_name
 from lctw_megatron.ownership import FORMAT, holder, owned
+from lctw_megatron.training import heartbeat
 from lctw_megatron.training.heartbeat import Heartbeat, path_in, read_beat
 
 Plan = Callable[..., StageGraph]
@@ -36,8 +38,9 @@ def write_run(run_dir: Path, steps: int, saved: int | None, stage: str, age: flo
 
 
 def test_beats_are_few_but_every_stage_is_said(tmp_path: Path, monkeypatch: Any) -> None:
-    heart, now = Heartbeat(tmp_path), [1000.0]
-    monkeypatch.setattr(time, "time", lambda: now[0])
+    heart, now, wall = Heartbeat(tmp_path), [1000.0], [5000.0]
+    clocks = SimpleNamespace(monotonic=lambda: now[0], time=lambda: wall[0])
+    monkeypatch.setattr(heartbeat, "time", clocks)
     heart.beat("training", 1)
     for step in range(2, 9):
         now[0] += 1
@@ -46,8 +49,9 @@ def test_beats_are_few_but_every_stage_is_said(tmp_path: Path, monkeypatch: Any)
     heart.beat("saving", 9)
     assert (read_beat(tmp_path).stage, read_beat(tmp_path).step) == ("saving", 9)
     now[0] += 10
+    wall[0] -= 3600  # somebody sets the clock of the machine
     heart.beat("saving", 11)
-    assert read_beat(tmp_path).step == 11
+    assert (read_beat(tmp_path).step, read_beat(tmp_path).time) == (11, 1400)
     # 17 s for ten steps, with the save.
     assert read_beat(tmp_path).seconds_per_step == pytest.approx(1.7)
     for damaged in (
@@ -68,9 +72,15 @@ def test_a_run_is_alive_stale_dead_or_finished(plan: Plan, monkeypatch: pytest.M
     run = next(run for run in plan().runs if run.name == "base")  # 100 steps of 8 x 256 tokens
     folder = Path(run.run_dir)
     assert run_status(run).text == "step 0/100 (0 %), no checkpoint, not started"
-    folder.mkdir(parents=True)
+    write_run(folder, 40, None, "training")
+    path_in(folder).unlink()
+    assert run_status(run).text == "step 40/100 (40 %), no checkpoint, not running"
+    (folder / "metrics.jsonl").unlink()
     with owned(folder / ".lock", "the run"):
         assert "no checkpoint, starting (process " in run_status(run).text
+        write_run(folder, 40, 30, "training", age=-7200)
+        ahead = "training, alive, by a clock 2:00:00 ahead of this machine's (process "
+        assert ahead in run_status(run).text
         write_run(folder, 40, 30, "training", age=5)
         found = run_status(run)
         assert found.alive and not found.finished

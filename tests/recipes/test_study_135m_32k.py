@@ -13,7 +13,8 @@ from lctw_megatron.config.load import load_recipe, resolve_run
 from lctw_megatron.launch.stage_graph import build_stage_graph
 from lctw_megatron.report.comparisons import overview_table
 from lctw_megatron.report.groups import group_runs
-from lctw_megatron.report.runs import read_runs
+from lctw_megatron.report.runs import read_run, read_runs
+from lctw_megatron.report.shared_recall import with_shared_depths
 from lctw_megatron.report.table import to_markdown
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "study_135m_32k"
@@ -114,19 +115,23 @@ def test_nothing_long_enough_is_one_line_and_leaves_nothing(corpus, tmp_path, ca
 
 def test_the_table_of_the_readme_is_that_of_the_results_beside_it():
     runs, first = read_runs(sorted(RESULTS.glob("*/")), RESULTS / "uniform-seed1")
-    table = to_markdown(overview_table(group_runs(runs, first)))
+    groups, _ = with_shared_depths(group_runs(runs, first))
+    table = to_markdown(overview_table(groups))
     assert table in (FOLDER / "README.md").read_text()
 
 
 def test_finished_runs_are_kept_without_texts_and_others_are_named(tmp_path, capsys):
     runs, kept = tmp_path / "runs", tmp_path / "kept"
     shutil.copytree(RESULTS, runs)
-    (runs / "uniform-seed1" / "recall.json").unlink()
+    (runs / "before").mkdir()
+    (runs / "uniform-seed1" / "recall.json").rename(runs / "before" / "recall.json")
     evaluation = runs / "dense75-seed1" / "evaluation.json"
     measured = json.loads(evaluation.read_text())
     evaluation.write_text(json.dumps(measured | {"weights": measured["weights"] | {"page": "a"}}))
     assert script("keep").main([str(runs), "--output", str(kept)]) == 0
     assert f"{runs / 'uniform-seed1'}: not finished, left out" in capsys.readouterr().out
-    assert [folder.name for folder in kept.iterdir()] == ["dense75-seed1"]
+    assert sorted(folder.name for folder in kept.iterdir()) == ["before", "dense75-seed1"]
+    assert [file.name for file in (kept / "before").iterdir()] == ["recall.json"]
+    assert read_run(kept / "before").recall
     for file in (RESULTS / "dense75-seed1").iterdir():
         assert (kept / "dense75-seed1" / file.name).read_bytes() == file.read_bytes()

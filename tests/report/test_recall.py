@@ -109,3 +109,17 @@ def test_a_damaged_recall_file_is_one_line(tmp_path):
         with pytest.raises(InputError, match="recall.json") as error:
             read_run(Path(tmp_path))
         assert "\n" not in str(error.value)
+    content = json.loads(Path(write_recall(tmp_path) / "recall.json").read_text())
+    for changed in (
+        content | {"settings": {k: v for k, v in content["settings"].items() if k != "samples"}},
+        content
+        | {
+            "cells": [
+                c | {k: [] for k in ("nats", "tokens", "right", "short_nats", "short_right")}
+                for c in content["cells"]
+            ]
+        },
+    ):
+        (tmp_path / "recall.json").write_text(json.dumps(changed))
+        with pytest.raises(InputError, match="recall.json"):
+            read_run(tmp_path)

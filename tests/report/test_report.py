@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import struct
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -194,6 +195,13 @@ def test_the_table_of_runs_leaves_out_what_no_run_has(report):
     assert table[1][table[0].index("steps")] == "60"
     assert any("On 9 key tokens it says nothing" in line for line in explain(runs))
     assert any("near: the target's token last stood at most 16" in line for line in explain(runs))
+    # Two runs may have picked key tokens each for itself.
+    longppl = runs[1].evaluation["longppl"] | {"evaluator": "itself"}
+    other = replace(runs[1], evaluation=runs[1].evaluation | {"longppl": longppl})
+    assert (
+        "uniform: short context 16 tokens, key tokens picked by runs/base; dense: short context 16 "
+        "tokens, key tokens picked by itself. On 9 key tokens"
+    ) in explain([runs[0], other])[-1]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Run folders as training and evaluation leave them, with made-up numbers."""
 
 import json
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,15 +96,22 @@ def make_evaluation(better: float, weighted: bool) -> dict[str, Any]:
 TASKS, LENGTHS, DEPTHS, SAMPLES = ("one_key", "json", "frequent_words"), (1024, 4096), (0.0, 1.0), 4
 
 
-def write_recall(folder: Path, better: float = 0.0, seed: int = 0) -> Path:
+def write_recall(
+    folder: Path,
+    better: float = 0.0,
+    seed: int = 0,
+    depths: Sequence[float] = DEPTHS,
+    tasks: Sequence[str] = TASKS,
+) -> Path:
     """recall.json; ``better``: nats by which every answer token is likelier than in another run
-    with the same ``seed``, whose samples are the same."""
+    with the same ``seed``, whose samples are the same, at every depth that both have."""
     folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(seed)
     cells = []
-    for task in TASKS:
+    for task in tasks:
         for length in LENGTHS:
-            for depth in [None] if task == "frequent_words" else DEPTHS:
+            for depth in [None] if task == "frequent_words" else depths:
+                where = f"{task} {length} {depth}"
+                rng = np.random.default_rng([seed, zlib.crc32(where.encode())])
                 tokens = rng.integers(2, 9, SAMPLES)
                 nats = rng.gamma(2, 1, SAMPLES) * tokens
                 long = length > LENGTHS[0]
@@ -112,7 +121,7 @@ def write_recall(folder: Path, better: float = 0.0, seed: int = 0) -> Path:
                             "task": task,
                             "length": length,
                             "depth": depth,
-                            "samples_digest": f"{seed} {task} {length} {depth}",
+                            "samples_digest": f"{seed} {where}",
                             "nats": (nats - better * tokens).tolist(),
                             "tokens": tokens.tolist(),
                             "right": rng.integers(0, 2, SAMPLES).astype(float).tolist(),
@@ -122,7 +131,7 @@ def write_recall(folder: Path, better: float = 0.0, seed: int = 0) -> Path:
                     )
                 )
     settings = {
-        "tasks": TASKS, "lengths": LENGTHS, "depths": DEPTHS, "samples": SAMPLES, "window": 1024,
+        "tasks": tasks, "lengths": LENGTHS, "depths": depths, "samples": SAMPLES, "window": 1024,
         "haystack": "sentences",
     }  # fmt: skip
     result = {"format": RECALL, "settings": settings, "seconds": {}, "cells": cells}

@@ -1,0 +1,117 @@
+"""Runs asked for their recall at other depths, of other tasks, or not at all."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lctw_megatron.config.load import dump_yaml
+from lctw_megatron.evaluation.recall_result import select
+from lctw_megatron.report import measures
+from lctw_megatron.report.comparisons import overview_table
+from lctw_megatron.report.estimate import difference
+from lctw_megatron.report.groups import Group, group_runs
+from lctw_megatron.report.left_out import left_out
+from lctw_megatron.report.recall_table import recall_lines
+from lctw_megatron.report.report import write_report
+from lctw_megatron.report.runs import read_runs
+from lctw_megatron.report.shared_recall import with_shared_depths
+from tests.evaluation.tiny_run import make_run
+from tests.report.written_runs import DEPTHS, LENGTHS, TASKS, write_recall, write_run
+
+FIVE, THREE = (0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.5, 1.0)
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    """Writes a run of a scheme and order and what recall it was asked for."""
+
+    def one(scheme: str, order: int, **recall) -> str:
+        folder = write_recall(write_run(tmp_path / f"{scheme}-seed{order}"), **recall)
+        config = make_run(
+            tmp_path, "data/train", "data/held_out", weighting={"scheme": scheme}, seed=order
+        )
+        (folder / "run.yaml").write_text(dump_yaml(config))
+        return str(folder)
+
+    return one
+
+
+def groups_of(*folders: str) -> list[Group]:
+    return group_runs(*read_runs(folders))
+
+
+def test_seeds_and_schemes_are_compared_at_the_depths_that_all_have(write) -> None:
+    folders = [
+        write("uniform", 1, depths=FIVE),
+        write("uniform", 2, depths=THREE, better=0.2),
+        write("dense", 1, depths=FIVE, better=0.5),
+        write("dense", 2, depths=FIVE, better=0.7),
+    ]
+    groups, lines = with_shared_depths(groups_of(*folders))
+    assert lines == [
+        "Recall is compared at the depths that all have: without 0.25, 0.75, at which "
+        "uniform-seed2 was not asked."
+    ]
+    uniform, dense = (measures.recall(group, ["json"], LENGTHS[1], "nats") for group in groups)
+    assert uniform.seeds == dense.seeds == (1, 2)
+    cells = [select(groups[0].first.recall, "json", LENGTHS[1], depth)[0] for depth in THREE]
+    by_hand = np.sum([c["nats"] for c in cells]) / np.sum([c["tokens"] for c in cells])
+    assert uniform.by_seed == pytest.approx([by_hand, by_hand - 0.2])
+    assert difference(dense, uniform).mean == pytest.approx(-0.5)
+    assert left_out(groups) == []
+
+
+def test_a_task_that_a_seed_lacks_is_not_in_the_means_and_is_named(write) -> None:
+    folders = [write("uniform", 1), write("uniform", 2, tasks=TASKS[:2]), write("dense", 1)]
+    groups, lines = with_shared_depths(groups_of(*folders))
+    assert lines == [
+        "Recall in the mean of tasks is without frequent_words, which uniform-seed2 lacks."
+    ]
+    assert measures.recall(groups[0], measures.shared_tasks(groups), 1024, "right").seeds == (1, 2)
+    assert left_out(groups) == [
+        "uniform: recall: uniform-seed2 was not, or not in all, measured; what it lacks is the "
+        "mean of the others."
+    ]
+
+
+def test_a_run_of_other_samples_narrows_nothing(write) -> None:
+    folders = [write("uniform", 1, depths=FIVE), write("dense", 1, depths=(0.5,), seed=3)]
+    groups, lines = with_shared_depths(groups_of(*folders))
+    assert lines == [] and len(select(groups[0].first.recall, "json", 1024)) == 5
+    heading, _, dense = overview_table(groups)
+    assert dense[heading.index("recall at 1k")] == "other samples"
+    # No depth in common is no sample in common.
+    folders = [folders[0], write("dense", 2, depths=(0.1, 0.9))]
+    groups, lines = with_shared_depths(groups_of(*folders))
+    assert lines == [] and overview_table(groups)[2][2] == "other samples"
+
+
+def test_another_short_context_than_the_others_is_said(write) -> None:
+    folders = [write("uniform", 1), write("dense", 1), write("dense", 2)]
+    assert "with the last 1,024 tokens" in recall_lines(groups_of(*folders))[0]
+    path = Path(folders[2]) / "recall.json"
+    content = json.loads(path.read_text())
+    content["settings"]["window"] = 8192
+    path.write_text(json.dumps(content))
+    (line,) = recall_lines(groups_of(*folders))
+    assert "with the last 1,024 (uniform-seed1, dense) or 8,192 (dense) tokens" in line
+
+
+def test_a_seed_without_evaluation_is_named(write) -> None:
+    folders = [write("uniform", 1), write("uniform", 2), write("dense", 1)]
+    (Path(folders[1]) / "evaluation.json").unlink()
+    (line,) = left_out(groups_of(*folders))
+    assert line.startswith("uniform: held-out losses: uniform-seed2 was not")
+
+
+def test_a_folder_with_recall_only_is_a_baseline_and_what_it_lacks_is_said(
+    write, tmp_path: Path
+) -> None:
+    before = write_recall(tmp_path / "before", better=-1.0)
+    run = write("uniform", 1, depths=(*DEPTHS, 0.5))
+    text = write_report([run], None, None, baseline=str(before))
+    assert "before: only recall.json, nothing of its training or held-out losses." in text
+    assert "at the depths that all have: without 0.5, at which before was not asked." in text
+    assert "uniform-seed1: better in recall nats at 1k, 4k" in text
