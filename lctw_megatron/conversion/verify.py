@@ -58,9 +58,9 @@ def config_differences(hf: Path, checkpoint: Path) -> list[str]:
     """`field: folder's value, checkpoint's value` of every field of the model that differs."""
     theirs, ours = _normal(read_config(hf).model), _normal(read_manifest(checkpoint).model)
     return [
-        f"{name}: {theirs[name]} in the folder, {ours[name]} in the checkpoint"
-        for name in theirs
-        if theirs[name] != ours[name]
+        f"{name}: {theirs.get(name)} in the folder, {ours.get(name)} in the checkpoint"
+        for name in theirs | ours
+        if theirs.get(name) != ours.get(name)
     ]
 
 
@@ -225,7 +225,11 @@ def logits_table(result: LogitsComparison, tolerance: float) -> str:
 def _normal(model: ModelConfig) -> dict[str, object]:
     """All that decides the arithmetic and the shapes, defaults filled in."""
     values = model.model_dump(exclude=_NOT_COMPARED)
+    scaling = values.pop("rope_scaling") or {}
     return values | {
+        **{f"rope_scaling.{name}": value for name, value in scaling.items()},
+        # In the digits of float32, through which 1e-05 went on its way into some configs.
+        "layernorm_epsilon": float(f"{model.layernorm_epsilon:.7g}"),
         "num_query_groups": query_groups(model),
         "kv_channels": head_width(model),
         "moe_ffn_hidden_size": expert_width(model),

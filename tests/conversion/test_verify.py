@@ -98,6 +98,18 @@ def test_another_configuration_is_named(pair):
     ]
 
 
+def test_of_a_rope_only_what_differs_is_named_and_an_epsilon_through_float32_is_the_same(tmp_path):
+    hf = make_model("llama_yarn", tmp_path / "hf")
+    import_hf(hf, tmp_path / "checkpoint", log=lambda line: None)
+    config = json.loads((hf / "config.json").read_text())
+    rope = config.get("rope_parameters") or config["rope_scaling"]
+    config["rms_norm_eps"], rope["mscale"] = 9.999999747378752e-06, None
+    (hf / "config.json").write_text(json.dumps(config))
+    assert config_differences(hf, tmp_path / "checkpoint") == [
+        "rope_scaling.mscale: None in the folder, 0.707 in the checkpoint"
+    ]
+
+
 def test_logits_are_computed_in_float32_whatever_is_stored(tmp_path):
     make_model("qwen3", tmp_path / "hf", torch.bfloat16)
     import_hf(tmp_path / "hf", tmp_path / "checkpoint")
