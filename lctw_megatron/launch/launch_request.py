@@ -6,7 +6,7 @@ launches that differ in their stages alone, side by side or one after the other,
 
 import shutil
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -101,6 +101,11 @@ def read_request(output_dir: str) -> LaunchRequest:
             "folder of a recipe, or the recipe itself"
         )
     values = read_json_object(path)
+    known = {field.name for field in fields(LaunchRequest)}
+    if unknown := sorted(values.keys() - known):
+        raise InputError(
+            f"{path}: damaged (another version's {few(unknown)}); launch the recipe again"
+        )
     try:
         return TypeAdapter(LaunchRequest).validate_python(values)
     except ValidationError as error:

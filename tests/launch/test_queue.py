@@ -253,6 +253,7 @@ def test_stages_that_need_others_not_on_their_way_are_refused(plan, slurm):
         {"overrides": None},
         {"recipe": 3},
         {"recipe": None},
+        {"of_another_version": 1},
     ],
 )
 def test_a_damaged_order_is_one_line(tmp_path, change):
