@@ -115,13 +115,13 @@ def test_torchrun_and_its_restarts_change_no_byte(copy: Scene, scene: Scene, tmp
         "from lctw_megatron.cli import run_command\n"
         "from lctw_megatron.scoring import score_corpus\n"
         "from tools.score import main\n"
-        "write, flag = frozen.write_shard, sys.argv.pop(1)\n"
+        "write, flag = score_corpus.write_shard, sys.argv.pop(1)\n"
         "def write_and_die(*arguments):\n"
         "    write(*arguments)\n"
         "    if os.environ['RANK'] == '1' and not os.path.exists(flag):\n"
         "        open(flag, 'w').close()\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "frozen.write_shard = write_and_die\n"
+        "score_corpus.write_shard = write_and_die\n"
         "run_command(main)\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
