@@ -142,15 +142,17 @@ def test_loaded_saved_and_exported_from_four_ranks(kind, tmp_path):
     check(["llama", "qwen3_tied", "phi"], layouts, 4, tmp_path, kind)
 
 
-def test_experts_are_loaded_saved_and_exported_from_two_ranks(tmp_path):
-    check(EXPERTS, EXPERT_LAYOUTS[2], 2, tmp_path)
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_are_loaded_saved_and_exported_from_two_ranks(kind, tmp_path):
+    check(EXPERTS, EXPERT_LAYOUTS[2], 2, tmp_path, kind)
 
 
 @pytest.mark.long
-def test_experts_are_loaded_saved_and_exported_from_four_ranks(tmp_path):
-    check(["mixtral"], EXPERT_LAYOUTS[4], 4, tmp_path)
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_are_loaded_saved_and_exported_from_four_ranks(kind, tmp_path):
+    check(["mixtral"], EXPERT_LAYOUTS[4], 4, tmp_path, kind)
     layouts = {label: EXPERT_LAYOUTS[4][label] for label in ("PP2xEP2", "TP2xPP2xEP2")}
-    check(["qwen3_moe"], layouts, 4, tmp_path)
+    check(["qwen3_moe"], layouts, 4, tmp_path, kind)
 
 
 @pytest.mark.long

@@ -15,10 +15,12 @@ import torch.distributed as dist
 from lctw_megatron.config.schema import RunConfig
 from tests.distributed import run_distributed
 from tests.training.layouts import (
+    KINDS,
     SCHEMES,
     gather,
     make_data,
     make_run,
+    needs_hybrid,
     one_pass,
     relative_error,
     three_steps,
@@ -73,8 +75,8 @@ def expert_run(prefix: str, folder: str, case: Case, **changes: Any) -> RunConfi
     )  # fmt: skip
 
 
-def passes(prefix: str, folder: str, cases: list[Case]) -> list[dict[str, Any]]:
-    return [one_pass(expert_run(prefix, folder, case)) for case in cases]
+def passes(prefix: str, folder: str, cases: list[Case], kind: str) -> list[dict[str, Any]]:
+    return [one_pass(expert_run(prefix, folder, case, megatron={"model": kind})) for case in cases]
 
 
 @pytest.fixture(scope="module")
@@ -82,11 +84,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_data(tmp_path_factory.mktemp("experts"))
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_losses_gradients_and_routing_equal_one_process(
-    data: str, tmp_path: Path, ranks: int
+    data: str, tmp_path: Path, ranks: int, kind: str
 ) -> None:
-    answers = run_distributed(passes, ranks, data, str(tmp_path), CASES[ranks])
+    """One process has GPTModel, whatever the ranks have."""
+    answers = run_distributed(passes, ranks, data, str(tmp_path), CASES[ranks], kind)
     known: dict[str, Any] = {}
     for number, case in enumerate(CASES[ranks]):
         # Neither the layout nor the micro batch changes anything.
@@ -194,22 +198,22 @@ LAYOUTS: list[dict[str, Any]] = [
 ]
 
 
-def trainer_run(prefix: str, folder: Path, layout: dict[str, Any]) -> RunConfig:
+def trainer_run(prefix: str, folder: Path, layout: dict[str, Any], kind: str = "gpt") -> RunConfig:
     case: Case = (layout, "pack", "dense", "frozen", {}, 2)
-    return expert_run(prefix, str(folder), case, training=TRAINING)
+    return expert_run(prefix, str(folder), case, training=TRAINING, megatron={"model": kind})
 
 
-def train_save_and_go_on(prefix: str, folder: str) -> list[Any]:
+def train_save_and_go_on(prefix: str, folder: str, kind: str, other: str) -> list[Any]:
     """Three steps under every layout; then a run under the first is saved after two steps, and goes
-    on under the second; a copy is left for one process."""
+    on under the second, as the other kind; a copy is left for one process."""
     from lctw_megatron.training.loop import Trainer
 
     answers: list[Any] = [
-        three_steps(trainer_run(prefix, Path(folder) / f"{number}", layout))
+        three_steps(trainer_run(prefix, Path(folder) / f"{number}", layout, kind))
         for number, layout in enumerate(LAYOUTS)
     ]
     saved = Path(folder) / "saved"
-    trainer = Trainer(trainer_run(prefix, saved, LAYOUTS[0]))
+    trainer = Trainer(trainer_run(prefix, saved, LAYOUTS[0], kind))
     for step in range(2):
         trainer.stepper.step(step, list(trainer.loader.step(step)))
     trainer.save(2)
@@ -218,7 +222,7 @@ def train_save_and_go_on(prefix: str, folder: str) -> list[Any]:
     if dist.get_rank() == 0:
         shutil.copytree(saved, Path(folder) / "alone")
     dist.barrier()
-    return [*answers, last_step(trainer_run(prefix, saved, LAYOUTS[1]))]
+    return [*answers, last_step(trainer_run(prefix, saved, LAYOUTS[1], other))]
 
 
 def last_step(run: RunConfig) -> dict[str, float]:
@@ -233,8 +237,20 @@ def last_step(run: RunConfig) -> dict[str, float]:
         trainer.close()
 
 
-def test_steps_clipping_and_checkpoints_equal_one_process(data: str, tmp_path: Path) -> None:
-    answers = run_distributed(train_save_and_go_on, 4, data, str(tmp_path), timeout=500)
+@pytest.mark.parametrize(
+    ("kind", "other"),
+    [
+        ("gpt", "gpt"),
+        pytest.param("hybrid", "gpt", marks=needs_hybrid),
+        pytest.param("gpt", "hybrid", marks=[needs_hybrid, pytest.mark.long]),
+    ],
+)
+def test_steps_clipping_and_checkpoints_equal_one_process(
+    data: str, tmp_path: Path, kind: str, other: str
+) -> None:
+    """A run of one kind goes on as the other; one process has GPTModel."""
+    arguments = (data, str(tmp_path), kind, other)
+    answers = run_distributed(train_save_and_go_on, 4, *arguments, timeout=500)
     expected = three_steps(trainer_run(data, tmp_path / "never stopped", {}))
     weights = gather([expected["weights"]])
     assert all(metrics["grad_norm"] > 2 * TRAINING["clip_grad"] for metrics in expected["metrics"])
