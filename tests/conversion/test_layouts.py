@@ -37,12 +37,13 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
 EXPERT_LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     2: {
         "TP2xEP2": {"tensor": 2, "sequence": True, "expert": 2},
-        "TP2": {"tensor": 2},  # as scoring and evaluation have it
+        "TP2xEP2, no SP": {"tensor": 2, "expert": 2},  # as scoring and evaluation have it
     },
     4: {
         "PP2xEP2": {"pipeline": 2, "expert": 2},
         "TP2xPP2xEP2": {"tensor": 2, "sequence": True, "pipeline": 2, "expert": 2},
         "CP2xEP4": {"context": 2, "expert": 4},
+        "TP2xCP2xEP4, no SP": {"tensor": 2, "context": 2, "expert": 4},
     },
 }
 EXPERTS = ["mixtral", "qwen3_moe"]
