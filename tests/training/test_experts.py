@@ -7,6 +7,7 @@ Routing is exact here as long as no two experts of a token are closer than round
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -34,6 +35,9 @@ BATCH = 4
 WIDE = {"num_layers": 4}
 UNSCALED = {"norm_topk_prob": False, "moe_router_topk": 1}
 
+IDLE = {"moe_router_topk": 1, "norm_topk_prob": False, "moe_aux_loss_coeff": 0.0}
+"""All tokens go to two of four experts (``leave_experts_idle``): one rank of EP2 gets none."""
+
 Case = tuple[dict[str, Any], str, str, str, dict[str, Any], int]
 """layout, packing, scheme, mode, changes of the model, micro batch"""
 
@@ -41,6 +45,7 @@ SP2: dict[str, Any] = {"tensor": 2, "sequence": True}
 CASES: dict[int, list[Case]] = {
     2: [
         ({"expert": 2}, "pack", "dense", "self", {}, 2),
+        ({"expert": 2}, "pack", "dense", "self", IDLE, 2),
         ({"expert": 2, "recompute": "full"}, "chunk", "sparse", "frozen", {}, 1),
         ({"expert": 2, "recompute": "mlp"}, "chunk", "uniform", "frozen", UNSCALED, 2),
         ({"expert": 2, **SP2}, "chunk", "sparse", "frozen", {}, 2),
@@ -75,8 +80,31 @@ def expert_run(prefix: str, folder: str, case: Case, **changes: Any) -> RunConfi
     )  # fmt: skip
 
 
+def leave_experts_idle(chunks: list[Any], model: Any, seed: int) -> None:
+    """Random weights, but for the routers': whoever comes, one of the first two experts has the
+    largest logit, and the others have 0."""
+    from lctw_megatron.model.initialize import initialize_weights
+    from lctw_megatron.model.router import routers
+
+    initialize_weights(chunks, model, seed)
+    for router in routers(chunks):
+        router.weight.data[1] = -router.weight.data[0]
+        router.weight.data[2:] = 0
+
+
+def expert_pass(prefix: str, folder: str, case: Case, kind: str = "gpt") -> dict[str, Any]:
+    from lctw_megatron.model import gpt
+
+    fill = leave_experts_idle if case[4] == IDLE else gpt.initialize_weights
+    with mock.patch.object(gpt, "initialize_weights", fill):
+        found = one_pass(expert_run(prefix, folder, case, megatron={"model": kind}))
+    layers = EXPERTS["num_layers"]
+    assert case[4] != IDLE or found["metrics"]["router/idle_experts"] == 2 * layers
+    return found
+
+
 def passes(prefix: str, folder: str, cases: list[Case], kind: str) -> list[dict[str, Any]]:
-    return [one_pass(expert_run(prefix, folder, case, megatron={"model": kind})) for case in cases]
+    return [expert_pass(prefix, folder, case, kind) for case in cases]
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +124,7 @@ def test_losses_gradients_and_routing_equal_one_process(
         # Neither the layout nor the micro batch changes anything.
         same = repr(case[1:5])
         if same not in known:
-            known[same] = one_pass(expert_run(data, str(tmp_path), ({}, *case[1:5], BATCH)))
+            known[same] = expert_pass(data, str(tmp_path), ({}, *case[1:5], BATCH))
         expected, found = known[same], answers[0][number]["metrics"]
         assert "router/balance_loss" in found
         assert found == pytest.approx(expected["metrics"], rel=1e-10, abs=1e-12), case
@@ -191,6 +219,7 @@ def test_the_balance_is_never_weighted_and_windows_leave_it_alone(
 # The trainer: distributed optimizer, clipping, checkpoints.
 
 TRAINING = {"clip_grad": 0.5, "save_interval": 2, "keep_last": 2, "hang_minutes": 0}
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_size": 2000}
 LAYOUTS: list[dict[str, Any]] = [
     {"expert": 2, **SP2},
     {"expert": 2, "pipeline": 2},
@@ -200,7 +229,8 @@ LAYOUTS: list[dict[str, Any]] = [
 
 def trainer_run(prefix: str, folder: Path, layout: dict[str, Any], kind: str = "gpt") -> RunConfig:
     case: Case = (layout, "pack", "dense", "frozen", {}, 2)
-    return expert_run(prefix, str(folder), case, training=TRAINING, megatron={"model": kind})
+    megatron = {"model": kind, "ddp": OVERLAP if layout else {}}
+    return expert_run(prefix, str(folder), case, training=TRAINING, megatron=megatron)
 
 
 def train_save_and_go_on(prefix: str, folder: str, kind: str, other: str) -> list[Any]:
@@ -258,6 +288,8 @@ def test_steps_clipping_and_checkpoints_equal_one_process(
         for found, right in zip(answers[0][number]["metrics"], expected["metrics"], strict=True):
             for name in ("loss/weighted", "loss/plain", "grad_norm", "router/balance_loss"):
                 assert found[name] == pytest.approx(right[name], rel=1e-5), (layout, name)
+        validation = answers[0][number]["validation"]
+        assert validation == pytest.approx(expected["validation"], rel=1e-5), layout
         found = gather([answer[number]["weights"] for answer in answers])
         for name, weight in weights.items():
             assert relative_error(found[name], weight) < 1e-3, (layout, name)
