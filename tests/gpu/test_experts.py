@@ -15,13 +15,15 @@ held to 5e-3, gradient norms to 5e-2.
 import itertools
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from lctw_megatron.platform.megatron_version import MEGATRON
-from tests.gpu.runs import Case, engines, make_run, on_gpus
+from tests.gpu.runs import Case, engines, make_run, on_gpus, trainings
 from tests.gpu.runs import train as train_dense
 from tests.training.layouts import gather, one_pass, relative_error
+from tests.training.test_experts import leave_experts_idle
 
 pytestmark = pytest.mark.usefixtures("nothing_is_compiled")
 
@@ -89,6 +91,31 @@ def test_experts_on_two_gpus_train_as_on_one(engine: str, prefix: str, tmp_path:
     for layout in LAYOUTS:
         for case, expected in zip(CASES, alone, strict=True):
             check(next(found), expected, engine, (layout, case))
+
+
+def idle_trainings(prefix: str, folder: str, cases: list[Case]) -> list[dict[str, Any]]:
+    from lctw_megatron.model import gpt
+
+    with mock.patch.object(gpt, "initialize_weights", leave_experts_idle):
+        return trainings(prefix, folder, cases)
+
+
+@pytest.mark.gpus(2)
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("engine", engines())
+def test_a_gpu_none_of_whose_experts_is_chosen_trains_on(
+    engine: str, prefix: str, tmp_path: Any
+) -> None:
+    chosen = {"moe_router_topk": 1, "norm_topk_prob": False, "moe_aux_loss_coeff": 0.0}
+    case = ("chunk", "uniform")
+
+    def answer(ranks: int, layout: dict[str, Any]) -> dict[str, Any]:
+        cases = with_experts([(engine, layout, *case)], **chosen)
+        return on_gpus(idle_trainings, ranks, prefix, str(tmp_path / f"{ranks}"), cases)[0][0]
+
+    found = answer(2, {"expert": 2})
+    assert found["metrics"][0]["router/idle_experts"] == 6 * 4  # 6 of 8 in every layer
+    check(found, answer(1, {}), engine, "idle")
 
 
 @pytest.mark.engine
