@@ -8,6 +8,7 @@ Pure arithmetic, no GPU and no process group, so that ``--dry-run`` can refuse a
 ranks on a laptop.
 """
 
+import math
 from dataclasses import dataclass
 
 from lctw_megatron.config.rope import check_rope
@@ -187,6 +188,13 @@ def _check_experts(model: ModelConfig, layout: LayoutConfig) -> None:
                 f"model.{name} is {getattr(model, name)}, but the model has no experts; set "
                 f"model.num_moe_experts, or leave {name} out"
             )
+
+
+def without_gradients(layout: LayoutConfig, model: ModelConfig) -> LayoutConfig:
+    """``layout`` as scoring and evaluation take it: experts shared out to the ranks that run the
+    same sequences, as evenly as their numbers allow, so that no rank must hold all of them."""
+    ranks = layout.tensor * layout.context
+    return layout.model_copy(update={"expert": math.gcd(model.num_moe_experts or 1, ranks)})
 
 
 def check_sequence(length: int, name: str, layout: LayoutConfig) -> None:

@@ -48,11 +48,6 @@ def check_run(run: RunConfig) -> None:
             "megatron.model is hybrid, which runs attention and MLP one after the other, but "
             f"model.architecture {run.model.architecture} runs them side by side; set gpt"
         )
-    if run.megatron.model == "hybrid" and run.model.num_moe_experts:
-        raise InputError(
-            "megatron.model is hybrid, but experts (model.num_moe_experts) have been shown to be "
-            "right in GPTModel only; set gpt"
-        )
     positions, scaling = run.model.max_position_embeddings, run.model.rope_scaling
     if scaling and scaling.rope_type == "dynamic":
         if positions not in (None, scaling.original_max_position_embeddings):

@@ -68,6 +68,11 @@ def read_config(folder: Path) -> HFConfig:
             )
         values = {number if name in names else name: value for name, value in values.items()}
     _refuse_unsupported(values, table, path)
+    for theirs, _ in table.experts.values():  # some are None in ours, which means another thing
+        if values.get(theirs, theirs) is None:
+            raise InputError(
+                f"{path}: {theirs} is None, expected a value; leave it out for the usual"
+            )
     positions = _number(values, "max_position_embeddings", path, table.max_position_embeddings)
     theta, scaling, turned, rope_notes = read_rope(
         values, positions, table.partial_rotary_factor, path, table.rope_theta

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lctw_megatron.config.layout_rules import check_model
+from lctw_megatron.config.layout_rules import check_model, without_gradients
 from lctw_megatron.config.model_sizes import forward_tokens
 from lctw_megatron.config.schema import LayoutConfig
 from lctw_megatron.data.batch import Sample
@@ -65,6 +65,7 @@ class ModelLosses(SequenceLosses):
         self.checkpoint, self.manifest = agreed_checkpoint(checkpoint)
         model = self.manifest.model
         check_model(model, layout)
+        layout = without_gradients(layout, model)
         world = initialize(layout, seed=0)
         chunks = build_model(
             model,

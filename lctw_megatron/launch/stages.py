@@ -28,6 +28,8 @@ from lctw_megatron.config.schema import (
     ScoringConfig,
 )
 from lctw_megatron.config.schemes import needs_short_loss
+from lctw_megatron.conversion.architectures import architecture
+from lctw_megatron.errors import InputError
 
 KINDS = ("prepare", "score", "train", "export", "verify", "evaluate", "recall", "report")
 
@@ -242,6 +244,10 @@ def _train_stage(
 
 
 def _export_stage(run: RunConfig) -> Stage:
+    try:  # now, not when it is trained
+        architecture(run.model)
+    except InputError as error:
+        raise InputError(f"run {run.name}: {error}, or set export: false") from None
     arguments = ["tools/convert.py", "export", "--checkpoint", f"{run.run_dir}/checkpoints"]
     output = f"{run.run_dir}/hf"
     arguments += ["--output", output]

@@ -1,9 +1,9 @@
 """HybridModel, megatron-core's successor of GPTModel, as the same transformer (from 0.18 on).
 
-It has attention and MLP in layers of their own, which a pattern names one by one. Here every layer
-of GPTModel is two of these, so the arithmetic is the same; and the stack names them in checkpoints
-as GPTModel does, so a checkpoint of one is one of the other: weights and optimizer state, under
-every layout, for import and export too. Upstream's HybridModel reads that form as well
+It has attention and MLP (or experts) in layers of their own, which a pattern names one by one. Here
+every layer of GPTModel is two of these, so the arithmetic is the same; and the stack names them in
+checkpoints as GPTModel does, so a checkpoint of one is one of the other: weights and optimizer
+state, under every layout, for import and export too. Upstream's HybridModel reads that form as well
 (megatron.core.dist_checkpointing.gpt_checkpoint_interop, 0.19).
 """
 
@@ -71,9 +71,10 @@ class TokenWeightedHybrid(PerTokenLossMixin, HybridModel):
 
 
 def layer_pattern(model: ModelConfig, layout: LayoutConfig) -> str:
-    """The layers of all pipeline stages in the order of the forward pass: `*-*-|*-*-`."""
+    """The layers of all pipeline stages in the order of the forward pass: `*-*-|*-*-`, or
+    `*E*E|*E*E` with experts."""
     stages = layout.pipeline * (layout.virtual_pipeline or 1)
-    layer = Symbols.ATTENTION + Symbols.MLP
+    layer = Symbols.ATTENTION + (Symbols.MOE if model.num_moe_experts else Symbols.MLP)
     return Symbols.PIPE.join([layer * (model.num_layers // stages)] * stages)
 
 
@@ -97,11 +98,13 @@ def stack_spec(layer: Any, norm: Any) -> Any:
     mlp = replace(
         whole, input_layernorm=IdentityOp, self_attention=IdentityOp, self_attn_bda=IdentityFuncOp
     )
+    second = ModuleSpec(module=layer.module, submodules=mlp)
     return ModuleSpec(
         module=_Stack,
         params={"final_norm": norm},
         submodules=HybridStackSubmodules(
             attention_layer=ModuleSpec(module=layer.module, submodules=attention),
-            mlp_layer=ModuleSpec(module=layer.module, submodules=mlp),
+            mlp_layer=second,
+            moe_layer=second,
         ),
     )

@@ -124,7 +124,9 @@ def take_counts(chunks: list[Any], model: ModelConfig, device: torch.device) -> 
     found = torch.zeros(shape, dtype=torch.float64, device=device)
     for router in routers(chunks):
         assert router.layer_number is not None
-        found[router.layer_number - 1] = torch.cat([router.choices, router.imbalance.view(1)])
+        # HybridModel counts attention, too.
+        layer = (router.layer_number - 1) * model.num_layers // router.config.num_layers
+        found[layer] = torch.cat([router.choices, router.imbalance.view(1)])
         router.choices.zero_()
         router.imbalance.zero_()
     return found

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lctw_megatron.config.layout_rules import check_model
+from lctw_megatron.config.layout_rules import check_model, without_gradients
 from lctw_megatron.config.model_sizes import forward_tokens
 from lctw_megatron.config.rope import longest_context
 from lctw_megatron.config.schema import LayoutConfig
@@ -79,6 +79,11 @@ class Job:
     @cached_property
     def scorer_manifest(self) -> checkpoints.CheckpointManifest:
         return checkpoints.read_manifest(self.scorer_path)
+
+    @property
+    def forward_layout(self) -> LayoutConfig:
+        """``layout``, and the scorer's experts shared out in it."""
+        return without_gradients(self.layout, self.scorer_manifest.model)
 
     @cached_property
     def arithmetic(self) -> dict[str, Any]:

@@ -55,14 +55,14 @@ def score(job: Job, request: Request, log: Callable[[str], None]) -> SidecarMani
     Finished work is never done again, and without any left no model is loaded. ``log`` gets lines
     for the user, on the first rank. Raises InputError on the first rank, SystemExit on the others.
     """
-    world = initialize(job.layout, seed=0) if started_together() else None
+    world = initialize(job.forward_layout, seed=0) if started_together() else None
     held = ExitStack()  # what the first rank owns
     # Ranks wait for each other as long as a shard takes, or the first one's reading of the corpus.
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=30)) if world else None
     try:
         work = first_rank_decides(lambda: _survey(job, request, log, held), patient)
         if work is not None and work.pending:
-            world = world or initialize(job.layout, seed=0)
+            world = world or initialize(job.forward_layout, seed=0)
             _score_shards(job, work, world, log)
             dist.barrier(patient)
         if world is not None and not world.is_first:
@@ -136,7 +136,7 @@ def _score_shards(job: Job, work: _Work, world: World, log: Callable[[str], None
     mine = work.pending[world.data_rank :: world.data_size]
     scorer = Scorer(
         job.scorer_path,
-        job.layout,
+        job.forward_layout,
         job.windowing.window,
         job.arithmetic["tokens_per_forward"],
         job.arithmetic["precision"],

@@ -11,6 +11,7 @@ from lctw_megatron.config.layout_rules import (
     check_layout,
     loss_block_rows,
     padded_vocabulary,
+    without_gradients,
 )
 from lctw_megatron.config.schema import LayoutConfig, RunConfig
 from lctw_megatron.errors import InputError
@@ -170,6 +171,20 @@ def test_the_fewest_ranks_hold_all_experts(layout, fewest):
     assert check_layout(run, fewest).data == fewest // run.layout.model_ranks
     with pytest.raises(InputError):
         check_layout(run, fewest // 2)
+
+
+@pytest.mark.parametrize(
+    ("layout", "experts", "shared"),
+    [
+        ({"tensor": 2, "context": 4}, 24, 8),
+        ({"tensor": 4, "pipeline": 2}, 6, 2),
+        ({"pipeline": 2}, 6, 1),
+        ({"tensor": 4}, None, 1),
+    ],
+)
+def test_without_gradients_the_ranks_of_a_sequence_share_experts_out(layout, experts, shared):
+    model = run_config(model__num_moe_experts=experts).model
+    assert without_gradients(LayoutConfig(**layout), model).expert == shared
 
 
 def test_an_unknown_vocabulary_is_left_to_the_tokenizer():

@@ -89,9 +89,7 @@ def test_layers_side_by_side_are_no_layers_one_after_the_other():
     with pytest.raises(InputError, match="megatron.model is hybrid.* phi .*side by side; set gpt"):
         check_run(run_config(**phi, megatron__model="hybrid"))
     experts = dict(model__num_moe_experts=4)
-    check_run(run_config(**experts))
-    with pytest.raises(InputError, match="megatron.model is hybrid, but experts .* set gpt"):
-        check_run(run_config(**experts, megatron__model="hybrid"))
+    check_run(run_config(**experts, megatron__model="hybrid"))
     with pytest.raises(InputError, match="num_moe_experts is 4, but .* phi has no experts"):
         check_run(run_config(**phi, **experts))
 

@@ -44,12 +44,30 @@ def test_what_config_json_leaves_out_of_experts_means_what_transformers_means(ki
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("decoder_sparse_step", 2), ("mlp_only_layers", [0]), ("num_experts", 1)]
-)
-def test_layers_without_experts_among_others_are_refused(field, value, tmp_path):
+    ("field", "value"),
+    [
+        ("decoder_sparse_step", 2), ("mlp_only_layers", [0]),
+        ("num_experts", 1), ("num_experts", 0), ("num_experts", "8"), ("num_experts", None),
+        ("moe_intermediate_size", None),
+        ("num_experts_per_tok", 0), ("num_experts_per_tok", 129), ("moe_intermediate_size", -4),
+        ("router_aux_loss_coef", -1.0), ("norm_topk_prob", 3),
+    ],
+)  # fmt: skip
+def test_what_layers_with_experts_cannot_be_is_refused_by_its_name(field, value, tmp_path):
     write(tmp_path, "qwen3_moe", **{field: value})
-    with pytest.raises(InputError, match=field):
+    with pytest.raises(InputError, match=f"config.json: (unsupported: )?{field} "):
         read_config(tmp_path)
+
+
+def test_mixtral_with_noise_before_its_router_and_other_families_are_refused(tmp_path):
+    for kind, changes, line in [
+        ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise 0.1 "),
+        ("mixtral", {"sliding_window": 4096}, "sliding_window 4096 "),
+        ("qwen2_moe", {}, "model_type 'qwen2_moe' cannot be converted"),
+    ]:
+        write(tmp_path, kind, **changes)
+        with pytest.raises(InputError, match=f"config.json: (unsupported: )?{line}"):
+            read_config(tmp_path)
 
 
 def test_the_number_of_experts_is_read_under_both_names_of_transformers(tmp_path):

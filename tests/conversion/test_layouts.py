@@ -37,12 +37,13 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
 EXPERT_LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     2: {
         "TP2xEP2": {"tensor": 2, "sequence": True, "expert": 2},
-        "TP2": {"tensor": 2},  # as scoring and evaluation have it
+        "TP2xEP2, no SP": {"tensor": 2, "expert": 2},  # as scoring and evaluation have it
     },
     4: {
         "PP2xEP2": {"pipeline": 2, "expert": 2},
         "TP2xPP2xEP2": {"tensor": 2, "sequence": True, "pipeline": 2, "expert": 2},
         "CP2xEP4": {"context": 2, "expert": 4},
+        "TP2xCP2xEP4, no SP": {"tensor": 2, "context": 2, "expert": 4},
     },
 }
 EXPERTS = ["mixtral", "qwen3_moe"]
@@ -142,15 +143,17 @@ def test_loaded_saved_and_exported_from_four_ranks(kind, tmp_path):
     check(["llama", "qwen3_tied", "phi"], layouts, 4, tmp_path, kind)
 
 
-def test_experts_are_loaded_saved_and_exported_from_two_ranks(tmp_path):
-    check(EXPERTS, EXPERT_LAYOUTS[2], 2, tmp_path)
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_are_loaded_saved_and_exported_from_two_ranks(kind, tmp_path):
+    check(EXPERTS, EXPERT_LAYOUTS[2], 2, tmp_path, kind)
 
 
 @pytest.mark.long
-def test_experts_are_loaded_saved_and_exported_from_four_ranks(tmp_path):
-    check(["mixtral"], EXPERT_LAYOUTS[4], 4, tmp_path)
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_are_loaded_saved_and_exported_from_four_ranks(kind, tmp_path):
+    check(["mixtral"], EXPERT_LAYOUTS[4], 4, tmp_path, kind)
     layouts = {label: EXPERT_LAYOUTS[4][label] for label in ("PP2xEP2", "TP2xPP2xEP2")}
-    check(["qwen3_moe"], layouts, 4, tmp_path)
+    check(["qwen3_moe"], layouts, 4, tmp_path, kind)
 
 
 @pytest.mark.long

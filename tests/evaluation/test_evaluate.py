@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,23 +17,26 @@ from lctw_megatron.config.schema import LayoutConfig
 from lctw_megatron.data.token_dataset import TokenDataset
 from lctw_megatron.data.tokenizers import load_tokenizer
 from lctw_megatron.errors import InputError
+from lctw_megatron.evaluation import model_losses
 from lctw_megatron.evaluation.evaluate import EvaluationSettings, evaluate, open_held_out
 from lctw_megatron.evaluation.model_losses import ModelLosses
 from lctw_megatron.inspection.step_documents import describe_step, step_documents
 from lctw_megatron.model.checkpoint import agreed_checkpoint, find_checkpoint, read_manifest
 from lctw_megatron.report.report import write_report
 from tests.distributed import run_distributed
-from tests.evaluation.tiny_run import SEQUENCE, STRIDE, WINDOW, make_data, make_run
+from tests.evaluation.tiny_run import MODEL, SEQUENCE, STRIDE, WINDOW, make_data, make_run
 
 SETTINGS = EvaluationSettings(max_sequences=6, window=WINDOW, stride=STRIDE, alpha=0.0, beta=-9.0)
 LAYOUTS = [{}, {"context": 2}, {"tensor": 2, "sequence": True}, {"pipeline": 2}]
 
 
-def train_and_evaluate(folder: str, train: str, validation: str) -> list[dict[str, Any]]:
+def train_and_evaluate(
+    folder: str, train: str, validation: str, **changes: Any
+) -> list[dict[str, Any]]:
     """On two ranks: a run of four steps, then its evaluation under every layout."""
     from lctw_megatron.training.loop import train as train_run
 
-    run = make_run(Path(folder), train, validation)
+    run = make_run(Path(folder), train, validation, **changes)
     assert train_run(run) == 0
     return [
         evaluate(run.run_dir, validation, SETTINGS, LayoutConfig(**layout)) for layout in LAYOUTS
@@ -81,6 +85,29 @@ def test_every_rank_and_every_layout_gives_the_same_evaluation(trained):
             close(result, first)
     assert first["targets"] == 6 * SEQUENCE
     assert first["longppl"]["key_tokens"] > 0
+
+
+def evaluate_experts(folder: str, train: str, validation: str) -> tuple[list[Any], list[int]]:
+    """Also how many experts a rank held under each of LAYOUTS."""
+    held = []
+    load = model_losses.load_weights
+
+    def seen(chunks: list[Any], *arguments: Any) -> None:
+        load(chunks, *arguments)
+        held.append(len(chunks[0].decoder.layers[0].mlp.experts.local_experts))
+
+    changes = {"model": MODEL | {"num_moe_experts": 4}, "layout": {"expert": 2}}
+    with mock.patch.object(model_losses, "load_weights", seen):
+        return train_and_evaluate(folder, train, validation, **changes), held
+
+
+def test_experts_are_shared_out_among_the_ranks_of_a_sequence(trained, tmp_path):
+    folder, validation, _ = trained
+    arguments = (str(tmp_path), str(folder / "train"), validation)
+    for results, held in run_distributed(evaluate_experts, 2, *arguments):
+        assert held == [4, 2, 2, 4]
+        for result in results:
+            close(result, results[0])
 
 
 def test_losses_are_those_of_the_logits(trained):

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from lctw_megatron.platform.capabilities import capabilities
+from tests.gpu.runs import make_data
 
 FOLDER = Path(__file__).parent
 
@@ -27,3 +28,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_report_header() -> str:
     return capabilities().line()
+
+
+@pytest.fixture(scope="session")
+def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_data(tmp_path_factory.mktemp("gpu"))
+
+
+@pytest.fixture
+def nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every shape of every layout would be compiled anew; that is another test's subject."""
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")

@@ -1,14 +1,18 @@
 """Small runs with the sizes that GPU kernels want: heads of 64, sequences of 512."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from lctw_megatron.config.schema import RunConfig
 from tests.data.small_data import write_sidecar, write_tokens
+from tests.distributed import run_distributed
 
+NCCL = "cpu:gloo,cuda:nccl"
 SEQUENCE, WINDOW, STRIDE = 512, 128, 96
 VOCABULARY = 1000
 
@@ -106,6 +110,24 @@ def trainings(prefix: str, folder: str, cases: list[Case]) -> list[dict[str, Any
         finally:
             trainer.close()
     return answers
+
+
+def train(prefix: str, folder: Path, ranks: int, cases: list[Case]) -> list[dict[str, Any]]:
+    """``trainings`` on so many GPUs."""
+    return on_gpus(trainings, ranks, prefix, str(folder / f"{ranks}"), cases)[0]
+
+
+def on_gpus(function: Callable[..., Any], ranks: int, *arguments: Any) -> list[Any]:
+    """``function(*arguments)`` of every rank, each on a GPU of its own."""
+    return run_distributed(function, ranks, *arguments, timeout=500.0, backend=NCCL)
+
+
+def engines() -> list[Any]:
+    """The names of ENGINES as parameters of a test."""
+    return [
+        pytest.param(name, marks=[pytest.mark.engine] if "Engine" in name else [])
+        for name in ENGINES
+    ]
 
 
 def logged(run_dir: Path) -> list[dict[str, Any]]:

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.distributed import run_distributed
-from tests.gpu.runs import Case, make_data, trainings
-from tests.gpu.test_layouts import NCCL, TIMEOUT, differences
+from tests.gpu.runs import Case, on_gpus, trainings
+from tests.gpu.test_layouts import differences
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "PP2": {"pipeline": 2},
@@ -28,18 +27,15 @@ def train(prefix: str, folder: str, cases: list[Case]) -> list[dict[str, Any]]:
 
 @pytest.mark.gpus(2)
 @pytest.mark.timeout(600)
+@pytest.mark.usefixtures("nothing_is_compiled")
 @pytest.mark.parametrize(
     "engine", ["ours bf16", pytest.param("TransformerEngine bf16", marks=pytest.mark.engine)]
 )
 def test_stages_and_copies_train_as_one_gpu_to_the_last_bit(
-    engine: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    engine: str, prefix: str, tmp_path: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
-    prefix = make_data(tmp_path)
-
     def results(ranks: int, cases: list[Case]) -> list[dict[str, Any]]:
-        arguments = (prefix, str(tmp_path / f"{ranks}"), cases)
-        return run_distributed(train, ranks, *arguments, timeout=TIMEOUT, backend=NCCL)[0]
+        return on_gpus(train, ranks, prefix, str(tmp_path / f"{ranks}"), cases)[0]
 
     alone = results(1, [(engine, {}, *case) for case in CASES])
     split = results(2, [(engine, layout, *case) for layout in LAYOUTS.values() for case in CASES])

@@ -8,15 +8,10 @@ import pytest
 import torch
 
 from lctw_megatron.config.schema import RunConfig
-from tests.gpu.runs import ENGINES, make_data, make_run
+from tests.gpu.runs import ENGINES, make_run
 
 A_STEP = 16
 """Waits that a step may have however many micro batches it has: sums, gradient norm, optimizer."""
-
-
-@pytest.fixture(scope="module")
-def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_data(tmp_path_factory.mktemp("gpu_waits"))
 
 
 def waits(run: RunConfig) -> list[str]:

@@ -4,18 +4,11 @@ from typing import Any
 
 import pytest
 
-from tests.gpu.runs import ENGINES, make_data
-from tests.gpu.test_layouts import (
-    allowed_differences,
-    differences,
-    is_sparse,
-    nothing_is_compiled,
-    train,
-)
+from tests.gpu.runs import engines, train
+from tests.gpu.test_layouts import allowed_differences, differences, is_sparse
 from tests.training.layouts import needs_hybrid
 
-__all__ = ["nothing_is_compiled"]
-pytestmark = needs_hybrid
+pytestmark = [needs_hybrid, pytest.mark.usefixtures("nothing_is_compiled")]
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "TP2+SP": {"tensor": 2, "sequence": True},
@@ -28,16 +21,11 @@ CASES = [("chunk", "dense frozen"), ("pack", "sparse self")]
 @pytest.mark.parametrize(
     "ranks", [1, pytest.param(2, marks=[pytest.mark.gpus(2), pytest.mark.timeout(1200)])]
 )
-@pytest.mark.parametrize(
-    "engine",
-    [
-        pytest.param(name, marks=[pytest.mark.engine] if "Engine" in name else [])
-        for name in ENGINES
-    ],
-)
-def test_three_steps_are_those_of_gptmodel(engine: str, ranks: int, tmp_path: Any) -> None:
+@pytest.mark.parametrize("engine", engines())
+def test_three_steps_are_those_of_gptmodel(
+    engine: str, ranks: int, prefix: str, tmp_path: Any
+) -> None:
     layouts = LAYOUTS if ranks > 1 else {"alone": {}}
-    prefix = make_data(tmp_path)
     answers = [
         train(
             prefix,

@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 
 from lctw_megatron.platform.capabilities import capabilities
-from tests.distributed import run_distributed
-from tests.gpu.runs import ENGINES, WEIGHTINGS, Case, make_data, trainings
+from tests.gpu.runs import WEIGHTINGS, engines, train
+
+pytestmark = pytest.mark.usefixtures("nothing_is_compiled")
 
 # Buckets of about a layer, so that there is something to overlap.
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_size": 500_000}
@@ -49,24 +50,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 CASES = list(itertools.product(("chunk", "pack"), WEIGHTINGS))
 COMPARED = ("loss/weighted", "loss/plain", "grad_norm", "weights/n_eff", "weights/max")
-NCCL = "cpu:gloo,cuda:nccl"
-TIMEOUT = 500.0
-
-
-@pytest.fixture(scope="module")
-def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_data(tmp_path_factory.mktemp("gpu_layouts"))
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every shape of every layout would be compiled anew; that is another test's subject."""
-    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
-
-
-def train(prefix: str, folder: Any, ranks: int, cases: list[Case]) -> list[dict[str, Any]]:
-    arguments = (prefix, str(folder / f"{ranks}"), cases)
-    return run_distributed(trainings, ranks, *arguments, timeout=TIMEOUT, backend=NCCL)[0]
 
 
 def differences(found: dict[str, Any], expected: dict[str, Any]) -> dict[str, float]:
@@ -85,13 +68,7 @@ def differences(found: dict[str, Any], expected: dict[str, Any]) -> dict[str, fl
 
 @pytest.mark.gpus(2)
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize(
-    "engine",
-    [
-        pytest.param(name, marks=[pytest.mark.engine] if "Engine" in name else [])
-        for name in ENGINES
-    ],
-)
+@pytest.mark.parametrize("engine", engines())
 def test_every_layout_trains_as_one_gpu(
     engine: str, prefix: str, tmp_path: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -157,6 +157,16 @@ def test_a_recipe_of_one_run_is_exported_and_reported_on(plan):
     assert [s.name for s in plan(text).stages] == ["train-main", "export-main", "report"]
 
 
+def test_a_model_that_cannot_be_exported_is_refused_before_it_is_trained(plan):
+    for field, line in [
+        ("model.num_moe_experts=4", "num_moe_experts is 4, .* llama has none; use .* mixtral"),
+        ("model.qkv_bias=true", "qkv_bias is True, .* use architecture qwen2.*"),
+    ]:
+        with pytest.raises(InputError, match=f"run uniform: model.{line}, or set export: false"):
+            plan(RECIPE, field)
+        plan(RECIPE, field, "export=false")
+
+
 def test_stages_that_wait_for_each_other_are_refused(plan):
     with pytest.raises(InputError, match="recipe.yaml: stages wait for each other: .*train-dense"):
         plan(RECIPE, "scoring.scorer=dense")

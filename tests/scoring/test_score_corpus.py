@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 from threading import Timer
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from lctw_megatron.data.sidecar import Sidecar
 from lctw_megatron.data.token_dataset import TokenDataset
 from lctw_megatron.scoring.sidecar_shard import shard_files
 from lctw_megatron.scoring.windows import Windowing, document_windows, window_statistics
-from tests.scoring.processes import Ranks, score
+from tests.scoring.processes import Ranks, run_score, score
 from tests.scoring.scene import Scene, sidecar_bytes
 from tests.scoring.scorers import MODEL, write_checkpoint, write_corpus
 
@@ -120,6 +122,50 @@ def test_tensor_parallel_ranks_share_the_shards(scene: Scene, copy: Scene) -> No
     expected = np.frombuffer(scene.reference[".bin"], "<f4")
     np.testing.assert_allclose(values, expected, rtol=1e-5, atol=1e-5)
     assert Sidecar(dataset).manifest.scorer["tensor"] == 2
+
+
+EXPERTS = MODEL | {"num_moe_experts": 6}
+
+
+def score_with_half_the_experts(arguments: list[str]) -> None:
+    """tools/score.py, on a rank that holds half of each layer's experts, or fails."""
+    from lctw_megatron.scoring import scorer
+
+    real = scorer.build_model
+
+    def build(*given: Any, **named: Any) -> list[Any]:
+        (chunk,) = chunks = real(*given, **named)
+        assert [len(layer.mlp.experts.local_experts) for layer in chunk.decoder.layers] == [3, 3]
+        return chunks
+
+    with mock.patch.object(scorer, "build_model", build):
+        run_score(arguments)
+
+
+def test_tensor_parallel_ranks_share_a_scorers_experts_out(tmp_path: Path) -> None:
+    """And no others: data-parallel ranks run different numbers of windows."""
+    output, windowing = tmp_path / "output", Windowing(64, 32)
+    dataset = write_corpus(tmp_path / "corpus", [300, 1, 64, 65, 500, 121], add_bos=True)
+    assert (
+        Ranks(output, 1, write_checkpoint, tmp_path / "checkpoints", 1, EXPERTS).join().status == 0
+    )
+    arguments = ["--data", dataset.prefix, "--checkpoint", str(tmp_path), "--tensor", "2"]
+    arguments += [
+        "--window",
+        "64",
+        "--stride",
+        "32",
+        "--tokens-per-forward",
+        "128",
+        "--shards",
+        "3",
+    ]
+    outcome = Ranks(output, 4, score_with_half_the_experts, arguments).join()
+    assert outcome.status == 0, outcome.output
+    alone = (tmp_path, tmp_path / "corpus", windowing, 1, tmp_path / "a.npy")
+    assert Ranks(output, 1, losses_one_window_at_a_time, *alone).join().status == 0
+    expected = np.load(tmp_path / "a.npy")
+    np.testing.assert_allclose(Sidecar(dataset).values, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_array_jobs_change_no_byte_and_merge_wants_all_of_them(scene: Scene, copy: Scene) -> None:

@@ -124,8 +124,8 @@ def one_pass(
 
     world = initialize(run.layout, run.seed)
     chunks = build_model(
-        run.model, run.layout, max_sequence_length=SEQUENCE, dtype=dtype, device=world.device,
-        seed=run.seed, kind=run.megatron.model,
+        run.model, run.layout, max_sequence_length=run.data.sequence_length, dtype=dtype,
+        device=world.device, seed=run.seed, kind=run.megatron.model,
     )  # fmt: skip
     config = chunks[0].config
     # Not the distributed optimizer's sharded buffers: every rank sees whole gradients.

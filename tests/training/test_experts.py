@@ -7,6 +7,7 @@ Routing is exact here as long as no two experts of a token are closer than round
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,10 +16,12 @@ import torch.distributed as dist
 from lctw_megatron.config.schema import RunConfig
 from tests.distributed import run_distributed
 from tests.training.layouts import (
+    KINDS,
     SCHEMES,
     gather,
     make_data,
     make_run,
+    needs_hybrid,
     one_pass,
     relative_error,
     three_steps,
@@ -32,6 +35,9 @@ BATCH = 4
 WIDE = {"num_layers": 4}
 UNSCALED = {"norm_topk_prob": False, "moe_router_topk": 1}
 
+IDLE = {"moe_router_topk": 1, "norm_topk_prob": False, "moe_aux_loss_coeff": 0.0}
+"""All tokens go to two of four experts (``leave_experts_idle``): one rank of EP2 gets none."""
+
 Case = tuple[dict[str, Any], str, str, str, dict[str, Any], int]
 """layout, packing, scheme, mode, changes of the model, micro batch"""
 
@@ -39,6 +45,7 @@ SP2: dict[str, Any] = {"tensor": 2, "sequence": True}
 CASES: dict[int, list[Case]] = {
     2: [
         ({"expert": 2}, "pack", "dense", "self", {}, 2),
+        ({"expert": 2}, "pack", "dense", "self", IDLE, 2),
         ({"expert": 2, "recompute": "full"}, "chunk", "sparse", "frozen", {}, 1),
         ({"expert": 2, "recompute": "mlp"}, "chunk", "uniform", "frozen", UNSCALED, 2),
         ({"expert": 2, **SP2}, "chunk", "sparse", "frozen", {}, 2),
@@ -73,8 +80,31 @@ def expert_run(prefix: str, folder: str, case: Case, **changes: Any) -> RunConfi
     )  # fmt: skip
 
 
-def passes(prefix: str, folder: str, cases: list[Case]) -> list[dict[str, Any]]:
-    return [one_pass(expert_run(prefix, folder, case)) for case in cases]
+def leave_experts_idle(chunks: list[Any], model: Any, seed: int) -> None:
+    """Random weights, but for the routers': whoever comes, one of the first two experts has the
+    largest logit, and the others have 0."""
+    from lctw_megatron.model.initialize import initialize_weights
+    from lctw_megatron.model.router import routers
+
+    initialize_weights(chunks, model, seed)
+    for router in routers(chunks):
+        router.weight.data[1] = -router.weight.data[0]
+        router.weight.data[2:] = 0
+
+
+def expert_pass(prefix: str, folder: str, case: Case, kind: str = "gpt") -> dict[str, Any]:
+    from lctw_megatron.model import gpt
+
+    fill = leave_experts_idle if case[4] == IDLE else gpt.initialize_weights
+    with mock.patch.object(gpt, "initialize_weights", fill):
+        found = one_pass(expert_run(prefix, folder, case, megatron={"model": kind}))
+    layers = EXPERTS["num_layers"]
+    assert case[4] != IDLE or found["metrics"]["router/idle_experts"] == 2 * layers
+    return found
+
+
+def passes(prefix: str, folder: str, cases: list[Case], kind: str) -> list[dict[str, Any]]:
+    return [expert_pass(prefix, folder, case, kind) for case in cases]
 
 
 @pytest.fixture(scope="module")
@@ -82,17 +112,19 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_data(tmp_path_factory.mktemp("experts"))
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_losses_gradients_and_routing_equal_one_process(
-    data: str, tmp_path: Path, ranks: int
+    data: str, tmp_path: Path, ranks: int, kind: str
 ) -> None:
-    answers = run_distributed(passes, ranks, data, str(tmp_path), CASES[ranks])
+    """One process has GPTModel, whatever the ranks have."""
+    answers = run_distributed(passes, ranks, data, str(tmp_path), CASES[ranks], kind)
     known: dict[str, Any] = {}
     for number, case in enumerate(CASES[ranks]):
         # Neither the layout nor the micro batch changes anything.
         same = repr(case[1:5])
         if same not in known:
-            known[same] = one_pass(expert_run(data, str(tmp_path), ({}, *case[1:5], BATCH)))
+            known[same] = expert_pass(data, str(tmp_path), ({}, *case[1:5], BATCH))
         expected, found = known[same], answers[0][number]["metrics"]
         assert "router/balance_loss" in found
         assert found == pytest.approx(expected["metrics"], rel=1e-10, abs=1e-12), case
@@ -187,6 +219,7 @@ def test_the_balance_is_never_weighted_and_windows_leave_it_alone(
 # The trainer: distributed optimizer, clipping, checkpoints.
 
 TRAINING = {"clip_grad": 0.5, "save_interval": 2, "keep_last": 2, "hang_minutes": 0}
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_size": 2000}
 LAYOUTS: list[dict[str, Any]] = [
     {"expert": 2, **SP2},
     {"expert": 2, "pipeline": 2},
@@ -194,22 +227,23 @@ LAYOUTS: list[dict[str, Any]] = [
 ]
 
 
-def trainer_run(prefix: str, folder: Path, layout: dict[str, Any]) -> RunConfig:
+def trainer_run(prefix: str, folder: Path, layout: dict[str, Any], kind: str = "gpt") -> RunConfig:
     case: Case = (layout, "pack", "dense", "frozen", {}, 2)
-    return expert_run(prefix, str(folder), case, training=TRAINING)
+    megatron = {"model": kind, "ddp": OVERLAP if layout else {}}
+    return expert_run(prefix, str(folder), case, training=TRAINING, megatron=megatron)
 
 
-def train_save_and_go_on(prefix: str, folder: str) -> list[Any]:
+def train_save_and_go_on(prefix: str, folder: str, kind: str, other: str) -> list[Any]:
     """Three steps under every layout; then a run under the first is saved after two steps, and goes
-    on under the second; a copy is left for one process."""
+    on under the second, as the other kind; a copy is left for one process."""
     from lctw_megatron.training.loop import Trainer
 
     answers: list[Any] = [
-        three_steps(trainer_run(prefix, Path(folder) / f"{number}", layout))
+        three_steps(trainer_run(prefix, Path(folder) / f"{number}", layout, kind))
         for number, layout in enumerate(LAYOUTS)
     ]
     saved = Path(folder) / "saved"
-    trainer = Trainer(trainer_run(prefix, saved, LAYOUTS[0]))
+    trainer = Trainer(trainer_run(prefix, saved, LAYOUTS[0], kind))
     for step in range(2):
         trainer.stepper.step(step, list(trainer.loader.step(step)))
     trainer.save(2)
@@ -218,7 +252,7 @@ def train_save_and_go_on(prefix: str, folder: str) -> list[Any]:
     if dist.get_rank() == 0:
         shutil.copytree(saved, Path(folder) / "alone")
     dist.barrier()
-    return [*answers, last_step(trainer_run(prefix, saved, LAYOUTS[1]))]
+    return [*answers, last_step(trainer_run(prefix, saved, LAYOUTS[1], other))]
 
 
 def last_step(run: RunConfig) -> dict[str, float]:
@@ -233,8 +267,20 @@ def last_step(run: RunConfig) -> dict[str, float]:
         trainer.close()
 
 
-def test_steps_clipping_and_checkpoints_equal_one_process(data: str, tmp_path: Path) -> None:
-    answers = run_distributed(train_save_and_go_on, 4, data, str(tmp_path), timeout=500)
+@pytest.mark.parametrize(
+    ("kind", "other"),
+    [
+        ("gpt", "gpt"),
+        pytest.param("hybrid", "gpt", marks=needs_hybrid),
+        pytest.param("gpt", "hybrid", marks=[needs_hybrid, pytest.mark.long]),
+    ],
+)
+def test_steps_clipping_and_checkpoints_equal_one_process(
+    data: str, tmp_path: Path, kind: str, other: str
+) -> None:
+    """A run of one kind goes on as the other; one process has GPTModel."""
+    arguments = (data, str(tmp_path), kind, other)
+    answers = run_distributed(train_save_and_go_on, 4, *arguments, timeout=500)
     expected = three_steps(trainer_run(data, tmp_path / "never stopped", {}))
     weights = gather([expected["weights"]])
     assert all(metrics["grad_norm"] > 2 * TRAINING["clip_grad"] for metrics in expected["metrics"])
@@ -242,6 +288,8 @@ def test_steps_clipping_and_checkpoints_equal_one_process(data: str, tmp_path: P
         for found, right in zip(answers[0][number]["metrics"], expected["metrics"], strict=True):
             for name in ("loss/weighted", "loss/plain", "grad_norm", "router/balance_loss"):
                 assert found[name] == pytest.approx(right[name], rel=1e-5), (layout, name)
+        validation = answers[0][number]["validation"]
+        assert validation == pytest.approx(expected["validation"], rel=1e-5), layout
         found = gather([answer[number]["weights"] for answer in answers])
         for name, weight in weights.items():
             assert relative_error(found[name], weight) < 1e-3, (layout, name)
