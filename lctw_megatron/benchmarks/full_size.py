@@ -7,15 +7,12 @@ from typing import Any
 
 import torch
 
-from lctw_megatron.benchmarks.scaling import measured
-from lctw_megatron.config.schema import LayoutConfig, RunConfig
+from lctw_megatron.benchmarks.scaling import measured, run_of
+from lctw_megatron.config.load import load_fragment
+from lctw_megatron.config.schema import RunConfig
 from lctw_megatron.platform.world import started_ranks
 from lctw_megatron.training.estimate import GIB, estimate
 
-LLAMA_8B: dict[str, Any] = {
-    "num_layers": 32, "hidden_size": 4096, "ffn_hidden_size": 14336, "num_attention_heads": 32,
-    "num_query_groups": 8, "vocab_size": 128256, "rope_theta": 500000.0,
-}  # fmt: skip
 RECOMPUTED = ("none", "mlp", "full")
 """From the fastest on; the first whose estimate leaves a tenth of the GPU free is measured."""
 
@@ -44,11 +41,13 @@ def time_full_size(results: dict[str, Any]) -> None:
 
 def plan(gpus: int, memory: int) -> Iterator[tuple[str, RunConfig | None]]:
     """A name and what to run on ``gpus`` of ``memory`` bytes each; None if nothing fits."""
+    model = load_fragment("model", "llama3_8b", "the benchmark")
     for length in (32768, 131072):
         for name, layout in layouts(gpus).items():
             name = f"8B at {length:,} tokens, {name}"
+            sequences = 8 if "pipeline" in layout else 1
             for recompute in RECOMPUTED:
-                run = run_of(layout | {"recompute": recompute}, length)
+                run = run_of(layout | {"recompute": recompute}, sequences, length, model)
                 if estimate(run, gpus).largest.total <= 0.9 * memory:
                     yield f"{name}, recompute {recompute}", run
                     break
@@ -66,22 +65,3 @@ def layouts(gpus: int) -> dict[str, dict[str, Any]]:
         f"TP2xCP{half}": {"tensor": 2, "sequence": True, "context": half},
         f"PP2xTP{half}": {"pipeline": 2, "tensor": half, "sequence": True},
     }
-
-
-def run_of(layout: dict[str, Any], length: int) -> RunConfig:
-    """A step of 8B under ``layout``."""
-    stages = LayoutConfig.model_validate(layout).pipeline
-    sequences = 8 if stages > 1 else 1
-    return RunConfig.model_validate(
-        {
-            "name": "full_size",
-            "run_dir": "none",
-            "data": {"train": [], "sequence_length": length},
-            "model": LLAMA_8B,
-            "layout": layout,
-            "training": {
-                "steps": 1, "global_batch_size": sequences, "micro_batch_size": 1,
-                "precision": "bf16",
-            },
-        }
-    )  # fmt: skip

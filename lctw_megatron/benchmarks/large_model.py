@@ -18,7 +18,9 @@ LARGE: dict[str, Any] = {
         "tie_word_embeddings": True,
     },
     "layout": {"recompute": "mlp"},
-    "training": {"steps": 1, "global_batch_size": 1, "precision": "bf16"},
+    "training": {
+        "steps": 1, "global_batch_size": 1, "micro_batch_size": 1, "precision": "bf16",
+    },
 }  # fmt: skip
 
 WEIGHTINGS: dict[str, dict[str, Any]] = {

@@ -56,11 +56,17 @@ def layouts(gpus: int) -> dict[str, dict[str, Any]]:
     }
 
 
-def run_of(layout: dict[str, Any], sequences: int, length: int = 32768) -> RunConfig:
+def run_of(
+    layout: dict[str, Any],
+    sequences: int,
+    length: int = 32768,
+    model: dict[str, Any] = LARGE["model"],
+) -> RunConfig:
     return RunConfig.model_validate(
         LARGE
         | {
             "data": LARGE["data"] | {"sequence_length": length},
+            "model": model,
             "layout": LARGE["layout"] | layout,
             "training": LARGE["training"] | {"global_batch_size": sequences},
         }

@@ -11,6 +11,7 @@ import torch
 from lctw_megatron.benchmarks.chip import data_sheet_tflops
 from lctw_megatron.benchmarks.large_model import LARGE
 from lctw_megatron.benchmarks.measure import measure_in_turn
+from lctw_megatron.benchmarks.steps import draw_weights
 from lctw_megatron.config.load import load_fragment
 from lctw_megatron.config.model_sizes import forward_tokens
 from lctw_megatron.config.schema import LayoutConfig, ModelConfig
@@ -110,14 +111,13 @@ def time_scorers(results: dict[str, Any]) -> None:
     models = {"135M": load_fragment("model", "smollm2_135m", "the benchmark"), "1B": LARGE["model"]}
     for name, values in models.items():
         model = ModelConfig.model_validate(values)
-        for tokens in sorted({16384, forward_tokens(model, "cuda")}):
-            results[f"scoring {name}, {tokens:,} tokens a forward"] = scorer_speed(
-                model, tokens, 64
-            )
+        sizes = sorted({16384, forward_tokens(model, "cuda")})
+        for tokens, row in scorer_speed(model, sizes, 64).items():
+            results[f"scoring {name}, {tokens:,} tokens a forward"] = row
 
 
-def scorer_speed(model: ModelConfig, tokens_per_forward: int, number: int) -> dict[str, float]:
-    """``number`` windows under random bf16 weights."""
+def scorer_speed(model: ModelConfig, sizes: list[int], number: int) -> dict[int, dict[str, float]]:
+    """``number`` windows under random bf16 weights, for each number of tokens a forward."""
     from lctw_megatron.model.gpt import build_model
     from lctw_megatron.platform.world import initialize
     from lctw_megatron.scoring.forward import window_losses
@@ -125,18 +125,24 @@ def scorer_speed(model: ModelConfig, tokens_per_forward: int, number: int) -> di
     world = initialize(LayoutConfig(), 1)
     chunks = build_model(
         model, LayoutConfig(), max_sequence_length=WINDOW, dtype=torch.bfloat16,
-        device=world.device, seed=1, packed=False,
+        device=world.device, seed=None, packed=False,
     )  # fmt: skip
+    draw_weights(chunks, model)
     assert model.vocab_size is not None
     tokens, labels = _windows(model.vocab_size, number, world.device)
-    (cost,) = measure_in_turn(
-        [lambda: window_losses(chunks, tokens, labels, tokens_per_forward)], world.device, 3
+    costs = measure_in_turn(
+        [lambda size=size: window_losses(chunks, tokens, labels, size) for size in sizes],  # type: ignore
+        world.device,
+        3,
     )
     scored = int((labels[0] != IGNORE).sum())
-    work = number * forward_flops(model, [WINDOW], scored)
+    tera = number * forward_flops(model, [WINDOW], scored) / 1e12
     return {
-        "tokens_per_second": number * WINDOW / cost.seconds,
-        "tflops_per_second": work / cost.seconds / 1e12,
-        "utilisation": work / cost.seconds / 1e12 / data_sheet_tflops(),
-        "peak_gib": cost.peak_bytes / 2**30,
+        size: {
+            "tokens_per_second": number * WINDOW / cost.seconds,
+            "tflops_per_second": tera / cost.seconds,
+            "utilisation": tera / cost.seconds / data_sheet_tflops(),
+            "peak_gib": cost.peak_bytes / 2**30,
+        }
+        for size, cost in zip(sizes, costs, strict=True)
     }

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lctw_megatron.benchmarks.measure import measure_in_turn
-from lctw_megatron.config.schema import RunConfig
+from lctw_megatron.config.schema import ModelConfig, RunConfig
 from lctw_megatron.data.batch import PieceData, Sample, assemble, usable_scores
 from lctw_megatron.data.microbatch import BatchSlice, make_microbatch
 from lctw_megatron.model import spec
@@ -35,10 +35,7 @@ class StepBench:
             fields=run.megatron.transformer,
             kind=run.megatron.model,
         )
-        # Not `seed`, whose draws are the same under every layout: 8B would take 80 s. Norms and
-        # biases are set.
-        for weight in (w for chunk in self.chunks for w in chunk.parameters() if w.dim() > 1):
-            torch.nn.init.normal_(weight, std=run.model.init_method_std)
+        draw_weights(self.chunks, run.model)
         self.wrapped = wrap_data_parallel(self.chunks, run.megatron.ddp)
         self.optimizer = build_optimizer(self.wrapped, run.training, run.megatron.optimizer)
 
@@ -69,6 +66,13 @@ class StepBench:
 
         values = self.run.model_dump() | {"weighting": weighting}
         return Stepper(RunConfig.model_validate(values), self.wrapped, self.optimizer, None)
+
+
+def draw_weights(chunks: list[Any], model: ModelConfig) -> None:
+    """Random weights where they lie. build_model's own are the same under every layout, at the
+    price of 80 s for 8B. Norms and biases are set."""
+    for weight in (w for chunk in chunks for w in chunk.parameters() if w.dim() > 1):
+        torch.nn.init.normal_(weight, std=model.init_method_std)
 
 
 def step_benchmark(

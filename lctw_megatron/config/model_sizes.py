@@ -53,12 +53,9 @@ def forward_tokens(model: ModelConfig, device: str) -> int:
     longer than 16,384 tokens take the GPU. On a CPU 16,384."""
     if device != "cuda":
         return 16384
-    widest = (
-        3 * model.moe_router_topk * expert_width(model)
-        if model.num_moe_experts
-        else (3 * model.ffn_hidden_size)
-    )
-    tokens = 2**30 // (2 * (widest + 4 * model.hidden_size))
+    experts = model.moe_router_topk if model.num_moe_experts else 1
+    widest = 3 * experts * expert_width(model) + 4 * model.hidden_size
+    tokens = 2**30 // (2 * widest)
     return min(max(1 << tokens.bit_length() - 1, 16384), 65536)
 
 

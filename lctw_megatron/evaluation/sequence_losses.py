@@ -51,14 +51,10 @@ class SequenceLosses:
     def losses_and_likeliest(self, samples: Sequence[Sample]) -> np.ndarray:
         """Float32 [2, n, S]: the loss of every target in nats, and 1 where no token is likelier, 0
         where one is; NaN where there is no target. A collective call; dropout is off in it."""
-        training = [chunk.training for chunk in self.chunks]
-        for chunk in self.chunks:
-            chunk.eval()
-        try:
+        from lctw_megatron.model.gpt import without_dropout
+
+        with without_dropout(self.chunks):
             return self.gather(samples, lambda batches: self.forward(batches, True), kinds=2)
-        finally:
-            for chunk, mode in zip(self.chunks, training, strict=True):
-                chunk.train(mode)
 
     def gather(self, samples: Sequence[Sample], compute: Compute, kinds: int = 1) -> np.ndarray:
         """Apply ``compute`` to this rank's batches, and put the ranks' parts together: float32

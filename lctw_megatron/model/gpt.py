@@ -281,6 +281,20 @@ def build_model(
 
 
 @contextmanager
+def without_dropout(chunks: list[Any]) -> Iterator[None]:
+    """Inside, chunks that train do not. Others are left alone: to walk through 30 layers twice
+    takes the host 8 ms."""
+    in_training = [chunk for chunk in chunks if chunk.training]
+    for chunk in in_training:
+        chunk.eval()
+    try:
+        yield
+    finally:
+        for chunk in in_training:
+            chunk.train()
+
+
+@contextmanager
 def without_context_parallel(chunks: list[Any]) -> Iterator[None]:
     """Inside, every context rank runs whole sequences of its own (short windows need no CP)."""
     config = chunks[0].config

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lctw_megatron.model.cross_entropy import IGNORE
 from lctw_megatron.model.device_batch import live_rows
-from lctw_megatron.model.gpt import without_context_parallel
+from lctw_megatron.model.gpt import without_context_parallel, without_dropout
 from lctw_megatron.platform.host_copies import to_device
 
 
@@ -55,26 +55,19 @@ def window_losses(
         return model(inputs, places, None, labels=targets, live_rows=rows), _hand_over
 
     plain = [getattr(chunk, "module", chunk) for chunk in chunks]
-    in_training = [chunk for chunk in plain if chunk.training]
-    for chunk in in_training:
-        chunk.eval()
     context_ranks = plain[0].config.context_parallel_size
-    try:
-        with without_context_parallel(plain):
-            losses = get_forward_backward_func()(
-                forward_step_func=forward_step,
-                data_iterator=[batch_iterator() for _ in chunks],
-                model=chunks,
-                num_microbatches=batches,
-                # The schedule divides by the context-parallel ranks, which share nothing here.
-                seq_length=window * context_ranks,
-                micro_batch_size=per_forward,
-                forward_only=True,
-                collect_non_loss_data=True,
-            )
-    finally:
-        for chunk in in_training:
-            chunk.train()
+    with without_dropout(plain), without_context_parallel(plain):
+        losses = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=[batch_iterator() for _ in chunks],
+            model=chunks,
+            num_microbatches=batches,
+            # The schedule divides by the context-parallel ranks, which share nothing here.
+            seq_length=window * context_ranks,
+            micro_batch_size=per_forward,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
     return torch.cat(losses)[:number] if last_stage else None
 
 

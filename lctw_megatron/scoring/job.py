@@ -97,13 +97,15 @@ class Job:
         return {name: given[name] or begun.get(name) or usual[name] for name in usual}
 
     def _begun(self) -> Settings:
-        """Settings of a shard or of the sidecar that is there; empty without."""
-        for path in sorted(shard_files(self.folder)):
-            with suppress(InputError, OSError):
-                return ShardReader(path).settings
+        """Settings of a shard or of the sidecar that is there, if it is of the same windows of the
+        same data under the same scorer; empty without."""
+        begun: Settings = {}
         with suppress(InputError, OSError):
-            return _settings_of(read_manifest(self.prefix, SidecarManifest))
-        return {}
+            begun = _settings_of(read_manifest(self.prefix, SidecarManifest))
+        for path in sorted(shard_files(self.folder))[:1]:
+            with suppress(InputError, OSError):
+                begun = ShardReader(path).settings
+        return begun if self._asked.items() <= begun.items() else {}
 
     @cached_property
     def plan(self) -> WindowPlan:
@@ -127,20 +129,23 @@ class Job:
         return tokenizer.bos_id if tokenizer.add_bos else None
 
     @cached_property
-    def settings(self) -> Settings:
-        """Everything that the losses depend on, to the last bit on one kind of machine: the shape
-        of a forward and the way a matrix is split change the order of sums. The number of threads
-        does not, for matrices whose sizes are multiples of 16 (MKL, 1 to 16 threads: none of 450
-        products differed; of odd sizes 3 of 150 did, all with 16 threads)."""
+    def _asked(self) -> Settings:
+        """``settings`` that nothing but the request decides."""
         return {
             "tokens_fingerprint": self.dataset.fingerprint,
             "tokenizer_digest": self.dataset.manifest.tokenizer.digest,
             "scorer_digest": checkpoints.checkpoint_digest(self.scorer_path),
             **self.windowing._asdict(),
             "windows_version": WINDOWS_VERSION,
-            **self.arithmetic,
-            "tensor": self.layout.tensor,
         }
+
+    @cached_property
+    def settings(self) -> Settings:
+        """Everything that the losses depend on, to the last bit on one kind of machine: the shape
+        of a forward and the way a matrix is split change the order of sums. The number of threads
+        does not, for matrices whose sizes are multiples of 16 (MKL, 1 to 16 threads: none of 450
+        products differed; of odd sizes 3 of 150 did, all with 16 threads)."""
+        return {**self._asked, **self.arithmetic, "tensor": self.layout.tensor}
 
     def details(self) -> dict[str, Any]:
         """The sidecar manifest's fields that say how the values were made."""

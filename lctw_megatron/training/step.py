@@ -19,6 +19,7 @@ from torch import Tensor
 from lctw_megatron.config.schema import RunConfig
 from lctw_megatron.data import zigzag
 from lctw_megatron.model.device_batch import move
+from lctw_megatron.model.gpt import without_dropout
 from lctw_megatron.model.router import take_counts
 from lctw_megatron.scoring.self_scoring import SelfScorer
 from lctw_megatron.training.dropout_seed import seed_dropout
@@ -100,16 +101,9 @@ class Stepper:
     def evaluate(self, batches: list[Batch]) -> dict[str, float]:
         """Plain losses of micro batches, nothing weighted, dropout off."""
         uniform = parse_weighting({"scheme": "uniform"})
-        for chunk in self.chunks:
-            chunk.eval()
-        try:
-            with torch.no_grad():
-                sums = self._schedule(
-                    [move(batch, self.device) for batch in batches], uniform, forward_only=True
-                )
-        finally:
-            for chunk in self.chunks:
-                chunk.train()
+        moved = [move(batch, self.device) for batch in batches]
+        with without_dropout(self.chunks), torch.no_grad():
+            sums = self._schedule(moved, uniform, forward_only=True)
         return {k: v for k, v in sums.summary().items() if k.startswith(("loss/", "targets/"))}
 
     def _schedule(self, batches: list[Batch], weighting: Weighting, forward_only: bool) -> StepSums:

@@ -142,8 +142,10 @@ def test_what_a_scorer_reads_in_a_second(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(scoring_gpu, "WINDOW", 64)
     monkeypatch.setattr(scoring_gpu, "STRIDE", 48)
     monkeypatch.setattr(scoring_gpu, "data_sheet_tflops", lambda: 2.0)
-    row = scoring_gpu.scorer_speed(small_run().model, tokens_per_forward=128, number=4)
-    assert row["tokens_per_second"] > 0 and row["tflops_per_second"] == 2 * row["utilisation"]
+    rows = scoring_gpu.scorer_speed(small_run().model, [64, 128], number=4)
+    assert list(rows) == [64, 128]
+    for row in rows.values():
+        assert row["tokens_per_second"] > 0 and row["tflops_per_second"] == 2 * row["utilisation"]
 
 
 def test_scoring_beside_transformers(hf_folder: Path, tmp_path: Path, capsys: Any) -> None:  # noqa: F811

@@ -120,10 +120,14 @@ UNSUPPORTED = {
 
 @pytest.mark.parametrize("case", sorted(UNSUPPORTED))
 def test_what_we_cannot_compute_is_refused_by_name(case, tmp_path):
-    kind, changes, named = UNSUPPORTED[case]
-    write(tmp_path, minimal(kind, **changes))
+    assert_refused(tmp_path, *UNSUPPORTED[case])
+
+
+def assert_refused(folder: Path, kind: str, changes: dict[str, Any], named: str) -> None:
+    """In one line that names the file and ``named``."""
+    write(folder, minimal(kind, **changes))
     with pytest.raises(InputError, match=r"config\.json") as caught:
-        read_config(tmp_path)
+        read_config(folder)
     assert named in str(caught.value), str(caught.value)
     assert "\n" not in str(caught.value)
 

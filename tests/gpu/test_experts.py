@@ -7,7 +7,8 @@ lie between two experts whose logits are closer than 1e-5, and from the second s
 two layouts differ by 2e-6, a few by 1e-5. So in some steps a token goes to another expert, and one
 is enough: on CPU ranks, the nearest tie of a step turned by hand moves loss/weighted by 3.2e-5, all
 that are closer than 1e-5 move it by up to 6.8e-4 in three steps (gradient norm 7e-4, balance 3e-4),
-all closer than 1e-4 by 1.1e-3 (1.1e-2, 1.5e-3). That is what the float32 of the trainer is held to.
+all closer than 1e-4 by 1.1e-3 (1.1e-2, 1.5e-3). That is what the float32 of the trainer is held to
+after its first step, whose weights are equal and which is held to 1e-5.
 In bfloat16 the input of a router differs in its last bits between layouts and engines: losses are
 held to 5e-3, gradient norms to 5e-2.
 """
@@ -74,8 +75,11 @@ def test_losses_gradients_and_routing_equal_one_gpu_in_float64(prefix: str, tmp_
 
 
 def check(found: dict[str, Any], expected: dict[str, Any], engine: str, what: Any) -> None:
-    losses, norm = (2e-3, 2e-2) if "fp32" in engine else (5e-3, 5e-2)
-    for ours, theirs in zip(found["metrics"], expected["metrics"], strict=True):
+    exact = "fp32" in engine
+    for step, (ours, theirs) in enumerate(zip(found["metrics"], expected["metrics"], strict=True)):
+        losses, norm = (2e-3, 2e-2) if exact else (5e-3, 5e-2)
+        if exact and step == 0:  # of equal weights, whose logits differ by 1e-7
+            losses = norm = 1e-5
         for name in COMPARED:
             allowed = norm if name == "grad_norm" else losses
             assert ours[name] == pytest.approx(theirs[name], rel=allowed), (what, name)

@@ -63,7 +63,8 @@ def test_what_is_left_out_goes_on_as_it_was_begun_elsewhere(copy: Scene) -> None
     assert job.arithmetic == pickle.loads(pickle.dumps(job)).arithmetic == begun
     merge(job, 1)
     assert job_of(copy, **free).arithmetic == begun, "as the sidecar says"
-    assert job_of(copy, **free, name="another").arithmetic["precision"] == "fp32"
+    for other in ({"name": "another"}, {"windowing": Windowing(96, 32)}):
+        assert job_of(copy, **free, **other).arithmetic["precision"] == "fp32"
     assert job_of(copy, precision="fp32", tokens_per_forward=None).arithmetic == {
         **begun,
         "precision": "fp32",
