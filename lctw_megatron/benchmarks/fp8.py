@@ -122,7 +122,7 @@ def fp8_benchmark(
     results["machine"] = capabilities().line()
     found = {}
     for precision in ("fp32", "bf16"):
-        chunks = _model(model, length, precision)
+        chunks = build(model, length, precision)
         load_weights(chunks, folder)
         found[precision] = both_losses(chunks, tokens, window)
     long_loss, short_loss = found["fp32"]
@@ -181,7 +181,7 @@ def time_fp8(results: dict[str, Any]) -> None:
     from lctw_megatron.scoring.forward import window_losses
 
     model = ModelConfig.model_validate(LARGE["model"] | {"attention": "sdpa"})
-    chunks = _model(model, WINDOW, "bf16")
+    chunks = build(model, WINDOW, "bf16")
     draw_weights(chunks, model)
     tokens, labels = random_windows(model.vocab_size or 0, 16, torch.device("cuda"))
 
@@ -198,7 +198,8 @@ def time_fp8(results: dict[str, Any]) -> None:
         results[f"scoring 1B, {name}"] = {"time_ratio": cost.seconds / bf16.seconds}
 
 
-def _model(model: ModelConfig, length: int, precision: str) -> list[Any]:
+def build(model: ModelConfig, length: int, precision: str) -> list[Any]:
+    """A scorer with weights still to be set."""
     from lctw_megatron.model.gpt import build_model
 
     world = initialize(LayoutConfig(), seed=1)
