@@ -7,7 +7,7 @@ head stay in bf16, as under TransformerEngine's recipes. Scales are those of the
 "current scaling"); delayed ones, from earlier tensors, fit less well.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -192,7 +192,10 @@ def time_fp8(results: dict[str, Any]) -> None:
         with fp8_linears(chunks, by_row):
             plain()
 
-    functions = [plain, *(partial(quantised, by_row) for by_row in SCALES.values())]
+    functions: list[Callable[[], object]] = [
+        plain,
+        *(partial(quantised, by_row) for by_row in SCALES.values()),
+    ]
     bf16, *costs = measure_in_turn(functions, torch.device("cuda"), 3)
     for name, cost in zip(SCALES, costs, strict=True):
         results[f"scoring 1B, {name}"] = {"time_ratio": cost.seconds / bf16.seconds}
