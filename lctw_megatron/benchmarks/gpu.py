@@ -13,6 +13,7 @@ import torch
 from lctw_megatron.benchmarks.attention import attention_benchmark
 from lctw_megatron.benchmarks.checkpointing import time_checkpoints
 from lctw_megatron.benchmarks.chip import matmul_tflops
+from lctw_megatron.benchmarks.fp8 import time_fp8
 from lctw_megatron.benchmarks.full_size import time_full_size
 from lctw_megatron.benchmarks.head import head_benchmark
 from lctw_megatron.benchmarks.large_model import profile_step, time_deterministic, time_steps
@@ -56,6 +57,7 @@ PARTS: dict[str, Callable[[dict[str, Any]], None]] = {
     "checkpoints": time_checkpoints,
     "scaling": time_scaling,
     "full_size": time_full_size,
+    "fp8": time_fp8,
 }
 """Name -> what adds its numbers to the results."""
 

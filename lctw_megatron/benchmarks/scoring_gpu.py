@@ -62,7 +62,7 @@ def time_scoring(results: dict[str, Any]) -> None:
             dtype=torch.bfloat16, device=world.device, seed=None,
         )  # fmt: skip
         load_weights(chunks, Path(folder) / "checkpoint")
-    tokens, labels = _windows(model["vocab_size"], number, world.device)
+    tokens, labels = random_windows(model["vocab_size"], number, world.device)
     outputs: dict[str, torch.Tensor] = {}
 
     def ours() -> None:
@@ -94,7 +94,7 @@ def time_scoring(results: dict[str, Any]) -> None:
     }
 
 
-def _windows(
+def random_windows(
     vocabulary: int, number: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Random tokens and labels of ``number`` windows in the middle of a text: int64 [number, K]."""
@@ -129,7 +129,7 @@ def scorer_speed(model: ModelConfig, sizes: list[int], number: int) -> dict[int,
     )  # fmt: skip
     draw_weights(chunks, model)
     assert model.vocab_size is not None
-    tokens, labels = _windows(model.vocab_size, number, world.device)
+    tokens, labels = random_windows(model.vocab_size, number, world.device)
     costs = measure_in_turn(
         [lambda size=size: window_losses(chunks, tokens, labels, size) for size in sizes],  # type: ignore
         world.device,

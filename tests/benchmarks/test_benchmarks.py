@@ -9,7 +9,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from lctw_megatron.benchmarks import gpu, scoring_gpu
+from lctw_megatron.benchmarks import fp8, gpu, scoring_gpu
 from lctw_megatron.benchmarks.attention import attention_benchmark
 from lctw_megatron.benchmarks.checkpointing import checkpoint_benchmark
 from lctw_megatron.benchmarks.cpu import STEP, WEIGHTINGS
@@ -22,9 +22,12 @@ from lctw_megatron.benchmarks.sixteen_bits import weight_changes
 from lctw_megatron.benchmarks.steps import StepBench, step_benchmark
 from lctw_megatron.config.layout_rules import check_layout
 from lctw_megatron.config.schema import LayoutConfig, RunConfig
+from lctw_megatron.conversion.hf_import import import_hf
+from lctw_megatron.errors import InputError
 from lctw_megatron.platform.world import World
 from tests.conversion.hf_models import make_model
 from tests.distributed import run_distributed
+from tests.scoring.scorers import write_corpus
 from tests.tokenizer_files import VOCAB_SIZE, hf_folder, real_text  # noqa: F401 (a fixture)
 
 CPU = torch.device("cpu")
@@ -173,3 +176,55 @@ def test_what_sixteen_bits_change() -> None:
     assert changes["float16"]["dense"]["largest"] > 1e-4
     exact = weight_changes(long_loss, long_loss.clone().fill_(0.5))
     assert exact["float16"]["dense"]["largest"] == 0.0
+
+
+def test_fp8_moves_scores_by_more_than_bf16_does(tmp_path: Path) -> None:
+    hf = make_model("llama", tmp_path / "hf", vocab_size=96, max_position_embeddings=256)
+    import_hf(hf, tmp_path / "checkpoint", log=lambda _: None)
+    dataset = write_corpus(tmp_path / "text", [300, 40, 200])
+    arguments = tmp_path / "checkpoint", dataset.prefix, tmp_path / "fp8.json", 128, 32
+    assert fp8.fp8_benchmark(*arguments, sequences=3) == 0
+    found = json.loads((tmp_path / "fp8.json").read_text())
+    # The first 32 tokens are the first window, whose 31 targets have the same context in both.
+    assert found["float32"]["targets"] == 3 * (128 - 31)
+    by_bf16 = found["bf16 beside float32"]
+    for name in fp8.SCALES:
+        moved = found[f"{name}, beside bf16"]
+        # FP8 keeps 4 bits of a number and bf16 8; neither may move a score beyond its own size.
+        assert 2 * by_bf16["d, mean"] < moved["d, mean"] < found["float32"]["mean |d|"]
+        assert by_bf16["d, correlation"] > moved["d, correlation"] > 0.8
+    with pytest.raises(InputError, match="--window 128"):
+        fp8.fp8_benchmark(*arguments[:4], 128, 1)
+    with pytest.raises(InputError, match="longest document has 300 tokens"):
+        fp8.text_of(dataset, 300, 1)
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+def test_linear_layers_multiply_in_fp8_only_meanwhile(by_row: bool) -> None:
+    model = small_run().model
+    chunks = fp8.build(model, 64, "bf16")
+    scoring_gpu.draw_weights(chunks, model)
+    tokens = torch.randint(128, (2, 65), generator=torch.Generator().manual_seed(0))
+    before = fp8.both_losses(chunks, tokens, 16)
+    with fp8.fp8_linears(chunks, by_row):
+        meanwhile = fp8.both_losses(chunks, tokens, 16)
+    after = fp8.both_losses(chunks, tokens, 16)
+    for one, other, again in zip(before, meanwhile, after, strict=True):
+        assert torch.equal(one, again) and not torch.equal(one, other)
+    # A row that is 100,000 times smaller than another keeps its bits where it has its own scale.
+    values = torch.randn(2, 64).mul(torch.tensor([[1.0], [1e-5]]))
+    codes, scales = fp8.quantise(values, by_row)
+    error = (codes.float() * scales - values).abs().amax(1) / values.abs().amax(1)
+    assert error[0] < 2**-4 and (error[1] < 2**-4) == by_row
+
+
+def test_how_far_scores_and_weights_are_moved() -> None:
+    long_loss = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0]])
+    before = long_loss, long_loss + torch.tensor([[0.0, 1.0, 2.0, 3.0, 4.0]])
+    after = long_loss, long_loss + torch.tensor([[0.0, 1.0, 2.0, 5.0, 2.0]])
+    row = fp8.moves(before, after)
+    assert row["d, largest"] == 2.0 and row["d, mean"] == pytest.approx(0.8)
+    # n / sum of |d| is 1/2: a weight moves by half of what a score does.
+    assert row["dense, largest"] == 1.0 and row["dense 0.75, largest"] == 0.25
+    assert row["sparse, share of the kept that change"] == 1.0
+    assert row["log p, largest"] == 0.0 and row["log p, correlation"] == pytest.approx(1.0)
