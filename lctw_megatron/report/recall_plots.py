@@ -1,11 +1,13 @@
 """Recall by length and by depth."""
 
 from collections.abc import Sequence
+from itertools import product
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lctw_megatron.errors import few
 from lctw_megatron.evaluation.buckets import Difference
 from lctw_megatron.evaluation.recall_result import select
 from lctw_megatron.report import measures
@@ -40,16 +42,17 @@ def recall_difference(groups: Sequence[Group]) -> Figure | None:
         panels = figure.subplots(1, 2)
         for panel, (kind, name) in zip(panels, KINDS.items(), strict=True):
             panel.axhline(0, **line_of(groups[0], groups))
-            for group in others:
-                found = [
-                    difference(*(measures.recall(g, tasks, n, kind) for g in (group, groups[0])))
-                    for n in lengths
-                ]
-                _line(panel, found, group, groups, "-", BEYOND)
+            for part in _trained_first(others):
+                for group in part:
+                    pairs = ([measures.recall(g, tasks, n, kind) for g in (group, groups[0])]
+                             for n in lengths)  # fmt: skip
+                    found = [difference(*pair) for pair in pairs]
+                    _line(panel, found, group, groups, "-", BEYOND)
+                panel.set_ylim(panel.get_ylim())
             _length_axis(panel, lengths)
             better = "below" if kind == "nats" else "above"
             panel.set_title(f"{name} ({better} 0: better)")
-        figure.supxlabel("tokens of the text", fontsize="medium")
+        figure.supxlabel(_text_axis(others), fontsize="medium")
         figure.supylabel(f"difference to {groups[0].name}, ±{BEYOND:g} standard errors",
                          fontsize="medium")  # fmt: skip
         legend(figure, measured, groups)
@@ -66,29 +69,31 @@ def recall_by_length(groups: Sequence[Group]) -> Figure | None:
     blocks = -(-len(tasks) // columns)
     with new_figure(max(8, 3 * columns), 0.8 + 4.6 * blocks) as figure:
         axes = figure.subplots(2 * blocks, columns, squeeze=False, sharex=True, sharey="row")
-        for place, task in enumerate(tasks):
-            block, column = divmod(place, columns)
-            for row, kind in enumerate(KINDS):
-                panel = axes[2 * block + row][column]
-                for group in measured:
-                    for of, look in ((kind, "-"), (f"short_{kind}", ":")):
+        for part in _trained_first(measured):
+            for place, task in enumerate(tasks):
+                block, column = divmod(place, columns)
+                for row, kind in enumerate(KINDS):
+                    panel = axes[2 * block + row][column]
+                    for group, (of, look) in product(part, ((kind, "-"), (f"short_{kind}", ":"))):
                         many = look == ":" and len(measured) > _FEW
                         if many and (group is not measured[0] or kind == "nats"):
                             continue
                         found = [measures.recall(group, [task], n, of) for n in lengths]
                         levels = [None if x is None else level(x) for x in found]
                         _line(panel, levels, group, groups, look, 1.0)
-                _length_axis(panel, lengths)
-                panel.tick_params(labelbottom=True)
-                if row == 0:
-                    panel.set_title(task)
-                    panel.set_ylim(-0.05, 1.05)
-                if column == 0:
-                    panel.set_ylabel(KINDS[kind])
+                    _length_axis(panel, lengths)
+                    panel.tick_params(labelbottom=True)
+                    if row == 0:
+                        panel.set_title(task)
+                        panel.set_ylim(-0.05, 1.05)
+                    if column == 0:
+                        panel.set_ylabel(KINDS[kind])
+            for panel in axes[:, 0]:
+                panel.set_ylim(panel.get_ylim())
         for place in range(len(tasks), blocks * columns):
             for row in (0, 1):
                 axes[2 * (place // columns) + row][place % columns].set_axis_off()
-        figure.supxlabel("tokens of the text", fontsize="medium")
+        figure.supxlabel(_text_axis(measured), fontsize="medium")
         legend(figure, measured, groups)
         return figure
 
@@ -136,6 +141,21 @@ def recall_by_depth(groups: Sequence[Group]) -> Figure | None:
             image, ax=panels, label="share of answers right", shrink=min(0.8, 3 / len(measured))
         )
         return figure
+
+
+def _trained_first(groups: Sequence[Group]) -> list[list[Group]]:
+    """Groups that were trained, whose values a panel is made for, then those of which only results
+    are known: beyond its length a base model loses so much that no difference could be seen."""
+    trained = [group for group in groups if any(run.metrics for run in group.runs)]
+    return (
+        [trained, [group for group in groups if group not in trained]] if trained else [[*groups]]
+    )
+
+
+def _text_axis(groups: Sequence[Group]) -> str:
+    parts = _trained_first(groups)
+    outside = few([group.name for group in parts[1]]) if len(parts) > 1 and parts[1] else ""
+    return "tokens of the text" + (f" (panels are made for all but {outside})" if outside else "")
 
 
 def _depths(recall: dict | None) -> list[float]:

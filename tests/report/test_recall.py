@@ -8,7 +8,11 @@ import numpy as np
 import pytest
 
 from lctw_megatron.errors import InputError
-from lctw_megatron.report.recall_plots import recall_by_depth, recall_by_length
+from lctw_megatron.report.recall_plots import (
+    recall_by_depth,
+    recall_by_length,
+    recall_difference,
+)
 from lctw_megatron.report.recall_table import recall_tables
 from lctw_megatron.report.report import write_report
 from lctw_megatron.report.runs import read_run
@@ -71,6 +75,17 @@ def test_figures_show_every_task_the_short_context_and_every_depth(folders):
     )  # fmt: skip
     image = maps.axes[3].get_images()[0].get_array()
     assert image[1, 1] == np.mean(cell["right"])
+
+
+def test_a_model_that_was_not_trained_leaves_the_panels_to_those_that_were(folders, tmp_path):
+    write_recall(tmp_path / "before", better=-50)
+    with_base = groups_of([*folders[:2], str(tmp_path / "before")])
+    for plot in (recall_by_length, recall_difference):
+        nats = [plot(groups).axes[-1] for groups in (with_base[:2], with_base)]
+        assert nats[0].get_ylim() == nats[1].get_ylim()
+        lines = [container.lines[0].get_ydata() for container in nats[1].containers]
+        assert max(np.nanmax(line) for line in lines) > 40
+        assert "all but before" in plot(with_base)._supxlabel.get_text()
 
 
 def test_results_come_first_and_training_last(folders, tmp_path):
