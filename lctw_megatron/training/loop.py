@@ -108,7 +108,8 @@ class Trainer:
             _ = self.validation  # refused now, not at its first step
         clock.end("data index")
         files = on_first_rank(lambda: TokenizerFolder(tokenizer, start and start / TOKENIZER))
-        self._now("starting", 0)  # nothing is in the folder of a run whose data are refused
+        # Not before: nothing is to be in the folder of a run whose data are refused.
+        self._now("starting", own[1].step if own else 0)
         self.chunks = build_model(
             run.model,
             run.layout,

@@ -89,9 +89,10 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     assert train(run) == 0
     assert logged(tmp_path) == uninterrupted
     assert checkpoints(tmp_path) == [4, 6]
-    # Nothing is left to do.
+    # Nothing is left to do, and the heartbeat does not say that nothing is done.
     assert train(run) == 0
     assert logged(tmp_path) == uninterrupted
+    assert (beat := read_beat(tmp_path)) and beat.step == 6
     capsys.readouterr()
     assert train(dense_run(data, tmp_path, training={"steps": 2})) == 0
     assert "already past training.steps 2: at step 6" in capsys.readouterr().out
