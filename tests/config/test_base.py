@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from lctw_megatron.config.load import load_recipe, resolve_run
+from lctw_megatron.config.shipped import RECIPES, find_recipe
 from lctw_megatron.errors import InputError
 
 BELOW = """\
@@ -81,3 +82,11 @@ def test_a_mistake_is_refused_with_the_file_that_it_stands_in(above, text, below
     with pytest.raises(InputError) as error:
         above(text, below=below)
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+def test_a_shipped_recipe_beside_another_is_found_by_folder_and_name():
+    folder = RECIPES / "study_135m_32k"
+    assert find_recipe("study_135m_32k") == folder / "recipe.yaml"
+    assert find_recipe("study_135m_32k/scorer") == folder / "scorer.yaml"
+    with pytest.raises(InputError, match="did you mean study_135m_32k/scorer?"):
+        find_recipe("study_135m_32k/score")
