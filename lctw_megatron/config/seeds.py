@@ -25,11 +25,9 @@ def one_a_seed(runs: dict[str, dict[str, Any]], where: str) -> dict[str, dict[st
 
 
 def replace_seeds(run: dict[str, Any], changes: dict[str, Any], where: str) -> None:
-    """Let one `seed` in ``changes`` take the place of several in ``run``, or several of one.
-    InputError, saying ``where``, if they name both."""
+    """Let one `seed` in ``changes`` take the place of several in ``run``. InputError, saying
+    ``where``, if they name both."""
     if "seed" in changes and changes.get("seeds"):
         raise InputError(f"{where}: seed and seeds are both given; keep one of them")
     if "seed" in changes and "seeds" not in changes:
         run.pop("seeds", None)
-    if changes.get("seeds"):
-        run.pop("seed", None)

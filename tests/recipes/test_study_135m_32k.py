@@ -80,6 +80,9 @@ def test_a_further_recipe_runs_and_differs_from_uniform_in_its_question_alone(pa
     assert scorers == ({"small"} if path.stem == "scorer" else set())
     compared = [run for run in graph.runs if run.name not in scorers]
     own = {"name", "run_dir"} | OWN[path.stem]
+    waits = {stage.name for stage in graph.stages if "score" in stage.needs}
+    weighted = {f"train-{run.name}" for run in compared if run.weighting.scheme != "uniform"}
+    assert waits == (weighted if path.stem != "selection" else set())
     for run in compared:
         like = plain[run.seed].model_dump(exclude=own)
         assert run.model_dump(exclude=own) == like, run.name
