@@ -10,6 +10,9 @@ A recipe file is YAML with the fields of ``schema.RecipeFile``. Short forms:
   a fragment (a name, or a mapping with ``base``) takes the place of the shared section.
 - ``seeds: [1, 2, 3]`` makes the run NAME three times, as NAME-seed1 and so on. ``--set
   runs.NAME.section.field=value`` reaches all of them.
+- ``base: RECIPE``, at the top, is another recipe file, or a shipped one's name: its sections with
+  this file's changes, as in a run. Name and output folder are never its, runs only where this file
+  has none.
 - ``start`` names another run, whose newest checkpoint is taken when this one begins, or a
   checkpoint folder.
 
@@ -26,7 +29,15 @@ from typing import Any
 from pydantic import BaseModel
 
 from lctw_megatron.config.rope import is_read
-from lctw_megatron.config.rules import check_evaluation, check_run, check_scores_fit, check_scoring
+from lctw_megatron.config.rules import (
+    check_evaluation,
+    check_run,
+    check_scores_fit,
+    check_scoring,
+    check_source,
+    check_start,
+    starts_from_a_checkpoint,
+)
 from lctw_megatron.config.schema import (
     ClusterConfig,
     LayoutConfig,
@@ -67,24 +78,16 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     path = find_recipe(path)
     where = str(path)
     _check_one_line(where, "the recipe's file name")
-    values = parse_yaml_mapping(path)
-    runs = values.pop("runs", None) or {"main": {}}
-    if not isinstance(runs, dict):
-        raise InputError(f"{where}: runs is {runs!r}, expected run names with their sections")
-    for name in runs:
-        _check_run_name(name, where)
-    shared, _ = _expand(values, where)
-    check_values(RecipeFile, shared, where)
+    shared, runs, where_runs = _read(path)
     shared_run = {key: shared.pop(key) for key in list(shared) if key in RunSections.model_fields}
-    replace_seeds({}, shared_run, where)
     complete = {}
     for name, changes in runs.items():
         if not isinstance(changes or {}, dict):
-            raise InputError(f"{where}: runs.{name} is {changes!r}, expected its sections")
-        own, whole = _expand(changes or {}, where)
-        check_values(RunSections, own, where, f"runs.{name}")
+            raise InputError(f"{where_runs}: runs.{name} is {changes!r}, expected its sections")
+        own, whole = _expand(changes or {}, where_runs)
+        check_values(RunSections, own, where_runs, f"runs.{name}")
         base = {key: value for key, value in shared_run.items() if key not in whole}
-        replace_seeds(base, own, f"{where}: runs.{name}")
+        replace_seeds(base, own, f"{where_runs}: runs.{name}")
         complete[name] = _merge(base, own)
     for text in overrides:
         _override(shared, complete, text)
@@ -167,6 +170,36 @@ def load_fragment(section: str, name: str, where: str) -> dict[str, Any]:
     values = parse_yaml_mapping(path)
     check_values(kind, values, str(path))
     return values
+
+
+def _read(path: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """The sections of a recipe file over those of its base, fragments read in; its runs, which may
+    be its base's, and the file they stand in. ``above``: the files that this one is the base of."""
+    where = str(path)
+    values = parse_yaml_mapping(path)
+    base, has_runs = values.pop("base", None), "runs" in values
+    runs = values.pop("runs", None) or {"main": {}}
+    if not isinstance(runs, dict):
+        raise InputError(f"{where}: runs is {runs!r}, expected run names with their sections")
+    for name in runs:
+        _check_run_name(name, where)
+    own, whole = _expand(values, where)
+    check_values(RecipeFile, own, where)
+    if base is None:
+        replace_seeds({}, own, where)
+        return own, runs, where
+    above = (*above, path.resolve())
+    try:
+        found = find_recipe(str(base))
+    except InputError as error:
+        raise InputError(f"{where}: base: {error}") from None
+    if found.resolve() in above:
+        raise InputError(f"{where}: base is {base}, which is based on this recipe; leave one out")
+    below, runs_below, where_below = _read(found, above)
+    replaced = whole | {"name", "output_dir"}
+    shared = {key: value for key, value in below.items() if key not in replaced}
+    replace_seeds(shared, own, where)
+    return _merge(shared, own), *((runs, where) if has_runs else (runs_below, where_below))
 
 
 def _expand(values: dict[str, Any], where: str) -> tuple[dict[str, Any], set[str]]:
@@ -256,14 +289,14 @@ def _check_recipe(recipe: Recipe, where: str) -> None:
     """Check what runs say about each other, then every run whose model is known by now."""
     try:
         for name in recipe.runs:
-            _check_start(recipe, name)
+            check_start(recipe, name)
         if recipe.scoring:
-            _check_source(recipe, recipe.scoring.scorer, "scoring.scorer")
+            check_source(recipe, recipe.scoring.scorer, "scoring.scorer")
             check_scoring(recipe.scoring)
         if recipe.evaluation:
             if recipe.evaluation.key_checkpoint:
                 key = recipe.evaluation.key_checkpoint
-                _check_source(recipe, key, "evaluation.key_checkpoint")
+                check_source(recipe, key, "evaluation.key_checkpoint")
             check_evaluation(recipe.evaluation)
             if recipe.evaluation.verify_exports and not recipe.export:
                 raise InputError("evaluation.verify_exports is on, but export is off; choose one")
@@ -271,7 +304,7 @@ def _check_recipe(recipe: Recipe, where: str) -> None:
             try:
                 _model_values(recipe, name, None)
             except InputError:
-                if _starts_from_a_checkpoint(recipe, name):
+                if starts_from_a_checkpoint(recipe, name):
                     continue  # resolve_run checks it once the checkpoint's model is at hand
                 raise
             _check_scores(recipe, resolve_run(recipe, name))
@@ -285,31 +318,6 @@ def _check_scores(recipe: Recipe, run: RunConfig) -> None:
     compares = weighting.mode == "frozen" and needs_short_loss(weighting.scheme)
     if scoring and compares and run.data.scores == scoring.name:
         check_scores_fit(run, scoring)
-
-
-def _starts_from_a_checkpoint(recipe: Recipe, name: str) -> bool:
-    """Whether the run starts, itself or through other runs, from what is no run of the recipe."""
-    while (start := recipe.runs[name].get("start")) in recipe.runs:
-        name = start
-    return start is not None
-
-
-def _check_start(recipe: Recipe, name: str) -> None:
-    """Refuse a start that is neither a run nor a path, and runs that start from each other."""
-    chain = [name]
-    while start := recipe.runs[chain[-1]].get("start"):
-        _check_source(recipe, start, f"run {chain[-1]}: start")
-        if start not in recipe.runs:
-            return
-        if start in chain:
-            raise InputError(f"runs start from each other: {' <- '.join([*chain, start])}")
-        chain.append(start)
-
-
-def _check_source(recipe: Recipe, source: str, field: str) -> None:
-    if source not in recipe.runs and "/" not in source and not Path(source).exists():
-        hint = nearest(source, recipe.runs)
-        raise InputError(f"{field} is {source}, neither a run nor a checkpoint folder; {hint}")
 
 
 def _missing_model_fields(recipe: Recipe, name: str) -> list[str]:

@@ -1,8 +1,11 @@
 """Settings that contradict each other, apart from the parallel sizes (``layout_rules.py``)."""
 
+from pathlib import Path
+
 from lctw_megatron.config.layout_rules import check_layout
-from lctw_megatron.config.schema import EvaluationConfig, RunConfig, ScoringConfig
+from lctw_megatron.config.schema import EvaluationConfig, Recipe, RunConfig, ScoringConfig
 from lctw_megatron.config.schemes import needs_short_loss
+from lctw_megatron.config.validation_errors import nearest
 from lctw_megatron.errors import InputError
 
 
@@ -105,6 +108,31 @@ def check_evaluation(evaluation: EvaluationConfig) -> None:
     for field in ("stride", "key_checkpoint"):
         if getattr(evaluation, field) is not None and evaluation.window is None:
             raise InputError(f"evaluation.{field} does nothing without evaluation.window")
+
+
+def check_start(recipe: Recipe, name: str) -> None:
+    """Refuse a start that is neither a run nor a path, and runs that start from each other."""
+    chain = [name]
+    while start := recipe.runs[chain[-1]].get("start"):
+        check_source(recipe, start, f"run {chain[-1]}: start")
+        if start not in recipe.runs:
+            return
+        if start in chain:
+            raise InputError(f"runs start from each other: {' <- '.join([*chain, start])}")
+        chain.append(start)
+
+
+def check_source(recipe: Recipe, source: str, field: str) -> None:
+    if source not in recipe.runs and "/" not in source and not Path(source).exists():
+        hint = nearest(source, recipe.runs)
+        raise InputError(f"{field} is {source}, neither a run nor a checkpoint folder; {hint}")
+
+
+def starts_from_a_checkpoint(recipe: Recipe, name: str) -> bool:
+    """Whether the run starts, itself or through other runs, from what is no run of the recipe."""
+    while (start := recipe.runs[name].get("start")) in recipe.runs:
+        name = start
+    return start is not None
 
 
 def _check_windows(

@@ -455,6 +455,9 @@ class EvaluationConfig(Section):
     runs; default: each run for itself."""
     note: str | None = None
     """What a reader of the report must know."""
+    compare_with: list[str] = []
+    """Folders of other recipes' finished runs that the report takes too; the first, and those that
+    differ from it in the seed alone, are what it compares with. Default: the recipe's first run."""
     recall: RecallProbes | None = None
     verify_exports: bool = False
     """Compare every exported folder with its checkpoint: all tensors, and the logits of

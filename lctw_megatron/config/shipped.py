@@ -19,14 +19,16 @@ RECIPES = (PROJECT or _PACKAGE) / "recipes"
 
 
 def find_recipe(name: str | Path) -> Path:
-    """The file ``name``; where there is none, the shipped recipe that is called so (`quickstart`).
+    """The file ``name``; where there is none, the shipped recipe that is called so: `quickstart`
+    is quickstart/recipe.yaml, any other file of that folder is `quickstart/NAME`.
 
     Raises InputError if it is neither.
     """
     path = Path(name)
     if path.is_file():
         return path
-    shipped = {file.parent.name: file for file in RECIPES.glob("*/recipe.yaml")}
+    files = RECIPES.glob("*/*.yaml")
+    shipped = {f"{f.parent.name}/{f.stem}".removesuffix("/recipe"): f for f in files}
     if str(name) in shipped:
         return shipped[str(name)]
     raise InputError(

@@ -328,7 +328,10 @@ def _recall_stage(recipe: Recipe, recall: RecallProbes, run: RunConfig) -> Stage
 
 
 def _report_stage(recipe: Recipe, runs: list[RunConfig]) -> Stage:
-    arguments = ["tools/report.py", *(run.run_dir for run in runs)]
+    others = recipe.evaluation.compare_with if recipe.evaluation else []
+    arguments = ["tools/report.py", *(run.run_dir for run in runs), *others]
+    if others:
+        arguments += ["--baseline", others[0]]
     output = f"{recipe.output_dir}/report"
     arguments += ["--output", output]
     if recipe.evaluation and recipe.evaluation.note:

@@ -2,6 +2,8 @@
 
     corpus.py code TARBALL... --output code.jsonl      one document a directory of C sources
     corpus.py prose FOLDER... --output prose.jsonl     the files of a folder, joined in their order
+    corpus.py trained code.jsonl --held-out documents-validation.jsonl --output code-trained.jsonl
+                                                       the lines that were not held out of training
 
 Only documents of 110,000 to 1,500,000 characters are kept: from about 32k tokens on. With
 --characters N, documents evenly spaced over all of them are taken until N are reached. The same
@@ -29,13 +31,18 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("kind", choices=["code", "prose"])
-    parser.add_argument("inputs", nargs="+", type=Path, metavar="TARBALL_OR_FOLDER")
+    parser.add_argument("kind", choices=["code", "prose", "trained"])
+    parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT")
+    parser.add_argument("--held-out", type=Path, metavar="FILE.jsonl", help="for trained")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl")
     parser.add_argument("--characters", type=int, metavar="N", help="of all documents together")
     options = parser.parse_args(arguments)
+    if (options.kind == "trained") != (options.held_out is not None):
+        parser.error("--held-out goes with trained")
     read = code if options.kind == "code" else prose
     try:
+        if options.held_out is not None:
+            return trained(options.inputs, options.held_out, options.output)
         found = [document for path in options.inputs for document in read(path)]
     except (OSError, tarfile.TarError) as error:
         return refuse(str(error))
@@ -48,6 +55,20 @@ def main(arguments: list[str]) -> int:
             file.write(f"{line}\n".encode())
     size = sum(len(text) for _, text in chosen)
     print(f"{options.output}: {len(chosen)} of {len(found)} documents, {size:,} characters")
+    return 0
+
+
+def trained(inputs: list[Path], held_out: Path, output: Path) -> int:
+    """Copy the lines of ``inputs`` whose text is none of ``held_out``."""
+    with open(held_out, "rb") as file:
+        known = {json.loads(line)["text"] for line in file}
+    lines = [line for path in inputs for line in path.read_bytes().splitlines(keepends=True)]
+    kept = [line for line in lines if json.loads(line)["text"] not in known]
+    if len(kept) == len(lines):
+        return refuse(f"{held_out}: no document of the inputs is held out; is it of this corpus?")
+    with atomic_file(output) as file:
+        file.writelines(kept)
+    print(f"{output}: {len(kept)} of {len(lines)} documents")
     return 0
 
 

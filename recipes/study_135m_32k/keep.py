@@ -2,10 +2,10 @@
 
     keep.py runs/study_135m_32k
 
-Of each run that was trained, evaluated and asked for its recall: run.yaml, metrics.jsonl,
-evaluation.json and recall.json, which is what tools/report.py reads. Not its weights, and not the
-page of training text in evaluation.json, whose licence is not ours. Of `before`, which was not
-trained, recall.json.
+Of each run in it, or in a folder below, that was trained, evaluated and asked for its recall:
+run.yaml, metrics.jsonl, evaluation.json and recall.json, which is what tools/report.py reads. Not
+its weights, and not the page of training text in evaluation.json, whose licence is not ours. Of
+`before`, which was not trained, recall.json.
 """
 
 import argparse
@@ -25,14 +25,14 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", type=Path, metavar="FOLDER", help="the recipe's output_dir")
+    parser.add_argument("runs", type=Path, metavar="FOLDER", help="the output_dir")
     parser.add_argument("--output", type=Path, default=RESULTS, help="default: %(default)s")
     options = parser.parse_args(arguments)
-    for log in sorted(options.runs.glob("*/metrics.jsonl")):
+    for log in sorted(options.runs.rglob("metrics.jsonl")):
         evaluation = read_evaluation(log.parent / "evaluation.json")
         recall = read_recall(log.parent / "recall.json")
         if evaluation is None or recall is None:
-            print(f"{log.parent}: not finished, left out")
+            print(f"{log.parent}: not measured, left out")
             continue
         kept = options.output / log.parent.name
         kept.mkdir(parents=True, exist_ok=True)

@@ -74,6 +74,16 @@ def test_commands_are_those_of_the_tools(plan):
     )
 
 
+def test_the_report_compares_with_the_runs_of_another_recipe(plan):
+    made = plan(RECIPE, "evaluation.compare_with=[runs/first/a-seed1, runs/first/a-seed2]")
+    report = stage(made, "report")
+    assert shlex.join(report.arguments).startswith(
+        "tools/report.py out/uniform out/dense runs/first/a-seed1 runs/first/a-seed2 "
+        "--baseline runs/first/a-seed1 --output out/report "
+    )
+    assert set(report.needs) == set(stage(plan(), "report").needs)
+
+
 RECALL = "evaluation.recall={lengths: [512, 1024], tasks: [one_key], haystack: data/books}"
 
 
@@ -121,6 +131,7 @@ def test_the_tools_accept_the_commands(plan, monkeypatch):
         "prepare.skip_bad=true", "prepare.text_field=body", "runs.base.layout.sequence=false",
         "runs.base.layout.tensor=1", "evaluation.recall.lengths=[64, 128]",
         "evaluation.recall.haystack=a.txt", "evaluation.recall.window=32",
+        "evaluation.compare_with=[a, b]",
     ]  # fmt: skip
     for s in (*plan().stages, *plan(RECIPE, *everything).stages):
         tool, *arguments = s.arguments

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lctw_megatron.config.load import load_recipe, resolve_run
+from lctw_megatron.config.model_sizes import parameters
 from lctw_megatron.launch.stage_graph import build_stage_graph
 from lctw_megatron.report.comparisons import overview_table
 from lctw_megatron.report.groups import group_runs
@@ -20,6 +21,7 @@ from lctw_megatron.report.table import to_markdown
 FOLDER = Path(__file__).parents[2] / "recipes" / "study_135m_32k"
 RECIPE = str(FOLDER / "recipe.yaml")
 RESULTS = FOLDER / "results"
+MODEL_FOLDER = "models/smollm2_135m"
 MODEL = resolve_run(load_recipe(RECIPE, ["model=smollm2_135m"]), "uniform-seed1").model
 
 
@@ -55,6 +57,67 @@ def test_all_runs_are_measured_and_none_exported():
     assert kinds == {"prepare", "score", "train", "evaluate", "recall", "report"}
     for kind in ("train", "evaluate", "recall"):
         assert sum(stage.kind == kind for stage in graph.stages) == len(graph.runs)
+
+
+FURTHER = sorted(path for path in FOLDER.glob("*.yaml") if path.name != "recipe.yaml")
+OWN = {
+    "scorer": {"weighting", "data"},
+    "windows": {"weighting", "data"},
+    "code": {"weighting", "data"},
+    "prose": {"weighting", "data"},
+    "longer": {"weighting", "training"},
+    "selection": {"weighting", "data"},
+}
+"""What the runs of each further recipe may have of their own beside name and folder."""
+
+
+@pytest.mark.parametrize("path", FURTHER, ids=lambda path: path.stem)
+def test_a_further_recipe_runs_and_differs_from_uniform_in_its_question_alone(path):
+    first = build_stage_graph(RECIPE, (), lambda _: MODEL)
+    plain = {run.seed: run for run in first.runs if run.name.startswith("uniform-")}
+    graph = build_stage_graph(str(path), (), lambda _: MODEL)
+    scorers = {run.name for run in graph.runs if run.start != MODEL_FOLDER}
+    assert scorers == ({"small"} if path.stem == "scorer" else set())
+    compared = [run for run in graph.runs if run.name not in scorers]
+    own = {"name", "run_dir"} | OWN[path.stem]
+    waits = {stage.name for stage in graph.stages if "score" in stage.needs}
+    weighted = {f"train-{run.name}" for run in compared if run.weighting.scheme != "uniform"}
+    assert waits == (weighted if path.stem != "selection" else set())
+    for run in compared:
+        like = plain[run.seed].model_dump(exclude=own)
+        assert run.model_dump(exclude=own) == like, run.name
+        assert run.data.sequence_length == 32768 and run.data.packing == "chunk"
+    names = {run.name for run in compared}
+    assert not names & {run.name for run in first.runs}
+    for kind in ("evaluate", "recall"):
+        assert sum(stage.kind == kind for stage in graph.stages) == len(names)
+    ours, theirs = graph.recipe.evaluation, first.recipe.evaluation
+    free = {"note": None, "compare_with": []}
+    assert ours.model_copy(update=free) == theirs.model_copy(update=free)
+    assert set(ours.compare_with) <= {run.run_dir for run in first.runs}
+
+
+def test_no_two_recipes_write_into_one_run_or_one_sidecar():
+    graphs = [build_stage_graph(str(path), (), lambda _: MODEL) for path in [RECIPE, *FURTHER]]
+    folders = [run.run_dir for graph in graphs for run in graph.runs]
+    assert len(set(folders)) == len(folders)
+    names = [run.name for graph in graphs for run in graph.runs]
+    assert len(set(names)) == len(names)  # keep.py puts them side by side
+    scores = {
+        (stage.output, stage.arguments)
+        for graph in graphs
+        for stage in graph.stages
+        if stage.kind == "score"
+    }
+    assert len({output for output, _ in scores}) == len(scores)
+
+
+def test_the_small_scorer_has_the_size_and_the_window_that_are_said():
+    recipe = load_recipe(str(FOLDER / "scorer.yaml"))
+    small = resolve_run(recipe, "small")
+    assert round(parameters(small.model) / 1e6, 1) == 12.6
+    assert small.model.vocab_size == MODEL.vocab_size and recipe.scoring.scorer == small.name
+    assert small.data.sequence_length == recipe.scoring.window
 
 
 def tarball(path: Path, files: dict[str, str]) -> Path:
@@ -98,6 +161,21 @@ def test_texts_are_joined_in_their_order_until_they_are_long(corpus, tmp_path):
     assert documents[1][1].endswith("um\n\n")
 
 
+def test_what_was_held_out_is_trained_on_in_no_part_of_the_corpus(corpus, tmp_path, capsys):
+    lines = [json.dumps({"source": str(n), "text": f"text {n}\u2028"}) + "\n" for n in range(5)]
+    (tmp_path / "code.jsonl").write_text("".join(lines))
+    held_out = tmp_path / "held.jsonl"
+    held_out.write_text(json.dumps({"text": "text 3\u2028", "document": 3}, ensure_ascii=False))
+    output = tmp_path / "code-trained.jsonl"
+    arguments = ["trained", str(tmp_path / "code.jsonl"), "--output", str(output)]
+    assert corpus.main([*arguments, "--held-out", str(held_out)]) == 0
+    assert output.read_text() == "".join(lines[:3] + lines[4:])
+    output.unlink()
+    held_out.write_text(json.dumps({"text": "another"}))
+    assert corpus.main([*arguments, "--held-out", str(held_out)]) == 1
+    assert capsys.readouterr().err.count("\n") == 1 and not output.exists()
+
+
 def test_a_part_of_the_documents_is_spread_over_all(corpus):
     documents = [(str(number), "x" * 100) for number in range(10)]
     assert [name for name, _ in corpus.evenly(documents, 300)] == ["0", "3", "6"]
@@ -130,7 +208,7 @@ def test_finished_runs_are_kept_without_texts_and_others_are_named(tmp_path, cap
     measured = json.loads(evaluation.read_text())
     evaluation.write_text(json.dumps(measured | {"weights": measured["weights"] | {"page": "a"}}))
     assert script("keep").main([str(runs), "--output", str(kept)]) == 0
-    assert f"{runs / 'uniform-seed1'}: not finished, left out" in capsys.readouterr().out
+    assert f"{runs / 'uniform-seed1'}: not measured, left out" in capsys.readouterr().out
     assert sorted(folder.name for folder in kept.iterdir()) == ["before", "dense75-seed1"]
     assert [file.name for file in (kept / "before").iterdir()] == ["recall.json"]
     assert read_run(kept / "before").recall
