@@ -21,6 +21,16 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallSlurm]:
     signal.signal(signal.SIGTERM, previous)
 
 
+@pytest.fixture(autouse=True)
+def nothing_queued_for_the_next(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test that fails leaves its jobs; the next one is not to meet them."""
+    yield
+    slurm: SmallSlurm | None = request.node.funcargs.get("slurm")
+    if slurm is not None and (jobs := slurm.jobs()):
+        slurm.run("scancel", *jobs)
+        slurm.wait_until_empty(60)
+
+
 @pytest.fixture(scope="session")
 def chain(slurm: SmallSlurm, tmp_path_factory: pytest.TempPathFactory) -> Launched:
     """The recipe, finished on SLURM."""
