@@ -44,10 +44,12 @@ from lctw_megatron.report.result_tables import (
     loss_table,
     only_measured,
     run_table,
+    unfinished,
     weight_table,
 )
 from lctw_megatron.report.runs import RunRecord, read_runs
 from lctw_megatron.report.shared_recall import with_shared_depths
+from lctw_megatron.report.shared_samples import with_shared_samples
 from lctw_megatron.report.table import Rows, to_markdown, to_text
 from lctw_megatron.report.weight_plots import text_page, weight_histogram
 
@@ -97,10 +99,11 @@ def write_report(
     so that a report that is there is complete. Raises InputError.
     """
     runs, first = read_runs(folders, baseline)
-    groups, unshared = with_shared_depths(group_runs(runs, first))
+    groups, fewer = with_shared_samples(group_runs(runs, first))
+    groups, unshared = with_shared_depths(groups)
     folder = Path(output) if output else Path(folders[0]).resolve().parent / "report"
     sections = [
-        _results(groups, [*unshared, *left_out(groups)]),
+        _results(groups, [*unfinished(runs), *fewer, *unshared, *left_out(groups)]),
         *_drawn(RECALL, groups, folder),
         Section("Benchmarks", [benchmark_table(groups)], lines=benchmark_lines(groups)),
         Section("Held-out loss", [loss_table(groups)], lines=explain(runs)),

@@ -193,6 +193,14 @@ def test_what_does_not_fit_is_one_line(hf_folder, sentencepiece_model, tmp_path)
     (tmp_path / "latin.txt").write_bytes("Größe".encode("latin-1"))
     refused("latin.txt: not a text file in UTF-8", tmp_path / "latin.txt")
     refused("is a folder, not a text file", tmp_path)
+    # A token that the model lacks, in a text that most samples do not reach.
+    (tmp_path / "long.txt").write_text(real_text())
+    ids = tokenizer.encode_documents([real_text()])[0]
+    lacks = rf"holds token id {ids.max()}, but the checkpoint has a vocabulary of {ids.max()} "
+    refused(f"long.txt: {lacks}", tmp_path / "long.txt", vocab_size=int(ids.max()))
+    with TokenWriter(str(tmp_path / "long"), tokenizer.identity) as writer:
+        writer.add(ids)
+    refused(f"long: {lacks}", tmp_path / "long", vocab_size=int(ids.max()))
     train, _ = make_data(tmp_path)
     refused("tokenised with .* but the checkpoint's tokenizer is", train)
     refused("token 4.. of a sample is beyond the model's vocabulary of 400", vocab_size=400)
