@@ -109,7 +109,8 @@ def test_the_page_is_whole_and_needs_no_network(report):
 def test_the_table_tells_near_far_and_first_seen_apart_and_ends_with_note_and_path(report):
     folder, text = report
     lines = text.splitlines()
-    assert lines[0] == "## Results" and lines[2].startswith("difference to uniform")
+    assert lines[0] == "## Results" and lines[2].startswith("dense: better in loss after")
+    assert lines[4].startswith("difference to uniform")
     assert any(
         re.fullmatch("held-out loss, nats a target +all +near +far +first seen", line)
         for line in lines
