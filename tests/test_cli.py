@@ -20,6 +20,19 @@ def test_a_terminal_that_lacks_a_sign_gets_its_number(monkeypatch):
     assert shown.getvalue() == b"0.5 \\xb10.1 \\u2713, not\\udcfftext\n"
 
 
+def test_a_file_in_the_place_of_a_folder_is_one_line(tmp_path, monkeypatch, capsys):
+    def main(_: list[str]) -> None:
+        with atomic_file(tmp_path / "file" / "out"):
+            pass
+
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr(sys, "argv", ["tool"])
+    with pytest.raises(SystemExit) as end:
+        run_command(main)
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/file: is there already, and")
+
+
 def test_the_error_of_a_rename_names_what_the_user_named(tmp_path, monkeypatch, capsys):
     def main(_: list[str]) -> None:
         with atomic_file(tmp_path / "out") as file:

@@ -56,7 +56,7 @@ def comparisons(groups: Sequence[Group]) -> list[Comparison]:
 
 
 def _recall_comparisons(groups: Sequence[Group]) -> list[Comparison]:
-    tasks, lengths = measures.shared_tasks(groups), measures.lengths_of(groups)
+    tasks, lengths = measures.shared_tasks(groups), measures.shared_lengths(groups)
     found = []
     for kind, name in (("right", "recall"), ("nats", "recall nats")):
         for length in lengths:

@@ -223,7 +223,8 @@ def test_nothing_to_keep_is_an_error_and_a_run_half_way_is_left_out(tmp_path, ca
     keep, runs, kept = script("keep"), tmp_path / "runs", tmp_path / "kept"
     with pytest.raises(InputError, match="nowhere: holds no run; name the recipe's output_dir"):
         keep.main([str(tmp_path / "nowhere"), "--output", str(kept)])
-    shutil.copytree(RESULTS, runs)
+    for name in ("dense75-seed1", "uniform-seed1"):
+        shutil.copytree(RESULTS / name, runs / name)
     with pytest.raises(InputError, match="other/dense75-seed1: a second run of this name"):
         shutil.copytree(RESULTS / "dense75-seed1", runs / "other" / "dense75-seed1")
         keep.main([str(runs), "--output", str(kept)])

@@ -142,6 +142,23 @@ def test_runs_asked_more_samples_are_compared_on_those_that_all_have(write) -> N
     assert len(groups[1].runs[1].recall["cells"][0]["nats"]) == 9
 
 
+def test_the_overview_shows_the_lengths_that_can_be_compared(write) -> None:
+    folders = [write("uniform", 1), write("dense", 1, better=0.5)]
+    path = Path(folders[1]) / "recall.json"
+    content = json.loads(path.read_text())
+    content["settings"]["lengths"] = [LENGTHS[0], 9000]
+    for cell in content["cells"]:
+        cell["length"] = cell["length"] if cell["length"] == LENGTHS[0] else 9000
+    path.write_text(json.dumps(content))
+    heading, _, dense = overview_table(groups_of(*folders))
+    assert heading[2:4] == ["recall at 1k", "recall nats at 1k"]
+    assert dense[3] == "-0.500 ±0.000 ✓"
+    content["settings"]["lengths"] = [9000]
+    content["cells"] = [cell for cell in content["cells"] if cell["length"] == 9000]
+    path.write_text(json.dumps(content))
+    assert "recall at 9000" in overview_table(groups_of(*folders))[0]
+
+
 def test_a_file_of_before_is_what_another_is_cut_to_but_not_cut(write) -> None:
     few, many = write("uniform", 1), write("dense", 1, samples=9, better=0.5)
     for old, compared in ((few, True), (many, False)):
