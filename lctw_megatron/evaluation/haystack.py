@@ -143,7 +143,7 @@ def open_haystack(
         return Stream(path, dataset.fingerprint, dataset, lengths, int(known.add_bos), encode)
     try:
         content = Path(path).read_bytes()
-        text = content.decode()
+        text = content.decode("utf-8-sig")
     except FileNotFoundError:
         raise InputError(
             f"--haystack {path}: neither a text file nor a token dataset ({path}.idx)"

@@ -35,7 +35,9 @@ def read_result(
     except InputError as error:
         raise InputError(f"{error}; {again}") from None
     if not isinstance(value, dict) or value.get("format") != format_name:
-        raise InputError(f"{path}: not a file of the format {format_name!r}; name another output")
+        raise InputError(
+            f"{path}: not a file of the format {format_name!r}; {again}, or name another output"
+        )
     try:
         shape.model_validate(value)
     except ValidationError as error:

@@ -165,6 +165,15 @@ def test_text_files_and_token_datasets_are_haystacks(hf_folder, tmp_path):
             assert texts[0][:100] != texts[1][:100]
 
 
+def test_a_mark_of_byte_order_is_no_text(hf_folder, tmp_path):
+    tokenizer, made = load_tokenizer(hf_folder), []
+    for mark in (b"", b"\xef\xbb\xbf"):  # as Windows puts before a text
+        (tmp_path / "text.txt").write_bytes(mark + real_text()[:3000].encode())
+        maker = SampleMaker(tokenizer, str(tmp_path / "text.txt"), seed=0, vocab_size=VOCAB_SIZE)
+        made.append(maker("one_key", 900, 0.0, 0).digest)
+    assert made[0] == made[1]
+
+
 def test_what_does_not_fit_is_one_line(hf_folder, sentencepiece_model, tmp_path):
     tokenizer = load_tokenizer(hf_folder)
 
