@@ -142,6 +142,25 @@ def test_runs_asked_more_samples_are_compared_on_those_that_all_have(write) -> N
     assert len(groups[1].runs[1].recall["cells"][0]["nats"]) == 9
 
 
+def test_all_depths_of_a_run_keep_equally_many_samples_and_so_do_those_compared_with_it(
+    write,
+) -> None:
+    folders = [
+        write("uniform", 1, depths=(0.1,), samples=9),
+        write("uniform", 2, depths=(0.0, 1.0), samples=7),
+        write("dense", 1, depths=(0.0, 0.5, 1.0), samples=5),
+        write("dense", 2, depths=(0.5,), samples=3),
+    ]
+    groups, _ = with_shared_samples(groups_of(*folders))
+    sizes = [
+        {len(cell["nats"]) for cell in select(run.recall, "json", LENGTHS[0])}
+        for group in groups
+        for run in group.runs
+    ]
+    assert sizes == [{9}, {3}, {3}, {3}]
+    assert overview_table(with_shared_depths(groups)[0])
+
+
 def test_the_overview_shows_the_lengths_that_can_be_compared(write) -> None:
     folders = [write("uniform", 1), write("dense", 1, better=0.5)]
     path = Path(folders[1]) / "recall.json"
