@@ -3,7 +3,7 @@
 import errno
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -66,18 +66,26 @@ def open_lock(path: Path) -> int:
     raise InputError(f"{path}: a link, where a lock file was expected; remove it")
 
 
+def check_not_read(option: str, output: str | Path, inputs: Iterable[str | Path]) -> None:
+    """InputError if writing ``output``, which the user names by ``option``, would replace one of
+    the files that are read."""
+    if os.path.realpath(output) in map(os.path.realpath, inputs):
+        raise InputError(f"{option} {output}: is read from, and would be replaced; name another")
+
+
 @contextmanager
 def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """Open a temporary file beside ``path``; on success fsync it and rename it to ``path``.
 
     On any exception (a full disk too) the temporary file is removed and ``path`` is untouched. The
     temporary name is random, so that two processes, on two nodes too, never write the same file.
+    Text is UTF-8 under every locale.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
     try:
-        with open(temporary, mode) as file:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -1,5 +1,6 @@
 """What every command line shares: exit statuses and one-line errors."""
 
+import io
 import os
 import sys
 import warnings
@@ -25,6 +26,9 @@ def run_command(main: Callable[[list[str]], int | None]) -> None:
         # Libraries warn of missing optional accelerators and of their own deprecations, dozens of
         # times; what a user must know, the project says itself.
         warnings.simplefilter("ignore")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that is not UTF-8, or a file name that is not text: as standard error does.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = main(arguments) or 0
         sys.stdout.flush()
@@ -39,7 +43,9 @@ def run_command(main: Callable[[list[str]], int | None]) -> None:
     except OSError as error:
         if debug or error.errno not in MENDABLE:
             raise
-        place = f"{error.filename}: " if error.filename else ""
+        # Of two, as in a rename, the second is the one that the user named.
+        name = error.filename2 or error.filename
+        place = f"{name}: " if name else ""
         print(f"error: {place}{MENDABLE[error.errno]}", file=sys.stderr)
         status = exit_status(error)
     except KeyboardInterrupt:

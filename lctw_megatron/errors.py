@@ -20,6 +20,7 @@ MENDABLE = {
     errno.ENOENT: "no such file or folder",
     errno.EISDIR: "this is a folder, a file was expected",
     errno.ENOTDIR: "this is a file, a folder was expected",
+    errno.EEXIST: "is there already, and is not what was expected; remove it or name another",
 }
 """The errors of the operating system that a user can mend and that need no traceback."""
 

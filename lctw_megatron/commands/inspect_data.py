@@ -9,9 +9,11 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from lctw_megatron.atomic import check_not_read
 from lctw_megatron.cli import positive, run_command
 from lctw_megatron.config.schema import MOST_TOKENS
-from lctw_megatron.data.sidecar import Sidecar
+from lctw_megatron.data.manifest import files_of
+from lctw_megatron.data.sidecar import Sidecar, sidecar_prefix
 from lctw_megatron.data.token_dataset import TokenDataset
 from lctw_megatron.errors import few
 from lctw_megatron.inspection.describe_data import (
@@ -214,6 +216,7 @@ def main(arguments: list[str]) -> int | None:
         parser().error("--step is a view of its own")
     if unused := _unused(options, bool(text), bool(look)):
         parser().error(f"{few(unused)}: of no use to what is asked for; leave it out")
+    _check_outputs(options)
     if options.step is not None:
         from lctw_megatron.inspection.step_documents import describe_step
 
@@ -234,6 +237,16 @@ def main(arguments: list[str]) -> int | None:
     else:
         _print_manifests(options)
     return None
+
+
+def _check_outputs(options: argparse.Namespace) -> None:
+    """InputError if what is written would replace what is looked at."""
+    for prefix in options.prefix:
+        sidecars = [sidecar_prefix(prefix, name) for name in (options.long, options.short)]
+        read = [file for each in (prefix, *sidecars) for file in files_of(each)]
+        for name in ("rank_documents", "html", "png"):
+            if output := getattr(options, name):
+                check_not_read(f"--{name.replace('_', '-')}", output, read)
 
 
 def _unused(options: argparse.Namespace, text: bool, look: bool) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lctw_megatron.atomic import write_json
+from lctw_megatron.data.indexed_array import data_path, index_path
 from lctw_megatron.data.json_object import parse_json
 from lctw_megatron.errors import InputError
 
@@ -88,6 +89,11 @@ class SidecarManifest(_Strict):
 
 def manifest_path(prefix: str) -> str:
     return prefix + ".json"
+
+
+def files_of(prefix: str) -> list[str]:
+    """All of a token dataset or a sidecar."""
+    return [data_path(prefix), index_path(prefix), manifest_path(prefix)]
 
 
 Manifest = TypeVar("Manifest", TokenManifest, SidecarManifest)

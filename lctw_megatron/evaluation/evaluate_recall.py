@@ -1,6 +1,5 @@
 """Measure the recall of a checkpoint and write recall.json."""
 
-import hashlib
 import io
 import json
 import sys
@@ -13,14 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from lctw_megatron.atomic import atomic_file, write_json
+from lctw_megatron.atomic import atomic_file, check_not_read, write_json
 from lctw_megatron.config.layout_rules import check_sequence
 from lctw_megatron.config.rope import longest_context
 from lctw_megatron.config.schema import LayoutConfig
+from lctw_megatron.data.manifest import files_of
 from lctw_megatron.errors import InputError
 from lctw_megatron.evaluation.evaluate import weights_identity
 from lctw_megatron.evaluation.recall import Cell, measure
-from lctw_megatron.evaluation.recall_result import FORMAT, read_recall, with_means
+from lctw_megatron.evaluation.recall_result import FORMAT, digest_of, read_recall, with_means
 from lctw_megatron.evaluation.recall_samples import (
     RecallSample,
     SampleMaker,
@@ -70,6 +70,11 @@ def recall_to_file(
 
     if settings.seed < 0:
         raise InputError(f"--seed {settings.seed}: a seed is not negative; give 0 or more")
+    if samples_file is not None:
+        read = [output]
+        if settings.haystack is not None:
+            read += [settings.haystack, *files_of(settings.haystack)]
+        check_not_read("--write-samples", samples_file, read)
     first = join(layout)
     place, manifest = agreed_checkpoint(checkpoint)
     tokenizer = open_tokenizer(place, manifest)
@@ -147,33 +152,32 @@ def _cells(
     depths = described["depths"]
     window = described["window"] if described["window"] < length else None
     samples = samples_of(maker, settings.tasks, length, depths, settings.samples)
-    cells = {
-        (task, depth): (Cell(), hashlib.blake2b(digest_size=16))
-        for task in settings.tasks
-        for depth in depths_of(task, depths)
+    cells: dict[tuple[str, float | None], tuple[Cell, list[str]]] = {
+        (task, depth): (Cell(), []) for task in settings.tasks for depth in depths_of(task, depths)
     }
     stream = sys.stderr if model.world.is_first else io.StringIO()
     total = len(cells) * settings.samples
     with Progress(f"recall at {length:,}", total, "samples", stream=stream) as progress:
         for measured in measure(model, samples, length, window, maker.bos_id):
             sample = measured.sample
-            cell, digest = cells[sample.task, sample.depth]
+            cell, digests = cells[sample.task, sample.depth]
             cell.add(measured)
-            digest.update(sample.digest)
+            digests.append(sample.digest.hex())
             if not np.isfinite(cell.nats[-1]):
                 raise InputError(
                     f"{model.checkpoint}: its loss of an answer of task {sample.task} at "
                     f"{length} tokens is not finite; evaluate an earlier checkpoint"
                 )
             progress.update(1, tokens=length)
-    for (task, depth), (cell, digest) in cells.items():
+    for (task, depth), (cell, digests) in cells.items():
         values = {name: value or None for name, value in asdict(cell).items()}
         yield with_means(
             {
                 "task": task,
                 "length": length,
                 "depth": depth,
-                "samples_digest": digest.hexdigest(),
+                "samples_digest": digest_of(digests),
+                "digests": digests,
                 **values,
             }
         )

@@ -116,7 +116,7 @@ def _own_name(call: Call) -> str:
 
 def _check_names(output: Path, calls: Sequence[Call], records: Sequence[dict[str, Any]]) -> None:
     """InputError if what one of ``calls`` returns would be written over another's."""
-    taken = {record.get("file"): record["call"]["task"] for record in records}
+    taken = {record.get("file"): record.get("call", record)["task"] for record in records}
     for call in calls:
         file = f"{output.stem}/{_own_name(call)}.json"
         other = taken.setdefault(file, call.task)

@@ -55,7 +55,7 @@ class Call:
 
     def gave(self, record: dict[str, Any]) -> bool:
         """Whether ``record`` of a result file answers this call."""
-        return record["call"] == asdict(self)
+        return record.get("call") == asdict(self)
 
 
 def calls_for(names: Sequence[str], lengths: Sequence[int], offline: bool) -> list[Call]:

@@ -120,8 +120,11 @@ class Stream:
         )
 
 
-def open_haystack(path: str | None, tokenizer: Tokenizer, encode: PartEncoder) -> Haystack:
-    """None: repeated sentences; a prefix of a token dataset; or a text file. InputError. All
+def open_haystack(
+    path: str | None, tokenizer: Tokenizer, encode: PartEncoder, vocab_size: int
+) -> Haystack:
+    """None: repeated sentences; a prefix of a token dataset; or a text file. vocab_size: the
+    model's. InputError, also for a token that the model lacks, which samples may meet late. All
     ranks call it."""
     if path is None:
         return Sentences(encode)
@@ -133,13 +136,14 @@ def open_haystack(path: str | None, tokenizer: Tokenizer, encode: PartEncoder) -
                 f"--haystack {path}: tokenised with {dataset.manifest.tokenizer.path} (digest "
                 f"{theirs}), but the checkpoint's tokenizer is {ours}; give a text file instead"
             )
+        dataset.check_fits(vocab_size, "the checkpoint")
         known = tokenizer.identity
         around = int(known.add_bos) + int(known.add_eos)
         lengths = np.asarray(dataset.lengths, dtype=np.int64) - around
         return Stream(path, dataset.fingerprint, dataset, lengths, int(known.add_bos), encode)
     try:
         content = Path(path).read_bytes()
-        text = content.decode()
+        text = content.decode("utf-8-sig")
     except FileNotFoundError:
         raise InputError(
             f"--haystack {path}: neither a text file nor a token dataset ({path}.idx)"
@@ -151,6 +155,11 @@ def open_haystack(path: str | None, tokenizer: Tokenizer, encode: PartEncoder) -
     except UnicodeDecodeError as error:
         raise InputError(f"--haystack {path}: not a text file in UTF-8 ({error})") from None
     ids = tokenizer.encode_batch([text])[0]
+    if (largest := int(ids.max(initial=0))) >= vocab_size:
+        raise InputError(
+            f"--haystack {path}: holds token id {largest}, but the checkpoint has a vocabulary of "
+            f"{vocab_size} (ids 0 to {vocab_size - 1}); leave its text out of the file"
+        )
     identity = hashlib.blake2b(content, digest_size=16).hexdigest()
     return Stream(path, identity, [ids], np.array([len(ids)]), 0, encode)
 

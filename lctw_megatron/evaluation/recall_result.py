@@ -4,6 +4,7 @@ Every sample's values are kept, so that two models measured on the same samples 
 pairs: a question is easier or harder for both.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +23,11 @@ settings    what was asked for, with the identities of weights, tokenizer and ha
             settings give the same file
 seconds     length: seconds of wall time
 cells       one of each task, length and depth (null: the task has none): `samples_digest`, equal
-            for equal samples; of each sample `nats` (Σ loss of the answers' tokens), `tokens`,
-            `right` (share of its answers right to the last token), `short_nats` and `short_right`
-            with the last `settings.window` tokens of context only (null where the sample is not
-            longer); and `mean`: of `nats` an answer token, `right` and both short ones, [mean,
-            standard error over samples]
+            for equal samples; of each sample its own in `digests` (files of before lack them),
+            `nats` (Σ loss of the answers' tokens), `tokens`, `right` (share of its answers right to
+            the last token), `short_nats` and `short_right` with the last `settings.window` tokens
+            of context only (null where the sample is not longer); and `mean`: of `nats` an answer
+            token, `right` and both short ones, [mean, standard error over samples]
 """
 
 VALUES = ("nats", "right", "short_nats", "short_right")
@@ -71,6 +72,17 @@ def with_means(cell: dict[str, Any]) -> dict[str, Any]:
     return {**cell, "mean": means}
 
 
+def digest_of(digests: Sequence[str]) -> str:
+    """`samples_digest` of samples with these `digests`."""
+    return hashlib.blake2b(bytes.fromhex("".join(digests)), digest_size=16).hexdigest()
+
+
+def first_samples(cell: dict[str, Any], number: int) -> dict[str, Any]:
+    """The cell as it would be with only the first ``number`` samples."""
+    lists = {name: cell[name][:number] for name in (*VALUES, "tokens", "digests") if cell[name]}
+    return with_means({**cell, **lists, "samples_digest": digest_of(lists["digests"])})
+
+
 def select(
     result: dict[str, Any], task: str, length: int | None = None, depth: Any = ...
 ) -> list[dict[str, Any]]:
@@ -85,6 +97,7 @@ def select(
 
 
 class _Settings(Shape):
+    checkpoint: str = ""
     tasks: list[str]
     lengths: list[int]
     depths: list[float]
@@ -98,6 +111,7 @@ class _Cell(Shape):
     length: int
     depth: float | None
     samples_digest: str
+    digests: list[Annotated[str, Field(pattern="^[0-9a-f]{16}$")]] | None = None
     nats: Annotated[list[float], Field(min_length=1)]
     tokens: list[int]
     right: list[float]
@@ -113,10 +127,18 @@ class _Recall(Shape):
 
     @model_validator(mode="after")
     def _has_a_value_of_every_sample(self) -> "_Recall":
-        kinds = ("nats", "tokens", "right", "short_nats", "short_right")
+        kinds = ("nats", "tokens", "right", "short_nats", "short_right", "digests")
         values = [getattr(cell, kind) for cell in self.cells for kind in kinds]
         if len({len(found) for found in values if found is not None}) > 1:
             raise ValueError("not a value of every sample")
+        asked, depths = self.settings, {None, *self.settings.depths}
+        for at in self.cells:
+            if (
+                at.task not in asked.tasks
+                or at.length not in asked.lengths
+                or at.depth not in depths
+            ):
+                raise ValueError(f"{at.task} at {at.length}, {at.depth} is not in its settings")
         return self
 
 

@@ -92,7 +92,7 @@ class SampleMaker:
         self._tokenizer = tokenizer
         self._encode = PartEncoder(tokenizer)
         self._sentences = Sentences(self._encode)
-        self.haystack = open_haystack(haystack, tokenizer, self._encode)
+        self.haystack = open_haystack(haystack, tokenizer, self._encode, vocab_size)
 
     def check(self, task: str, length: int, samples: int, window: int | None = None) -> None:
         """InputError if one of so many samples cannot be made, or asked in ``window`` tokens: they

@@ -1,11 +1,14 @@
 """evaluation.json: what is in it, and reading it."""
 
+from collections.abc import Sized
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
 from lctw_megatron.evaluation.saved_result import Shape, read_result
+from lctw_megatron.weighting.occurrence import CLASSES
 
 FORMAT = "lctw-megatron evaluation 1"
 """Of evaluation.json. Losses are nats a target. Its keys:
@@ -28,6 +31,7 @@ weights     see ``weight_sample``; null for a run with uniform weights; or why t
 
 
 class _Settings(Shape):
+    checkpoint: str = ""
     tokens_fingerprint: str
     sequence_length: int
     near: int
@@ -44,11 +48,62 @@ class _Group(Shape):
 
     @model_validator(mode="after")
     def _has_a_value_of_every_bin(self) -> "_Group":
-        sizes = [len(self.loss), len(self.targets)]
-        sizes += [len(row) for rows in (self.sequence_loss, self.sequence_targets) for row in rows]
-        if any(size != len(self.bins) for size in sizes):
+        rows: list[Sized] = [*self.sequence_loss, *self.sequence_targets]
+        rows += [self.loss, self.targets]
+        if any(len(row) != len(self.bins) for row in rows):
             raise ValueError("not a value of every bin")
         return self
+
+
+class _WeightClasses(Shape):
+    bins: list[str]
+    targets: list[int]
+    weight: list[float]
+
+    @model_validator(mode="after")
+    def _has_a_value_of_every_bin(self) -> "_WeightClasses":
+        self.check_lengths(len(self.bins), "targets", "weight")
+        return self
+
+
+class _Histogram(Shape):
+    starts: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=2)]
+    targets: list[int]
+    weight: list[float]
+
+    @model_validator(mode="after")
+    def _has_a_value_of_every_bucket(self) -> "_Histogram":
+        if not all(before < after for before, after in pairwise(self.starts)):
+            raise ValueError("starts do not rise")
+        self.check_lengths(len(self.starts), "targets", "weight")
+        return self
+
+
+class _Page(Shape):
+    data: str
+    document: int
+    first_target: int
+    text: list[str]
+    weight: list[float]
+    long_loss: list[float | None]
+    short_loss: list[float | None]
+
+    @model_validator(mode="after")
+    def _has_a_value_of_every_target(self) -> "_Page":
+        self.check_lengths(len(self.text), "weight", "long_loss", "short_loss")
+        return self
+
+
+class _Weighting(Shape):
+    scheme: str
+
+
+class _Weights(Shape):
+    weighting: _Weighting
+    sequences: int
+    histogram: _Histogram
+    classes: _WeightClasses
+    page: _Page | None = None
 
 
 class _LongPPL(Shape):
@@ -62,13 +117,16 @@ class _Evaluation(Shape):
     """What other modules rely on; older files lack some of it."""
 
     settings: _Settings
-    sequences: list[Annotated[list[int], Field(min_length=2, max_length=2)]]
+    sequences: Annotated[
+        list[Annotated[list[int], Field(min_length=2, max_length=2)]], Field(min_length=1)
+    ]
     loss: float
     targets: int
     classes: _Group
     position: _Group
     distance: _Group
     longppl: _LongPPL | None = None
+    weights: _Weights | str | None = None
 
     @model_validator(mode="after")
     def _has_a_row_of_every_sequence(self) -> "_Evaluation":
@@ -76,6 +134,8 @@ class _Evaluation(Shape):
         rows = [part for g in groups for part in (g.sequence_loss, g.sequence_targets)]
         if any(len(row) != len(self.sequences) for row in rows):
             raise ValueError("not a row of every sequence")
+        if tuple(self.classes.bins) != CLASSES:
+            raise ValueError(f"classes are not {', '.join(CLASSES)}")
         return self
 
 

@@ -10,9 +10,16 @@ from lctw_megatron.errors import InputError, few
 
 
 class Shape(BaseModel):
-    """Base of what a result file must have; what else it has is not looked at."""
+    """Base of what a result file must have; what else it has is not looked at. No number is NaN or
+    infinite: no file of ours says so, and one would spoil every mean."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    def check_lengths(self, expected: int, *names: str) -> None:
+        """ValueError unless each of these lists has so many entries."""
+        for name in names:
+            if len(found := getattr(self, name)) != expected:
+                raise ValueError(f"{name} has {len(found)} entries, expected {expected}")
 
 
 def read_result(
@@ -28,13 +35,17 @@ def read_result(
     except InputError as error:
         raise InputError(f"{error}; {again}") from None
     if not isinstance(value, dict) or value.get("format") != format_name:
-        raise InputError(f"{path}: not a file of the format {format_name!r}; name another output")
+        raise InputError(
+            f"{path}: not a file of the format {format_name!r}; {again}, or name another output"
+        )
     try:
         shape.model_validate(value)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "it"
-        raise InputError(f"{path}: damaged ({where}: {first['msg']}); {again}") from None
+        # Of a union pydantic names the class too.
+        where = ".".join(str(part) for part in first["loc"] if str(part)[:1] != "_") or "it"
+        why = first["msg"].removeprefix("Value error, ")
+        raise InputError(f"{path}: damaged ({where}: {why}); {again}") from None
     return value
 
 

@@ -123,7 +123,7 @@ def _manifest(prefix: str) -> TokenManifest | None:
 
 
 def _check_free(prefix: str, dataset: TokenDataset) -> None:
-    if os.path.abspath(prefix) == os.path.abspath(dataset.prefix):
+    if os.path.realpath(data_path(prefix)) == os.path.realpath(data_path(dataset.prefix)):
         raise InputError(f"{prefix}: is the dataset to choose from; give another --output-prefix")
     taken = [path for path in (data_path(prefix), manifest_path(prefix)) if os.path.exists(path)]
     if taken and _manifest(prefix) is None:

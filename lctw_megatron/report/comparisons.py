@@ -3,13 +3,14 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from lctw_megatron.errors import few
 from lctw_megatron.evaluation.buckets import Difference
 from lctw_megatron.evaluation.recall_result import show
 from lctw_megatron.report import measures
 from lctw_megatron.report.benchmarks import benchmark, benchmark_names, lower_is_better
-from lctw_megatron.report.cost import hours_name, training_cost
+from lctw_megatron.report.cost import cost_words, hours_name, training_cost
 from lctw_megatron.report.estimate import BEYOND, Measured, difference, is_beyond, level
 from lctw_megatron.report.groups import Group
 from lctw_megatron.report.table import (
@@ -20,6 +21,9 @@ from lctw_megatron.report.table import (
     mean_of,
     short_number,
 )
+
+FEW_SAMPLES = 10
+"""With fewer a standard error is itself far from sure: by 1 / √(2 (n - 1)), 40 % of 4 samples."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ def comparisons(groups: Sequence[Group]) -> list[Comparison]:
 
 
 def _recall_comparisons(groups: Sequence[Group]) -> list[Comparison]:
-    tasks, lengths = measures.shared_tasks(groups), measures.lengths_of(groups)
+    tasks, lengths = measures.shared_tasks(groups), measures.shared_lengths(groups)
     found = []
     for kind, name in (("right", "recall"), ("nats", "recall nats")):
         for length in lengths:
@@ -131,25 +135,42 @@ def _add_cost(rows: Rows, groups: Sequence[Group]) -> None:
                 row.append("-" if value is None else form.format(value * scale))
 
 
-def verdict_lines(groups: Sequence[Group]) -> list[str]:
-    """How to read the overview, then one line a group: where it is better, where worse, of how many
-    comparisons."""
-    baseline, lines, made = groups[0], [], 0
+class Judgement(NamedTuple):
+    """Where a group differs from the baseline beyond two standard errors."""
+
+    group: Group
+    made: int
+    """Comparisons that could be made."""
+    sure: dict[str, dict[str, list[str]]]
+    """BETTER or WORSE -> kind -> where."""
+
+
+def judge(groups: Sequence[Group]) -> list[Judgement]:
+    """Of every group but the first, which is the baseline."""
+    baseline, found = groups[0], []
     compared = [(comparison, comparison.read(baseline)) for comparison in comparisons(groups)]
     for group in groups[1:]:
         sure: dict[str, dict[str, list[str]]] = {BETTER: {}, WORSE: {}}
-        count = 0
+        made = 0
         for comparison, theirs in compared:
-            found = difference(comparison.read(group), theirs)
-            if found is not None and found.error is not None:
-                count += 1
-                better, is_sure = verdict(found, comparison)
+            gap = difference(comparison.read(group), theirs)
+            if gap is not None and gap.error is not None:
+                made += 1
+                better, is_sure = verdict(gap, comparison)
                 if is_sure:
                     kinds = sure[BETTER if better else WORSE]
                     kinds.setdefault(comparison.kind, []).append(comparison.where)
-        made += count
-        if not count:
-            lines.append(f"{group.name}: nothing measured on the same samples as {baseline.name}.")
+        found.append(Judgement(group, made, sure))
+    return found
+
+
+def verdict_lines(groups: Sequence[Group]) -> list[str]:
+    """A sentence a group: where it is better, where worse, of how many comparisons, and what it
+    cost."""
+    lines = []
+    for group, made, sure in judge(groups):
+        if not made:
+            lines.append(f"{group.name}: nothing measured on the same samples as {groups[0].name}.")
             continue
         parts = [
             f"{word} in " + "; ".join(f"{kind} {', '.join(at)}" for kind, at in sure[mark].items())
@@ -157,18 +178,23 @@ def verdict_lines(groups: Sequence[Group]) -> list[str]:
             if sure[mark]
         ]
         parts = parts or ["no difference that is sure"]
-        lines.append(f"{group.name}: {', '.join(parts)} (of {count} comparisons).")
-    return (_reading_lines(groups, made) if made else []) + lines
+        cost = cost_words(group, groups[0])
+        lines.append(f"{group.name}: {', '.join(parts)} (of {made} comparisons){cost}.")
+    return lines
 
 
-def _reading_lines(groups: Sequence[Group], made: int) -> list[str]:
+def reading_lines(groups: Sequence[Group]) -> list[str]:
+    """How to read the overview, and what its errors do not know."""
+    made = sum(judgement.made for judgement in judge(groups))
+    if not made:
+        return []
     lines = [
         f"{BETTER} better, {WORSE} worse than {groups[0].name} by more than {BEYOND:g} standard "
         f"errors (±, over seeds and samples); without a mark it is not sure. Of {made} comparisons "
-        f"about {max(1, round(0.046 * made))} would be marked by chance, more with few seeds. "
-        "Recall: mean of the tasks that all have, share of answers right and nats an answer token. "
-        "Loss: nats a target of held-out text, after so many tokens of context. Cost: of one run's "
-        "training steps, without what scoring a corpus takes once."
+        f"about {max(1, round(0.046 * made))} would be marked by chance, more with few seeds or "
+        "samples. Recall: mean of the tasks that all have, share of answers right and nats an "
+        "answer token. Loss: nats a target of held-out text, after so many tokens of context. "
+        "Cost: of one run's training steps, without what scoring a corpus takes once."
     ]
     single = [group.name for group in groups if len(group.runs) == 1]
     if single:
@@ -176,4 +202,17 @@ def _reading_lines(groups: Sequence[Group], made: int) -> list[str]:
         lines.append(
             f"{who} one seed: what another order of the data would have given is not in ±."
         )
+    runs = [run for group in groups for run in group.runs]
+    questions = [len(cell["nats"]) for run in runs if run.recall for cell in run.recall["cells"]]
+    sequences = [len(run.evaluation["sequences"]) for run in runs if run.evaluation]
+    small = [
+        f"{min(counts)} {what}"
+        for counts, what in (
+            (questions, "samples of a task, length and depth"),
+            (sequences, "sequences"),
+        )
+        if counts and min(counts) < FEW_SAMPLES
+    ]
+    if small:
+        lines.append(f"From {' and from '.join(small)} ± is itself a guess: measure more of them.")
     return lines

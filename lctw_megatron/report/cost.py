@@ -7,7 +7,7 @@ import numpy as np
 
 from lctw_megatron.report.groups import Group
 from lctw_megatron.report.runs import RunRecord
-from lctw_megatron.report.table import Rows
+from lctw_megatron.report.table import Rows, mean_of
 from lctw_megatron.training.flops import step_flops
 
 
@@ -68,6 +68,19 @@ def cost_table(groups: Sequence[Group]) -> Rows:
                 ]
             )
     return rows
+
+
+def cost_words(group: Group, baseline: Group) -> str:
+    """What one run of ``group`` took beside one of ``baseline``, to end a sentence; empty where
+    that is not known."""
+    ours, theirs = ([training_cost(run) for run in each.runs] for each in (group, baseline))
+    parts = []
+    for name in ("hours", "flops"):
+        means = [mean_of([getattr(c, name) for c in costs if c]) for costs in (ours, theirs)]
+        if means[0] is not None and means[1]:
+            what = hours_name([group, baseline]) if name == "hours" else "FLOPs"
+            parts.append(f"{means[0] / means[1]:.2f} × the {what}")
+    return f", for {' and '.join(parts)} of a run" if parts else ""
 
 
 def _hours(run: RunRecord, work: int) -> float | None:

@@ -69,6 +69,12 @@ def lengths_of(groups: Sequence[Group]) -> list[int]:
     return sorted({length for found in _recall_settings(groups) for length in found["lengths"]})
 
 
+def shared_lengths(groups: Sequence[Group]) -> list[int]:
+    """Those of the first group that another has too, which can be compared; all, if none can."""
+    ours, theirs = lengths_of(groups[:1]), lengths_of(groups[1:])
+    return [length for length in ours if length in theirs] or lengths_of(groups)
+
+
 def _of_runs(
     group: Group, read: Callable[[RunRecord], tuple[str, list[Block]] | None]
 ) -> Measured | None:

@@ -28,6 +28,7 @@ td:first-child,th:first-child{text-align:left} tr{border-bottom:1px solid #ddd}
 td.worse{background:#fde8cf} summary{cursor:pointer;margin:.8rem 0}
 thead tr{border-bottom:2px solid #555} img{max-width:100%;height:auto}
 .note{border-left:4px solid #D55E00;padding:.4rem .8rem;background:#faf5f0}
+.lead{margin:.4rem 0}
 .small{color:#444;margin:.4rem 0}
 .legend span{padding:.1rem .2rem}
 {{ style }}
@@ -39,6 +40,7 @@ thead tr{border-bottom:2px solid #555} img{max-width:100%;height:auto}
 {% for section in sections %}
 <h2>{{ section.title }}</h2>
 {% if section.folded %}<details><summary>{{ section.folded }}</summary>{% endif %}
+{% for line in section.lead %}<p class="lead">{{ line }}</p>{% endfor %}
 {% for rows in section.tables %}
 <div class="wide"><table>
 <thead><tr>{% for cell in rows[0] %}<th>{{ cell }}</th>{% endfor %}</tr></thead>
@@ -61,6 +63,8 @@ class Section:
     """A heading with what stands under it; everything but ``body`` is escaped."""
 
     title: str
+    lead: Sequence[str] = ()
+    """What is said first."""
     tables: Sequence[list[list[str]]] = ()
     """Each with its heading row first."""
     png: bytes | None = None
@@ -82,6 +86,7 @@ def render_page(title: str, sections: Sequence[Section], note: str | None = None
         sections=[
             {
                 "title": section.title,
+                "lead": section.lead,
                 "tables": section.tables,
                 "lines": section.lines,
                 "image": _inline(section.png),

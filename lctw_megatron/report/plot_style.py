@@ -37,6 +37,7 @@ _LOOK: Any = {
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "legend.frameon": False,
+    "text.parse_math": False,  # a name with two dollars is no formula
 }
 
 
@@ -91,12 +92,14 @@ def legend(figure: Figure, shown: Sequence[Named], runs: Sequence[Named]) -> Non
             [],
             marker=marker_of(run, runs),
             markersize=marker_size(run, runs),
-            label=run.name,
+            label="name",
             **line_of(run, runs),
         )
         for run in shown
     ]
-    figure.legend(handles=handles, loc="outside upper left", ncols=min(len(handles), 5))
+    made = figure.legend(handles=handles, loc="outside upper left", ncols=min(len(handles), 5))
+    for text, run in zip(made.get_texts(), shown, strict=True):
+        text.set_text(run.name)  # now, since a label that begins with _ would be left out
 
 
 def write_png(path: str | Path, figure: Figure) -> bytes:

@@ -16,7 +16,7 @@ from lctw_megatron.atomic import atomic_file
 from lctw_megatron.errors import few
 from lctw_megatron.report.benchmarks import benchmark_lines, benchmark_table
 from lctw_megatron.report.coloured_text import legend_html, scale_for, to_html
-from lctw_megatron.report.comparisons import overview_table, verdict_lines
+from lctw_megatron.report.comparisons import overview_table, reading_lines, verdict_lines
 from lctw_megatron.report.cost import cost_table
 from lctw_megatron.report.curve_plots import (
     difference_curves,
@@ -44,10 +44,12 @@ from lctw_megatron.report.result_tables import (
     loss_table,
     only_measured,
     run_table,
+    unfinished,
     weight_table,
 )
 from lctw_megatron.report.runs import RunRecord, read_runs
 from lctw_megatron.report.shared_recall import with_shared_depths
+from lctw_megatron.report.shared_samples import with_shared_samples
 from lctw_megatron.report.table import Rows, to_markdown, to_text
 from lctw_megatron.report.weight_plots import text_page, weight_histogram
 
@@ -97,23 +99,24 @@ def write_report(
     so that a report that is there is complete. Raises InputError.
     """
     runs, first = read_runs(folders, baseline)
-    groups, unshared = with_shared_depths(group_runs(runs, first))
+    groups, fewer = with_shared_samples(group_runs(runs, first))
+    groups, unshared = with_shared_depths(groups)
     folder = Path(output) if output else Path(folders[0]).resolve().parent / "report"
     sections = [
-        _results(groups, [*unshared, *left_out(groups)]),
+        _results(groups, [*unfinished(runs), *fewer, *unshared, *left_out(groups)]),
         *_drawn(RECALL, groups, folder),
-        Section("Benchmarks", [benchmark_table(groups)], lines=benchmark_lines(groups)),
-        Section("Held-out loss", [loss_table(groups)], lines=explain(runs)),
+        Section("Benchmarks", tables=[benchmark_table(groups)], lines=benchmark_lines(groups)),
+        Section("Held-out loss", tables=[loss_table(groups)], lines=explain(runs)),
         *_drawn(LOSSES, groups, folder),
         *_weights(groups, folder),
-        Section("What training took", [cost_table(groups)]),
+        Section("What training took", tables=[cost_table(groups)]),
         Section(
             "Recall, task by task",
-            recall_tables(groups),
+            tables=recall_tables(groups),
             lines=recall_lines(groups),
             folded="show the tables" if len(groups) > FEW else "",
         ),
-        Section("The runs", [run_table(runs)], lines=only_measured(runs)),
+        Section("The runs", tables=[run_table(runs)], lines=only_measured(runs)),
         *_drawn(TRAINING, groups, folder),
     ]
     sections = [part for part in map(_without_empty_tables, sections) if _is_something(part)]
@@ -131,7 +134,9 @@ def _text(sections: Sequence[Section], write: Callable[[Rows], str]) -> list[str
     text = []
     for section in sections:
         if section.tables or (section.lines and not section.body):
-            text += [f"## {section.title}", *map(write, section.tables)]
+            text += [f"## {section.title}"]
+            text += ["\n".join(section.lead)] if section.lead else []
+            text += map(write, section.tables)
             text += ["\n".join(section.lines)] if section.lines else []
     return text
 
@@ -144,8 +149,12 @@ def _title(groups: Sequence[Group]) -> str:
 def _results(groups: Sequence[Group], exceptions: Sequence[str]) -> Section:
     if len(groups) == 1:
         return Section("Results", lines=exceptions)
-    lines = [*verdict_lines(groups), *exceptions]
-    return Section("Results", [overview_table(groups)], lines=lines)
+    return Section(
+        "Results",
+        lead=verdict_lines(groups),
+        tables=[overview_table(groups)],
+        lines=[*exceptions, *reading_lines(groups)],
+    )
 
 
 def _weights(groups: Sequence[Group], folder: Path) -> list[Section]:
@@ -154,7 +163,7 @@ def _weights(groups: Sequence[Group], folder: Path) -> list[Section]:
     texts = [_text_section(run, found, folder) for run, found in shown if found and found["page"]]
     if len(texts) > 1:
         texts = [replace(text, folded="show the text") for text in texts]
-    return [Section("The weights in numbers", [weight_table(groups)]), *texts]
+    return [Section("The weights in numbers", tables=[weight_table(groups)]), *texts]
 
 
 def _without_empty_tables(section: Section) -> Section:
@@ -164,7 +173,7 @@ def _without_empty_tables(section: Section) -> Section:
 
 
 def _is_something(section: Section) -> bool:
-    return bool(section.tables or section.png or section.lines or section.body)
+    return bool(section.lead or section.tables or section.png or section.lines or section.body)
 
 
 def _drawn(figures: Figures, groups: Sequence[Group], folder: Path) -> list[Section]:

@@ -1,6 +1,7 @@
 """What was measured, in numbers: losses, weights, and every run for itself."""
 
 import math
+import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -88,6 +89,25 @@ def run_table(runs: Sequence[RunRecord]) -> Rows:
         [run.name, *(values[at] or "-" for values in kept.values())] for at, run in enumerate(runs)
     ]
     return [["run", *kept], *body]
+
+
+def unfinished(runs: Sequence[RunRecord]) -> list[str]:
+    """What of a run is of fewer steps than its recipe has, or than it has by now: a line each."""
+    lines = []
+    for run in runs:
+        done = int(run.metrics[-1]["step"]) + 1 if run.metrics else 0
+        if run.config and 0 < done < (steps := run.config.training.steps):
+            lines.append(f"{run.name}: not finished, at step {done:,} of {steps:,}.")
+        results = {"evaluation.json": run.evaluation, "recall.json": run.recall}
+        for name, result in results.items():
+            measured = (result or {"settings": {}})["settings"].get("checkpoint", "")
+            at = re.search(r"step_(\d+)$", measured)
+            if at and (step := int(at.group(1))) < done:
+                lines.append(
+                    f"{run.name}: {name} is of step {step:,}, but the run is at step {done:,}; "
+                    "measure it again."
+                )
+    return lines
 
 
 def only_measured(runs: Sequence[RunRecord]) -> list[str]:

@@ -83,7 +83,7 @@ def read_runs(
     or not. Raises InputError for a folder given twice.
 
     They get different names: the folder's, and where that is not enough its parent's too, or the
-    whole path.
+    whole path. What cannot be drawn or would move a terminal's cursor stands there as \ufffd.
     """
     paths = [Path(folder).resolve() for folder in folders]
     for path, folder in zip(paths, folders, strict=True):
@@ -93,11 +93,13 @@ def read_runs(
     if baseline is not None and Path(baseline).resolve() not in paths:
         folders.insert(0, baseline)
         paths.insert(0, Path(baseline).resolve())
-    for names in (
+    for found in (
         [path.name for path in paths],
         ["/".join(path.parts[-2:]) for path in paths],
         [str(path) for path in paths],
+        [f"{at}: {path}" for at, path in enumerate(paths, 1)],
     ):
+        names = ["".join(c if c.isprintable() else "\ufffd" for c in name) for name in found]
         if len(set(names)) == len(names):
             break
     runs = [replace(read_run(f), name=name) for f, name in zip(folders, names, strict=True)]

@@ -1,5 +1,6 @@
 """Tables as plain text and as Markdown."""
 
+import re
 from collections.abc import Sequence
 
 Rows = list[list[str]]
@@ -29,9 +30,11 @@ def to_text(rows: Rows, left: int = 0) -> str:
 
 
 def to_markdown(rows: Rows) -> str:
-    """The table for a README: the first column to the left, numbers to the right."""
+    """The table for a README: the first column to the left, numbers to the right. Signs that are
+    markup stand for themselves (_ inside a word is none)."""
     ruler = [":--", *["--:"] * (len(rows[0]) - 1)]
-    lines = [[cell.replace("|", "\\|") for cell in row] for row in [rows[0], ruler, *rows[1:]]]
+    cells = [[re.sub(r"([\\|*`<\[])", r"\\\1", cell) for cell in row] for row in rows]
+    lines = [cells[0], ruler, *cells[1:]]
     return "\n".join(f"| {' | '.join(row)} |" for row in lines)
 
 
@@ -41,9 +44,10 @@ def marked(text: str, better: bool, sure: bool) -> str:
 
 
 def short_number(number: int) -> str:
-    """1024 -> 1k, 1048576 -> 1M."""
+    """1024 -> 1k, 1536 -> 1.5k, 1048576 -> 1M; 1500 and 32000, which are no halves of them, as they
+    are."""
     for size, letter in ((1 << 20, "M"), (1 << 10, "k")):
-        if number >= size:
+        if number >= size and number % (size // 2) == 0:
             return f"{number / size:g}{letter}"
     return str(number)
 

@@ -71,7 +71,7 @@ def text_page(texts: Sequence[str], values: np.ndarray, scale: Scale, title: str
     axes.set_xlim(0, PAGE_COLUMNS)
     axes.set_ylim(rows + 3, 0)
     axes.axis("off")
-    axes.text(0, 0.9, title, fontsize=9, fontweight="bold", va="center")
+    axes.text(0, 0.9, title, fontsize=9, fontweight="bold", va="center", parse_math=False)
     _draw_legend(axes, scale)
     for row, cells in enumerate(lines):
         column = 0
@@ -90,10 +90,9 @@ def _draw_token(axes: Axes, column: int, row: float, text: str, ground: Colour) 
     if text.strip():
         drawable = _drawable()
         shown = "".join(c if ord(c) in drawable else MISSING for c in text)
-        shown = shown.replace("$", r"\$")  # which would switch matplotlib's formulas on
         axes.text(
             column, row + 0.5, shown, color=_unit(ink(ground)), family="monospace", fontsize=8,
-            va="center_baseline",
+            va="center_baseline", parse_math=False,
         )  # fmt: skip
 
 

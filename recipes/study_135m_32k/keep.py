@@ -10,13 +10,16 @@ its weights, and not the page of training text in evaluation.json, whose licence
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from lctw_megatron.atomic import atomic_file
+from lctw_megatron.cli import run_command
+from lctw_megatron.errors import InputError
 from lctw_megatron.evaluation.recall_result import read_recall
 from lctw_megatron.evaluation.result_file import read_evaluation
+from lctw_megatron.report.result_tables import unfinished
+from lctw_megatron.report.runs import read_run
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -28,16 +31,27 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("runs", type=Path, metavar="FOLDER", help="the output_dir")
     parser.add_argument("--output", type=Path, default=RESULTS, help="default: %(default)s")
     options = parser.parse_args(arguments)
-    for log in sorted(options.runs.rglob("metrics.jsonl")):
-        evaluation = read_evaluation(log.parent / "evaluation.json")
-        recall = read_recall(log.parent / "recall.json")
+    logs = sorted(options.runs.rglob("metrics.jsonl"))
+    if not logs:
+        raise InputError(f"{options.runs}: holds no run; name the recipe's output_dir")
+    folders: dict[str, Path] = {}
+    for folder in (log.parent for log in logs):
+        if (first := folders.setdefault(folder.name, folder)) != folder:
+            raise InputError(f"{folder}: a second run of this name, after {first}; rename one")
+    for folder in folders.values():
+        evaluation = read_evaluation(folder / "evaluation.json")
+        recall = read_recall(folder / "recall.json")
         if evaluation is None or recall is None:
-            print(f"{log.parent}: not measured, left out")
+            print(f"{folder}: not measured, left out")
             continue
-        kept = options.output / log.parent.name
+        run = read_run(folder)
+        if early := unfinished([run]) or [f"{folder}: has no run.yaml."] * (run.config is None):
+            print(f"{' '.join(early)} Left out.")
+            continue
+        kept = options.output / folder.name
         kept.mkdir(parents=True, exist_ok=True)
-        _copy(log, kept)
-        _copy(log.parent / "run.yaml", kept)
+        _copy(folder / "metrics.jsonl", kept)
+        _copy(folder / "run.yaml", kept)
         if isinstance(evaluation.get("weights"), dict):
             evaluation["weights"]["page"] = None
         _write(kept / "evaluation.json", evaluation)
@@ -70,4 +84,4 @@ def _lines(entry: Any) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_command(main)

@@ -174,6 +174,12 @@ def test_bad_inputs_are_one_line(arguments, imported, tmp_path, capsys):
     (tmp_path / "wrong.json").write_text("{}")
     refused("wrong.json: not a file of the format", "--output", tmp_path / "wrong.json")
     refused("no complete checkpoint found", "--checkpoint", tmp_path)
+    text, link = tmp_path / "text.txt", tmp_path / "link.txt"
+    text.write_text("A text of mine. " * 400)
+    link.symlink_to(text)
+    for others in (["--haystack", text], ["--output", text]):
+        refused("--write-samples .*link.txt: is read from, and", "--write-samples", link, *others)
+    assert text.read_text() == "A text of mine. " * 400
     bare = shutil.copytree(imported, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer"))
     manifest = json.loads((bare / "checkpoint.json").read_text())
     (bare / "checkpoint.json").write_text(json.dumps({**manifest, "tokenizer": None}))

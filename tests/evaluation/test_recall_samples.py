@@ -165,6 +165,15 @@ def test_text_files_and_token_datasets_are_haystacks(hf_folder, tmp_path):
             assert texts[0][:100] != texts[1][:100]
 
 
+def test_a_mark_of_byte_order_is_no_text(hf_folder, tmp_path):
+    tokenizer, made = load_tokenizer(hf_folder), []
+    for mark in (b"", b"\xef\xbb\xbf"):  # as Windows puts before a text
+        (tmp_path / "text.txt").write_bytes(mark + real_text()[:3000].encode())
+        maker = SampleMaker(tokenizer, str(tmp_path / "text.txt"), seed=0, vocab_size=VOCAB_SIZE)
+        made.append(maker("one_key", 900, 0.0, 0).digest)
+    assert made[0] == made[1]
+
+
 def test_what_does_not_fit_is_one_line(hf_folder, sentencepiece_model, tmp_path):
     tokenizer = load_tokenizer(hf_folder)
 
@@ -193,6 +202,14 @@ def test_what_does_not_fit_is_one_line(hf_folder, sentencepiece_model, tmp_path)
     (tmp_path / "latin.txt").write_bytes("Größe".encode("latin-1"))
     refused("latin.txt: not a text file in UTF-8", tmp_path / "latin.txt")
     refused("is a folder, not a text file", tmp_path)
+    # A token that the model lacks, in a text that most samples do not reach.
+    (tmp_path / "long.txt").write_text(real_text())
+    ids = tokenizer.encode_documents([real_text()])[0]
+    lacks = rf"holds token id {ids.max()}, but the checkpoint has a vocabulary of {ids.max()} "
+    refused(f"long.txt: {lacks}", tmp_path / "long.txt", vocab_size=int(ids.max()))
+    with TokenWriter(str(tmp_path / "long"), tokenizer.identity) as writer:
+        writer.add(ids)
+    refused(f"long: {lacks}", tmp_path / "long", vocab_size=int(ids.max()))
     train, _ = make_data(tmp_path)
     refused("tokenised with .* but the checkpoint's tokenizer is", train)
     refused("token 4.. of a sample is beyond the model's vocabulary of 400", vocab_size=400)

@@ -11,6 +11,7 @@ import pytest
 
 from lctw_megatron.config.load import load_recipe, resolve_run
 from lctw_megatron.config.model_sizes import parameters
+from lctw_megatron.errors import InputError
 from lctw_megatron.launch.stage_graph import build_stage_graph
 from lctw_megatron.report.comparisons import overview_table
 from lctw_megatron.report.groups import group_runs
@@ -206,7 +207,9 @@ def test_finished_runs_are_kept_without_texts_and_others_are_named(tmp_path, cap
     (runs / "uniform-seed1" / "recall.json").rename(runs / "before" / "recall.json")
     evaluation = runs / "dense75-seed1" / "evaluation.json"
     measured = json.loads(evaluation.read_text())
-    evaluation.write_text(json.dumps(measured | {"weights": measured["weights"] | {"page": "a"}}))
+    page = {"data": "d", "document": 0, "first_target": 1, "text": ["theirs"], "weight": [1.0]}
+    page |= {"long_loss": [2.0], "short_loss": [None]}
+    evaluation.write_text(json.dumps(measured | {"weights": measured["weights"] | {"page": page}}))
     assert script("keep").main([str(runs), "--output", str(kept)]) == 0
     assert f"{runs / 'uniform-seed1'}: not measured, left out" in capsys.readouterr().out
     assert sorted(folder.name for folder in kept.iterdir()) == ["before", "dense75-seed1"]
@@ -214,3 +217,24 @@ def test_finished_runs_are_kept_without_texts_and_others_are_named(tmp_path, cap
     assert read_run(kept / "before").recall
     for file in (RESULTS / "dense75-seed1").iterdir():
         assert (kept / "dense75-seed1" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_nothing_to_keep_is_an_error_and_a_run_half_way_is_left_out(tmp_path, capsys):
+    keep, runs, kept = script("keep"), tmp_path / "runs", tmp_path / "kept"
+    with pytest.raises(InputError, match="nowhere: holds no run; name the recipe's output_dir"):
+        keep.main([str(tmp_path / "nowhere"), "--output", str(kept)])
+    for name in ("dense75-seed1", "uniform-seed1"):
+        shutil.copytree(RESULTS / name, runs / name)
+    with pytest.raises(InputError, match="other/dense75-seed1: a second run of this name"):
+        shutil.copytree(RESULTS / "dense75-seed1", runs / "other" / "dense75-seed1")
+        keep.main([str(runs), "--output", str(kept)])
+    shutil.rmtree(runs / "other")
+    metrics = runs / "dense75-seed1" / "metrics.jsonl"
+    metrics.write_text("".join(metrics.read_text().splitlines(True)[:-5]))
+    (runs / "uniform-seed1" / "run.yaml").unlink()
+    assert keep.main([str(runs), "--output", str(kept)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "dense75-seed1: not finished, at step 51 of 56. Left out.",
+        f"{runs / 'uniform-seed1'}: has no run.yaml. Left out.",
+    ]
+    assert not kept.exists()

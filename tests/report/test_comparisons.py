@@ -10,8 +10,8 @@ import pytest
 from lctw_megatron.config.load import dump_yaml
 from lctw_megatron.errors import InputError
 from lctw_megatron.report.benchmarks import benchmark_table
-from lctw_megatron.report.comparisons import overview_table, verdict_lines
-from lctw_megatron.report.cost import cost_table, training_cost
+from lctw_megatron.report.comparisons import overview_table, reading_lines, verdict_lines
+from lctw_megatron.report.cost import cost_table, cost_words, training_cost
 from lctw_megatron.report.groups import Group, group_runs
 from lctw_megatron.report.left_out import left_out
 from lctw_megatron.report.report import write_report
@@ -78,16 +78,30 @@ def test_the_overview_has_a_line_a_group_and_marks_what_is_sure(groups):
 
 
 def test_the_sentences_name_where_and_of_how_many(groups):
-    reading, dense, rho = verdict_lines(groups)
-    assert "more than 2 standard errors" in reading and "by chance" in reading
+    dense, rho = verdict_lines(groups)
+    reading, few = reading_lines(groups)
+    assert "more than 2 standard errors" in reading and "Of 22 comparisons about 1" in reading
+    assert few == (
+        "From 4 samples of a task, length and depth and from 6 sequences ± is itself a guess: "
+        "measure more of them."
+    )
     assert dense.startswith("dense: better in recall nats at 1k, 4k; loss ")
     assert "on far targets" in dense and "worse" not in dense and "benchmark" not in dense
-    assert rho == "rho: better in benchmark arc_easy (of 11 comparisons)."
+    cost = "for 1.00 × the CPU rank hours and 1.00 × the FLOPs of a run."
+    assert rho == f"rho: better in benchmark arc_easy (of 11 comparisons), {cost}"
+
+
+def test_what_a_run_cost_is_said_beside_the_baseline(groups):
+    double = [{**line, "speed/seconds": 2 * SECONDS} for line in groups[1].first.metrics]
+    assert "for 1.00 × the CPU rank hours" in cost_words(groups[1], groups[0])
+    run = replace(groups[1].first, metrics=double[:-1])
+    assert "× the CPU rank hours and 0.8" in cost_words(Group("dense", (run,)), groups[0])
+    assert cost_words(Group("no", (replace(run, config=None),)), groups[0]) == ""
 
 
 def test_one_seed_is_said(groups):
     runs, first = read_runs([group.first.folder for group in groups])
-    assert any("All have one seed" in line for line in verdict_lines(group_runs(runs, first)))
+    assert any("All have one seed" in line for line in reading_lines(group_runs(runs, first)))
 
 
 def test_hours_count_every_step_and_rank_also_those_that_were_not_logged(groups):
@@ -166,6 +180,10 @@ def test_the_page_says_results_first_and_training_last(folders, tmp_path):
     page = (tmp_path / "report.html").read_text()
     titles = re.findall("<h2>(.*?)</h2>", page)
     assert "<h1>uniform, rho against dense</h1>" in page
+    # The first thing that one reads, before table and explanation.
+    places = [page.index(text) for text in ("<h2>", "uniform: worse in", "<table>", "by chance")]
+    assert places == sorted(places)
+    assert text.index("uniform: worse in") < text.index("| difference to dense")
     assert titles[0] == "Results" and titles[-1] == "The weights during training"
     for title in ("Benchmarks", "Held-out loss", "What training took", "The runs"):
         assert title in titles and f"## {title}" in text

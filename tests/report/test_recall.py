@@ -96,7 +96,8 @@ def test_results_come_first_and_training_last(folders, tmp_path):
     assert titles[2:4] == ["Recall by length", "Recall by depth"]
     assert titles[-1] == "Losses during training"
     assert (tmp_path / "recall_by_depth.png").exists()
-    assert re.match("## Results\n\ndifference to uniform +seeds +recall at 1k", text)
+    assert text.startswith("## Results\n\ndense: better in recall nats at 1k")
+    assert re.search("\n\ndifference to uniform +seeds +recall at 1k", text)
     assert "4 samples of each task, length and depth in sentences" in text
 
 

@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import os
 import re
+import shutil
 import struct
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -16,6 +18,7 @@ from lctw_megatron.errors import InputError
 from lctw_megatron.report.comparisons import verdict_lines
 from lctw_megatron.report.curve_plots import difference_curves, same_batches
 from lctw_megatron.report.groups import Group, group_runs
+from lctw_megatron.report.probe_plots import loss_by_position
 from lctw_megatron.report.report import write_report
 from lctw_megatron.report.result_tables import explain, loss_table, run_table
 from lctw_megatron.report.runs import read_run, read_runs
@@ -106,7 +109,8 @@ def test_the_page_is_whole_and_needs_no_network(report):
 def test_the_table_tells_near_far_and_first_seen_apart_and_ends_with_note_and_path(report):
     folder, text = report
     lines = text.splitlines()
-    assert lines[0] == "## Results" and lines[2].startswith("difference to uniform")
+    assert lines[0] == "## Results" and lines[2].startswith("dense: better in loss after")
+    assert lines[4].startswith("difference to uniform")
     assert any(
         re.fullmatch("held-out loss, nats a target +all +near +far +first seen", line)
         for line in lines
@@ -204,6 +208,27 @@ def test_the_table_of_runs_leaves_out_what_no_run_has(report):
     ) in explain([runs[0], other])[-1]
 
 
+def test_a_folder_may_be_called_anything(tmp_path):
+    names = ["we ird", "ünï 世界", r"lr$\frac$", "_under", "a|<b>*`", "new\nline", "esc\x1b[31m"]
+    folders = [str(write_recall(tmp_path / name)) for name in names]
+    folders += [os.fsdecode(os.fsencode(tmp_path) + b"/not\xfftext")]
+    shutil.copytree(folders[0], folders[-1])
+    text = write_report(folders, tmp_path / "out", None, markdown=True)
+    runs, _ = read_runs(folders)
+    assert [run.name for run in runs][5:] == ["new\ufffdline", "esc\ufffd[31m", "not\ufffdtext"]
+    assert all(line.isprintable() for line in text.split("\n"))
+    tables = [line for line in text.split("\n") if line.startswith("|")]
+    assert r"| a\|\<b>\*\` |" in "\n".join(tables)
+
+
+def test_the_legend_has_every_name_as_it_is(tmp_path):
+    names = [r"a$\frac$", "_under", "plain"]
+    groups = group_runs(*read_runs([write_run(tmp_path / name) for name in names]))
+    figure = loss_by_position(groups)
+    figure.draw_without_rendering()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == names
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -228,7 +253,7 @@ def test_a_result_that_lacks_something_is_one_line(tmp_path, name):
     assert read_run(folder)
     parts = {name: whole[name] for name in ("settings", "classes", "distance") if name in whole}
     parts |= {"cell": whole["cells"][2]} if "cells" in whole else {"longppl": whole["longppl"]}
-    free = {"format", "seconds", "mean", "haystack", "samples", "short", "gain", "weights"}
+    free = {"format", "seconds", "mean", "haystack", "samples", "short", "gain"}
     for part in [whole, *parts.values()]:
         for key in part.keys() - free - {"longppl", "perplexity"}:
             kept, part[key] = part[key], {}

@@ -15,8 +15,10 @@ from lctw_megatron.report.groups import Group, group_runs
 from lctw_megatron.report.left_out import left_out
 from lctw_megatron.report.recall_table import recall_lines
 from lctw_megatron.report.report import write_report
+from lctw_megatron.report.result_tables import unfinished
 from lctw_megatron.report.runs import read_runs
 from lctw_megatron.report.shared_recall import with_shared_depths
+from lctw_megatron.report.shared_samples import with_shared_samples
 from tests.evaluation.tiny_run import make_run
 from tests.report.written_runs import DEPTHS, LENGTHS, TASKS, write_recall, write_run
 
@@ -115,3 +117,87 @@ def test_a_folder_with_recall_only_is_a_baseline_and_what_it_lacks_is_said(
     assert "before: only recall.json, nothing of its training or held-out losses." in text
     assert "at the depths that all have: without 0.5, at which before was not asked." in text
     assert "uniform-seed1: better in recall nats at 1k, 4k" in text
+
+
+def test_runs_asked_more_samples_are_compared_on_those_that_all_have(write) -> None:
+    folders = [
+        write("uniform", 1, samples=7),
+        write("uniform", 2, samples=4, better=0.2),
+        write("dense", 1, samples=9, better=0.5),
+        write("dense", 2, samples=9, seed=5),
+    ]
+    groups, lines = with_shared_samples(groups_of(*folders))
+    assert lines == [
+        "Recall is compared on the first 4 samples of each task, length and depth, which all have; "
+        "more were asked of uniform-seed1, dense-seed1."
+    ]
+    uniform, dense = (measures.recall(group, ["json"], LENGTHS[1], "nats") for group in groups)
+    assert uniform.seeds == (1, 2) and dense.seeds == (1,)  # the other has samples of its own
+    assert uniform.by_seed[0] - uniform.by_seed[1] == pytest.approx(0.2)
+    assert difference(dense, uniform).mean == pytest.approx(-0.5 + 0.1)
+    cells = select(json.loads((Path(folders[0]) / "recall.json").read_text()), "json", LENGTHS[1])
+    by_hand = sum(sum(c["nats"][:4]) for c in cells) / sum(sum(c["tokens"][:4]) for c in cells)
+    assert uniform.by_seed[0] == pytest.approx(by_hand)
+    assert recall_lines(groups)[0].startswith("Recall: 4 (uniform, dense) or 9 (dense) samples")
+    assert len(groups[1].runs[1].recall["cells"][0]["nats"]) == 9
+
+
+def test_all_depths_of_a_run_keep_equally_many_samples_and_so_do_those_compared_with_it(
+    write,
+) -> None:
+    folders = [
+        write("uniform", 1, depths=(0.1,), samples=9),
+        write("uniform", 2, depths=(0.0, 1.0), samples=7),
+        write("dense", 1, depths=(0.0, 0.5, 1.0), samples=5),
+        write("dense", 2, depths=(0.5,), samples=3),
+    ]
+    groups, _ = with_shared_samples(groups_of(*folders))
+    sizes = [
+        {len(cell["nats"]) for cell in select(run.recall, "json", LENGTHS[0])}
+        for group in groups
+        for run in group.runs
+    ]
+    assert sizes == [{9}, {3}, {3}, {3}]
+    assert overview_table(with_shared_depths(groups)[0])
+
+
+def test_the_overview_shows_the_lengths_that_can_be_compared(write) -> None:
+    folders = [write("uniform", 1), write("dense", 1, better=0.5)]
+    path = Path(folders[1]) / "recall.json"
+    content = json.loads(path.read_text())
+    content["settings"]["lengths"] = [LENGTHS[0], 9000]
+    for cell in content["cells"]:
+        cell["length"] = cell["length"] if cell["length"] == LENGTHS[0] else 9000
+    path.write_text(json.dumps(content))
+    heading, _, dense = overview_table(groups_of(*folders))
+    assert heading[2:4] == ["recall at 1k", "recall nats at 1k"]
+    assert dense[3] == "-0.500 ±0.000 ✓"
+    content["settings"]["lengths"] = [9000]
+    content["cells"] = [cell for cell in content["cells"] if cell["length"] == 9000]
+    path.write_text(json.dumps(content))
+    assert "recall at 9000" in overview_table(groups_of(*folders))[0]
+
+
+def test_a_file_of_before_is_what_another_is_cut_to_but_not_cut(write) -> None:
+    few, many = write("uniform", 1), write("dense", 1, samples=9, better=0.5)
+    for old, compared in ((few, True), (many, False)):
+        path = Path(old) / "recall.json"
+        kept, content = path.read_text(), json.loads(path.read_text())
+        for cell in content["cells"]:
+            del cell["digests"]
+        path.write_text(json.dumps(content))
+        groups, lines = with_shared_samples(groups_of(few, many))
+        assert bool(lines) is compared
+        assert ("other samples" not in overview_table(groups)[2]) is compared
+        path.write_text(kept)
+
+
+def test_a_run_that_is_not_finished_or_was_measured_before_its_end_is_said(write) -> None:
+    done, half = write("uniform", 1), write("dense", 1, checkpoint="runs/checkpoints/step_00000040")
+    config = (Path(half) / "run.yaml").read_text()
+    assert "steps: 4\n" in config  # of 60 in the metrics
+    (Path(half) / "run.yaml").write_text(config.replace("steps: 4\n", "steps: 500\n"))
+    assert unfinished(read_runs([done, half])[0]) == [
+        "dense-seed1: not finished, at step 60 of 500.",
+        "dense-seed1: recall.json is of step 40, but the run is at step 60; measure it again.",
+    ]

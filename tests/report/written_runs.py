@@ -10,7 +10,7 @@ import numpy as np
 
 from lctw_megatron.evaluation.probes import Probes
 from lctw_megatron.evaluation.recall_result import FORMAT as RECALL
-from lctw_megatron.evaluation.recall_result import with_means
+from lctw_megatron.evaluation.recall_result import digest_of, with_means
 from lctw_megatron.evaluation.result_file import FORMAT
 from lctw_megatron.evaluation.sequence_weights import weight_by_class, weight_histogram
 
@@ -94,6 +94,7 @@ def make_evaluation(better: float, weighted: bool) -> dict[str, Any]:
 
 
 TASKS, LENGTHS, DEPTHS, SAMPLES = ("one_key", "json", "frequent_words"), (1024, 4096), (0.0, 1.0), 4
+MOST = 20
 
 
 def write_recall(
@@ -102,9 +103,12 @@ def write_recall(
     seed: int = 0,
     depths: Sequence[float] = DEPTHS,
     tasks: Sequence[str] = TASKS,
+    samples: int = SAMPLES,
+    **settings: Any,
 ) -> Path:
     """recall.json; ``better``: nats by which every answer token is likelier than in another run
-    with the same ``seed``, whose samples are the same, at every depth that both have."""
+    with the same ``seed``, whose samples are the same, at every depth that both have, as many as
+    both have."""
     folder.mkdir(parents=True, exist_ok=True)
     cells = []
     for task in tasks:
@@ -112,8 +116,9 @@ def write_recall(
             for depth in [None] if task == "frequent_words" else depths:
                 where = f"{task} {length} {depth}"
                 rng = np.random.default_rng([seed, zlib.crc32(where.encode())])
-                tokens = rng.integers(2, 9, SAMPLES)
-                nats = rng.gamma(2, 1, SAMPLES) * tokens
+                tokens = rng.integers(2, 9, MOST)[:samples]
+                nats = rng.gamma(2, 1, MOST)[:samples] * tokens
+                digests = [f"{number:016x}" for number in rng.integers(2**62, size=MOST)[:samples]]
                 long = length > LENGTHS[0]
                 cells.append(
                     with_means(
@@ -121,18 +126,19 @@ def write_recall(
                             "task": task,
                             "length": length,
                             "depth": depth,
-                            "samples_digest": f"{seed} {where}",
+                            "samples_digest": digest_of(digests),
+                            "digests": digests,
                             "nats": (nats - better * tokens).tolist(),
                             "tokens": tokens.tolist(),
-                            "right": rng.integers(0, 2, SAMPLES).astype(float).tolist(),
+                            "right": rng.integers(0, 2, MOST)[:samples].astype(float).tolist(),
                             "short_nats": (nats + tokens).tolist() if long else None,
-                            "short_right": [0.0] * SAMPLES if long else None,
+                            "short_right": [0.0] * samples if long else None,
                         }
                     )
                 )
     settings = {
-        "tasks": tasks, "lengths": LENGTHS, "depths": depths, "samples": SAMPLES, "window": 1024,
-        "haystack": "sentences",
+        "tasks": tasks, "lengths": LENGTHS, "depths": depths, "samples": samples, "window": 1024,
+        "haystack": "sentences", **settings,
     }  # fmt: skip
     result = {"format": RECALL, "settings": settings, "seconds": {}, "cells": cells}
     (folder / "recall.json").write_text(json.dumps(result))

@@ -1,5 +1,6 @@
 import os
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -122,6 +123,16 @@ def test_a_token_beyond_the_vocabulary_gets_no_manifest(ask, tmp_path, sentencep
     answer = ask(prefix, "--write-manifest", "--tokenizer", sentencepiece_model)
     assert "token id 500 at token 2 of document 1 is beyond the vocabulary" in answer.error_line()
     assert not os.path.exists(prefix + ".json")
+
+
+@pytest.mark.parametrize("option", ["--rank-documents", "--top 3 --html", "--document 0 --png"])
+@pytest.mark.parametrize("file", [".json", ".bin", ".long_loss.idx"])
+def test_what_is_looked_at_is_not_written_over(ask, dataset, option, file):
+    path = Path(f"{dataset.prefix}{file}")
+    before = path.read_bytes() if path.exists() else None
+    line = ask(dataset.prefix, *option.split(), path).error_line()
+    assert line == f"{option.split()[-1]} {path}: is read from, and would be replaced; name another"
+    assert (path.read_bytes() if path.exists() else None) == before
 
 
 def test_a_missing_prefix_and_half_of_a_request_are_refused(ask, tmp_path):

@@ -1,0 +1,74 @@
+"""Result files that somebody cut, changed or wrote by hand: one line, and no NaN in a table."""
+
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from lctw_megatron.errors import InputError
+from lctw_megatron.report.runs import read_run
+from tests.report.written_runs import write_recall, write_run
+
+DAMAGES: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
+    "weights.histogram: starts": (
+        "evaluation.json", lambda v: v["weights"]["histogram"].update(starts=[0.0, 2.0, 1.0])
+    ),
+    "weights.histogram: targets has": (
+        "evaluation.json", lambda v: v["weights"]["histogram"]["targets"].pop()
+    ),
+    "weights.classes: weight has 2 ent": (
+        "evaluation.json", lambda v: v["weights"]["classes"]["weight"].pop()
+    ),
+    "weights.page: weight has 7 ent": (
+        "evaluation.json", lambda v: v["weights"]["page"]["weight"].pop()
+    ),
+    "weights.page.weight.0": (
+        "evaluation.json", lambda v: v["weights"]["page"].update(weight=[None] * 8)
+    ),
+    "weights.weighting": ("evaluation.json", lambda v: v["weights"].update(weighting=None)),
+    "weights": ("evaluation.json", lambda v: v.update(weights=[1])),
+    "sequences": ("evaluation.json", lambda v: v.update(sequences=[])),
+    "it: classes are not near, far": (
+        "evaluation.json", lambda v: v["classes"].update(bins=["a", "b", "c"])
+    ),
+    "position.sequence_loss.0.0: Input should be a finite": (
+        "evaluation.json", lambda v: v["position"]["sequence_loss"][0].__setitem__(0, math.nan)
+    ),
+    "cells.0.nats.0: Input should be a finite": (
+        "recall.json", lambda v: v["cells"][0]["nats"].__setitem__(0, math.inf)
+    ),
+    "it: one_key at 4096, 0.0 is not in its settings": (
+        "recall.json", lambda v: v["settings"].update(lengths=[1024])
+    ),
+    "it: json at 4096, 1.0 is not in its": (
+        "recall.json", lambda v: v["cells"].reverse() or v["settings"].update(depths=[0.0])
+    ),
+}  # fmt: skip
+"""What the line says -> file and damage."""
+
+
+def test_damage_inside_a_result_is_one_line(tmp_path):
+    folder = write_recall(write_run(tmp_path / "run", weighted=True))
+    assert read_run(folder).weights
+    for said, (name, damage) in DAMAGES.items():
+        kept = (folder / name).read_text()
+        value = json.loads(kept)
+        damage(value)
+        (folder / name).write_text(json.dumps(value))
+        with pytest.raises(InputError, match=rf"{name}: damaged \({said}") as error:
+            read_run(folder)
+        assert "\n" not in str(error.value)
+        (folder / name).write_text(kept)
+
+
+def test_weights_without_a_page_are_reported(tmp_path):
+    folder = write_run(tmp_path / "run", weighted=True)
+    value = json.loads((folder / "evaluation.json").read_text())
+    value["weights"]["page"] = None
+    (folder / "evaluation.json").write_text(json.dumps(value))
+    assert read_run(folder).weights
+    value["weights"] = "the training data are gone"
+    (folder / "evaluation.json").write_text(json.dumps(value))
+    assert read_run(folder).weights is None
