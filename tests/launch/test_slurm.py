@@ -238,6 +238,30 @@ def test_a_line_of_the_sites_that_fails_is_named(plan, run_script):
     assert last_error([Path("log")]) == line
 
 
+def test_modules_load_where_the_shell_that_submitted_exports_no_function(plan, run_script):
+    """A csh, zsh or dash: what a bash would have exported is in the site's own files."""
+    init = Path("modules/init/bash")
+    init.parent.mkdir(parents=True)
+    init.write_text("module() { echo $2 >> loaded; }\n[ -f /nowhere ]\n")
+    cluster = ClusterConfig(nodes=2, gpus_per_node=0, modules=["cuda/12.4"])
+    (job,) = jobs(plan(), cluster, "prepare")
+    assert run_script(job.script, MODULESHOME=str(init.parents[1]), **IN_JOB)[0] == 0
+    assert Path("loaded").read_text() == "cuda/12.4\n"
+    function = {"BASH_FUNC_module%%": "() { echo its own >> loaded; }"}
+    assert run_script(job.script, MODULESHOME="modules", **function, **IN_JOB)[0] == 0
+    assert Path("loaded").read_text().splitlines()[1:] == ["its own"]
+
+
+def test_ranks_meet_where_the_script_runs_whatever_scontrol_says_first(plan, run_script):
+    Path("stubs/scontrol").write_text("#!/bin/bash\necho Welcome; echo n1\n")
+    made = plan()
+    (job,) = jobs(made, made.recipe.cluster, "train-dense")
+    assert run_script(job.script, SLURMD_NODENAME="n1", **IN_JOB) == (
+        0,
+        [f"python {TRAIN} 0/2@n1", f"python {TRAIN} 1/2@n1"],
+    )
+
+
 def test_parts_are_array_tasks_or_one_after_the_other(plan, run_script):
     made = plan()
     parts, merge = jobs(made, made.recipe.cluster, "score-parts", "score")
