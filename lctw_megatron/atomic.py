@@ -67,6 +67,16 @@ def open_lock(path: Path) -> int:
 
 
 @contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """An OSError that names no file, as of a full disk, is one of ``path``."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+@contextmanager
 def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """Open a temporary file beside ``path``; on success fsync it and rename it to ``path``.
 
@@ -77,7 +87,7 @@ def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
     try:
-        with open(temporary, mode) as file:
+        with writing(path), open(temporary, mode) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

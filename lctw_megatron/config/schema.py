@@ -500,6 +500,14 @@ class ClusterConfig(Section):
     sbatch: list[str] = []
     """Further #SBATCH lines, without the `#SBATCH`."""
 
+    @field_validator("sbatch")
+    @classmethod
+    def _are_options(cls, options: list[str]) -> list[str]:
+        for option in options:
+            if not option.startswith("-"):  # of `#SBATCH word` sbatch makes nothing, silently
+                raise ValueError(f"options, each beginning with - ({option!r} does not)")
+        return options
+
     @field_validator("environment")
     @classmethod
     def _are_variables(cls, environment: dict[str, str]) -> dict[str, str]:

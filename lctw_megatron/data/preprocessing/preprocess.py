@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lctw_megatron.atomic import atomic_file
+from lctw_megatron.atomic import atomic_file, writing
 from lctw_megatron.config.schema import PrepareConfig
 from lctw_megatron.data.manifest import TokenizerIdentity, TokenManifest
 from lctw_megatron.data.preprocessing.corpus import (
@@ -189,13 +189,11 @@ def _work_folder(prefix: str) -> Iterator[Path]:
     start = time.monotonic()
     work = _work_path(prefix)
     make_work_folder(work)
-    with owned(work / "lock", prefix):
+    with owned(work / "lock", prefix), writing(work):
         try:
             yield work
         except BaseException as error:
             _clear(work, time.monotonic() - start)
-            if isinstance(error, OSError) and error.filename is None:
-                error.filename = str(work)  # a full disk does not say which
             if isinstance(error, InputError) and work.exists():
                 raise InputError(
                     f"{error}; the next run takes what is finished in {work}"
