@@ -69,7 +69,7 @@ def look(where: str) -> Look:
     if (Path(where) / "run.yaml").is_file():
         return _look_at_run(load_run(Path(where) / "run.yaml"), Path(where))
     request = _request(where)
-    graph = stage_graph(request)
+    graph = stage_graph(request, where if Path(where).is_dir() else None)
     stages = graph.select(request.stages)
     if request.cluster is None:
         states = local.stage_states(graph, stages)
