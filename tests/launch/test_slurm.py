@@ -238,6 +238,18 @@ def test_a_line_of_the_sites_that_fails_is_named(plan, run_script):
     assert last_error([Path("log")]) == line
 
 
+def test_the_options_of_the_shell_that_submitted_are_not_the_scripts(plan, run_script):
+    made = plan()
+    cluster = ClusterConfig(nodes=2, gpus_per_node=0, setup=["A=$NOT_SET", "false | [ -d p* ]"])
+    (job,) = jobs(made, cluster, "prepare")
+    made.folder.mkdir(parents=True)
+    made.mark(job.stage).write_text("of another recipe")
+    Path("present").mkdir()
+    options = "nounset:noclobber:noglob:pipefail:posix"
+    assert run_script(job.script, SHELLOPTS=options, **IN_JOB)[0] == 0
+    assert made.mark(job.stage).read_text().strip() == made.fingerprints["prepare"]
+
+
 def test_modules_load_where_the_shell_that_submitted_exports_no_function(plan, run_script):
     """A csh, zsh or dash: what a bash would have exported is in the site's own files."""
     init = Path("modules/init/bash")
