@@ -166,7 +166,8 @@ class Trainer:
             self.print_rank_0(f"already past training.steps {training.steps}: at step {done}")
             return 0
         self.clock.end("logs")
-        with Progress(self.config.name, training.steps, "steps", initial=done) as progress:
+        stream = self.world.progress_stream
+        with Progress(self.config.name, training.steps, "steps", done, stream) as progress:
             for step in range(done, training.steps):
                 self._now("training", step)
                 started = time.perf_counter()
