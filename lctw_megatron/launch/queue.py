@@ -24,8 +24,12 @@ from lctw_megatron.ownership import sole_writer
 from lctw_megatron.squeue import ask_squeue
 
 
-class NoAnswer(InputError):
-    """squeue does not say what is in the queue, which may pass."""
+class NoQueue(InputError):
+    """It cannot be told what is in the queue."""
+
+
+class NoAnswer(NoQueue):
+    """squeue does not say, which may pass."""
 
 
 def script_path(graph: StageGraph, job: Job) -> Path:
@@ -125,10 +129,11 @@ def _queued(graph: StageGraph, jobs: Sequence[Job]) -> dict[str, str]:
     return {name: id for name, id in ids.items() if id in in_queue}
 
 
-def stage_states(graph: StageGraph, jobs: Sequence[Job]) -> list[StageState]:
-    """Where each job stands."""
+def stage_states(graph: StageGraph, jobs: Sequence[Job], ask: bool = True) -> list[StageState]:
+    """Where each job stands. NoQueue if SLURM is not there or does not answer; not ``ask``: without
+    it."""
     ids = _read_ids(graph)
-    states = _queue(list(ids.values()), jobs)
+    states = _queue(list(ids.values()), jobs) if ask else {}
     found = []
     for job in jobs:
         id = ids.get(job.name)
@@ -138,7 +143,7 @@ def stage_states(graph: StageGraph, jobs: Sequence[Job]) -> list[StageState]:
         elif id in states:
             state = f"{' and '.join(states[id])}, job {id}"
         elif id:
-            state = f"failed or cancelled, job {id}"
+            state = f"{'failed or cancelled' if ask else 'submitted'}, job {id}"
         else:
             state = "not submitted"
         if job.parts and not done:
@@ -226,7 +231,7 @@ _ENDED = {
 
 def _find(command: str) -> None:
     if shutil.which(command) is None:
-        raise InputError(
+        raise NoQueue(
             f"{command}: not found; submit on a machine of the cluster, or look at the scripts "
             "with --dry-run"
         )

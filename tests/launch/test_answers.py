@@ -7,7 +7,9 @@ import pytest
 
 from lctw_megatron.config.schema import ClusterConfig
 from lctw_megatron.launch import queue
-from lctw_megatron.launch.queue import NoAnswer
+from lctw_megatron.launch.launch_request import LaunchRequest, run_request
+from lctw_megatron.launch.queue import NoAnswer, NoQueue
+from lctw_megatron.launch.status import status
 from tests.launch.conftest import RECIPE
 
 CPU = ClusterConfig(nodes=2, gpus_per_node=0, tasks_per_node=2)
@@ -83,6 +85,24 @@ def test_an_error_whose_status_was_lost_is_no_empty_queue(submitted, said):
     Path("stubs/squeue").write_text(f"#!/bin/bash\necho '{said}' >&2\n")
     with pytest.raises(NoAnswer, match=said.split(":")[-1].strip().replace("(", r"\(")[:20]):
         submitted()
+
+
+@pytest.mark.parametrize("squeue", ["exit 1", None])
+def test_what_the_folder_knows_is_said_without_a_queue(plan, slurm, monkeypatch, capsys, squeue):
+    plan()
+    Path("tools").mkdir()
+    Path("tools/launch.py").touch()
+    run_request(LaunchRequest("recipe.yaml", stages=("prepare", "train-base"), cluster="slurm"))
+    capsys.readouterr()
+    if squeue:
+        Path("stubs/squeue").write_text(f"#!/bin/bash\n{squeue}\n")
+    else:
+        monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(NoQueue, match="squeue: "):
+        status("out")
+    said = capsys.readouterr().out.splitlines()
+    assert said[1].split()[:4] == ["train-base", "submitted,", "job", "2"]
+    assert said[2] == "  step 0/100 (0 %), no checkpoint, not started"
 
 
 def test_jobs_of_other_clusters_are_asked_for_there(plan, slurm, submitted):

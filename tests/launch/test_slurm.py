@@ -197,6 +197,23 @@ def test_a_training_that_fails_is_requeued_five_times(plan, run_script):
     assert run_script(job.script, STATUS="137", **IN_JOB)[1][-1] == "requeue 41"
 
 
+def test_a_controller_that_is_away_for_a_moment_ends_no_chain(plan, run_script):
+    made = plan()
+    (job,) = jobs(made, made.recipe.cluster, "train-dense")
+    stub, asked = Path("stubs/scontrol"), Path("asked")
+    Path("stubs/sleep").write_text("#!/bin/bash\n")
+    Path("stubs/sleep").chmod(0o755)
+    for failures, status in ((3, 0), (99, 1)):
+        asked.unlink(missing_ok=True)
+        stub.write_text(
+            "#!/bin/bash\n[ $1 = show ] && { echo n1; exit; }\necho $* >> asked\n"
+            f"[ $(wc -l < asked) -gt {failures} ]\n"
+        )
+        assert run_script(job.script, STATUS="75", **IN_JOB)[0] == status
+        assert set(asked.read_text().splitlines()) == {"requeue 41"}
+    assert len(asked.read_text().splitlines()) == 6
+
+
 @pytest.mark.parametrize("mistake", [2, 126, 127])
 def test_what_no_retry_can_mend_is_not_tried_again(plan, run_script, mistake):
     made = plan()
