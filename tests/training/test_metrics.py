@@ -28,12 +28,15 @@ def test_metrics_of_removed_checkpoints_are_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = make_run("tokens", str(tmp_path), {}, "chunk", "uniform", "frozen")  # of 3 steps
-    saved = run.model_copy(update={"training": run.training.model_copy(update={"steps": 2})})
+    often = run.training.model_copy(update={"save_interval": 1})
+    saved = run.model_copy(update={"training": often})
     path = tmp_path / "metrics.jsonl"
     set_aside(run, 0)
+    path.write_text('{"step": 0}\n')
+    set_aside(saved, 0)  # killed in its first save
     path.write_text('{"step": 0}\n{"step": 1}\n')
-    set_aside(run, 0)  # killed before its first save
-    set_aside(saved, 2)
+    set_aside(run, 0)  # and before it
+    set_aside(saved, 1)
     assert list(tmp_path.iterdir()) == [path] and not capsys.readouterr().out
     set_aside(saved, 0)
     (aside,) = tmp_path.iterdir()
