@@ -148,6 +148,9 @@ def stage_states(graph: StageGraph, jobs: Sequence[Job], ask: bool = True) -> li
             state = "not submitted"
         if job.parts and not done:
             state += f", {job.parts - len(missing)} of {job.parts} parts done"
+        waits = [reason for reason in states.get(id or "", {}).values() if reason]
+        if waits and not done:
+            state += f" ({waits[0]})"
         parts = [f"-{part}" for part in range(job.parts)] if job.parts else [""]
         logs = [graph.folder / f"{job.name}{part}.log" for part in parts]
         found.append(
@@ -178,16 +181,16 @@ def _read_ids(graph: StageGraph) -> dict[str, str]:
     return ids
 
 
-def _queue(ids: Sequence[str], jobs: Sequence[Job]) -> dict[str, list[str]]:
+def _queue(ids: Sequence[str], jobs: Sequence[Job]) -> dict[str, dict[str, str]]:
     """Those of ``ids``, submitted for ``jobs``, that wait or run -> their states (an array may have
-    several)."""
+    several) -> what each waits for, if it does."""
     if not ids:
         return {}
-    found: dict[str, list[str]] = {}
+    found: dict[str, dict[str, str]] = {}
     _find("squeue")
-    for id, state in _listed(_elsewhere(ids, jobs)):
-        if id in ids and state not in found.setdefault(id, []):
-            found[id].append(state)
+    for id, state, reason in _listed(_elsewhere(ids, jobs)):
+        if id in ids:
+            found.setdefault(id, {}).setdefault(state, reason)
     return found
 
 
@@ -204,8 +207,9 @@ def _elsewhere(ids: Sequence[str], jobs: Sequence[Job]) -> list[str]:
     return ["--federation"] if any(int(id) >= _FEDERATED for id in ids) else []
 
 
-def _listed(options: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Number and state of each job that waits or runs. NoAnswer if squeue does not say."""
+def _listed(options: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+    """Id, state and what it waits for, or nothing, of each job that waits or runs. NoAnswer if
+    squeue does not say."""
     try:
         answer = ask_squeue("--array", "--format=%F %T %r", *options)
     except subprocess.TimeoutExpired:
@@ -218,8 +222,8 @@ def _listed(options: Sequence[str]) -> Iterator[tuple[str, str]]:
         raise NoAnswer(f"squeue: {' '.join(answer.stderr.split())[:500]}")
     for id, state, reason in jobs:
         if state not in _ENDED:
-            waits = state == "PENDING" and reason.strip() not in ("", "None")
-            yield id, f"pending ({reason.strip()})" if waits else state.lower()
+            waits = state == "PENDING" and reason.strip() != "None"
+            yield id, state.lower(), reason.strip() if waits else ""
 
 
 _ENDED = {

@@ -48,7 +48,7 @@ def test_colours_are_no_part_of_an_id_or_a_state(plan, slurm):
 @pytest.mark.parametrize(
     ("line", "state"),
     [
-        ("7 PENDING launch failed requeued held", "pending (launch failed requeued held), job 7"),
+        ("7 PENDING launch failed requeued held", "pending, job 7 (launch failed requeued held)"),
         ("7 PENDING None", "pending, job 7"),
         ("7 RUNNING None", "running, job 7"),
         ("7 COMPLETING NodeDown", "completing, job 7"),
