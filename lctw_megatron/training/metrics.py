@@ -107,8 +107,9 @@ def set_aside(run: RunConfig, first_step: int) -> None:
     its checkpoints, and these may be all that is left of it."""
     path = Path(run.run_dir) / "metrics.jsonl"
     lines = last_metrics(path) if first_step == 0 else []
-    # A run that was killed in its first save has as many steps as that, no more.
-    if lines and lines[-1]["step"] + 1 > (run.training.save_interval or run.training.steps):
+    # One that was killed in its first save has as many steps as that, or leaves it half-written.
+    saved = lines and lines[-1]["step"] + 1 > (run.training.save_interval or run.training.steps)
+    if saved and not list(path.parent.glob("checkpoints/.step_*.tmp")):
         aside = path.with_name(f"metrics.{secrets.token_hex(4)}.jsonl")
         os.replace(path, aside)
         print(f"{path}: of a run whose checkpoints are gone, which begins anew; is now {aside}")

@@ -37,6 +37,11 @@ def test_metrics_of_removed_checkpoints_are_kept(
     path.write_text('{"step": 0}\n{"step": 1}\n')
     set_aside(run, 0)  # and before it
     set_aside(saved, 1)
+    half = tmp_path / "checkpoints" / ".step_00000001.0a1b2c3d.tmp"
+    half.mkdir(parents=True)
+    set_aside(saved, 0)  # in its first save, beside which it trained on
+    half.rmdir()
+    half.parent.rmdir()
     assert list(tmp_path.iterdir()) == [path] and not capsys.readouterr().out
     set_aside(saved, 0)
     (aside,) = tmp_path.iterdir()

@@ -12,6 +12,7 @@ result by once more its size.
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -20,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lctw_megatron.atomic import atomic_file, writing
+from lctw_megatron.atomic import atomic_file
 from lctw_megatron.config.schema import PrepareConfig
 from lctw_megatron.data.manifest import TokenizerIdentity, TokenManifest
 from lctw_megatron.data.preprocessing.corpus import (
@@ -189,11 +190,14 @@ def _work_folder(prefix: str) -> Iterator[Path]:
     start = time.monotonic()
     work = _work_path(prefix)
     make_work_folder(work)
-    with owned(work / "lock", prefix), writing(work):
+    with owned(work / "lock", prefix):
         try:
             yield work
         except BaseException as error:
             _clear(work, time.monotonic() - start)
+            full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            if isinstance(error, OSError) and error.errno in full:
+                error.filename = str(work)  # not one of its files, whose names are random
             if isinstance(error, InputError) and work.exists():
                 raise InputError(
                     f"{error}; the next run takes what is finished in {work}"
