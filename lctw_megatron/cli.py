@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 
@@ -35,7 +36,7 @@ def run_command(main: Callable[[list[str]], int | None]) -> None:
     except InputError as error:
         if debug:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        _complain(" ".join(str(error).split()))
         status = exit_status(error)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -46,12 +47,24 @@ def run_command(main: Callable[[list[str]], int | None]) -> None:
         # Of two, as in a rename, the second is the one that the user named.
         name = error.filename2 or error.filename
         place = f"{name}: " if name else ""
-        print(f"error: {place}{MENDABLE[error.errno]}", file=sys.stderr)
+        _complain(f"{place}{MENDABLE[error.errno]}")
         status = exit_status(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130
     sys.exit(status)
+
+
+_PATIENCE_SECONDS = 5.0
+"""In which a launcher ends the ranks that are left when one has failed."""
+
+
+def _complain(line: str) -> None:
+    """Print the error, once where several ranks have it: each waits for those before it, whose end
+    is its own, and then it is the first to know."""
+    others = [name for name in ("RANK", "LOCAL_RANK") if os.environ.get(name, "0") != "0"]
+    time.sleep(_PATIENCE_SECONDS * len(others))
+    print(f"error: {line}", file=sys.stderr)
 
 
 def positive(text: str) -> int:

@@ -20,7 +20,12 @@ MENDABLE = {
     errno.ENOENT: "no such file or folder",
     errno.EISDIR: "this is a folder, a file was expected",
     errno.ENOTDIR: "this is a file, a folder was expected",
-    errno.EEXIST: "is there already, and is not what was expected; remove it or name another",
+    errno.EEXIST: "something else has this name (a file, a link that leads nowhere); move it",
+    errno.ELOOP: "links that lead in a circle; remove them",
+    errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
+    errno.EFBIG: "the file is larger than may be written (ulimit -f); raise the limit",
+    errno.EMFILE: "more files are open than allowed (ulimit -n); raise the limit",
+    errno.EPERM: "operation not permitted",
 }
 """The errors of the operating system that a user can mend and that need no traceback."""
 

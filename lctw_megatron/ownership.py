@@ -14,7 +14,7 @@ from typing import IO, Any
 import psutil
 from filelock import lock_descriptor
 
-from lctw_megatron.atomic import LOCKLESS, open_lock
+from lctw_megatron.atomic import LOCKLESS, open_lock, writing
 from lctw_megatron.data.json_object import parse_json
 from lctw_megatron.errors import InputError
 from lctw_megatron.squeue import ask_squeue
@@ -40,7 +40,8 @@ def owned(lock: Path, what: str) -> Iterator[None]:
     counts as dead, without any as alive), and two starting at the same moment may both enter.
     """
     with _entered(lock, what) as file:
-        _write(file)
+        with writing(lock):
+            _write(file.fileno())
         try:
             yield
         finally:
@@ -54,7 +55,7 @@ def sole_writer(output: Path, log: Callable[[str], None]) -> Iterator[None]:
     """Own ``output``, a file or folder, and remove what killed writers have left beside it."""
     output = Path(os.path.abspath(output))
     output.parent.mkdir(parents=True, exist_ok=True)
-    with owned(_lock_of(output), str(output)):
+    with owned(_lock_of(output), str(output)), writing(output):
         remove_leftovers(output, log)
         yield
 
@@ -170,7 +171,7 @@ def _read(file: IO[str], lock: Path) -> dict[str, Any]:
     raise InputError(f"{lock}: not a lock file of ours, and in the place of one; move it away")
 
 
-def _write(file: IO[str]) -> None:
+def _write(descriptor: int) -> None:
     owner = {
         "format": FORMAT,
         "host": socket.gethostname(),
@@ -178,10 +179,11 @@ def _write(file: IO[str]) -> None:
         "started": psutil.Process().create_time(),
         "job": os.environ.get("SLURM_JOB_ID"),
     }
-    file.seek(0)
-    file.write(json.dumps(owner) + "\n")
-    file.truncate()
-    file.flush()
+    line = (json.dumps(owner) + "\n").encode()
+    # Not buffered: what a full disk does not take would be tried again when the file is closed.
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    os.write(descriptor, line)
+    os.ftruncate(descriptor, len(line))
 
 
 def _named(owner: dict[str, Any]) -> str:

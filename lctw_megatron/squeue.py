@@ -11,5 +11,6 @@ def ask_squeue(*options: str) -> subprocess.CompletedProcess[str]:
     own = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
     return subprocess.run(
         ["squeue", "--noheader", *options],
-        capture_output=True, text=True, stdin=subprocess.DEVNULL, env=own, timeout=60,
+        capture_output=True, encoding="utf-8", errors="replace", stdin=subprocess.DEVNULL, env=own,
+        timeout=60,
     )  # fmt: skip

@@ -95,3 +95,14 @@ def test_a_file_system_without_locks_lets_all_in(tmp_path, monkeypatch, number):
     lock = tmp_path / "lock"
     with atomic.locked(lock, wait=False) as alone, atomic.locked(lock) as second:
         assert not alone and not second  # and they know it
+
+
+def test_a_full_disk_names_the_file_that_was_to_be_written(tmp_path):
+    path = tmp_path / "result.json"
+    with pytest.raises(OSError, match=r"No space left .*/result.json") as full:  # noqa: SIM117
+        with atomic.atomic_file(path), open("/dev/full", "wb", buffering=0) as disk:
+            disk.write(b"x")
+    assert full.value.filename == str(path)
+    with pytest.raises(FileNotFoundError, match="its own name"):  # noqa: SIM117
+        with atomic.writing(path):
+            raise FileNotFoundError(errno.ENOENT, "none", "its own name")

@@ -1,5 +1,6 @@
 """Locks: one live owner at a time, dead ones are succeeded, foreign files stay."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -11,7 +12,7 @@ import pytest
 
 from lctw_megatron import ownership
 from lctw_megatron.errors import InputError
-from lctw_megatron.ownership import owned
+from lctw_megatron.ownership import owned, sole_writer
 
 
 def hold(lock: Path, pipe: Connection, fork: bool) -> None:
@@ -51,6 +52,23 @@ def test_a_second_owner_is_refused_and_told_who_the_first_is(
     finally:
         process.kill()
         process.join()
+
+
+def test_a_full_disk_names_what_was_to_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")  # as write says it: without a name
+    with pytest.raises(OSError, match="No space") as error, sole_writer(tmp_path / "out", print):
+        raise full
+    assert error.value.filename == str(tmp_path / "out")
+
+    def write(descriptor: int, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ownership.os, "write", write)
+    with pytest.raises(OSError, match="No space") as error, owned(tmp_path / "lock", "the run"):
+        pass
+    assert error.value.filename == str(tmp_path / "lock")
 
 
 def test_a_killed_owner_is_succeeded_also_while_a_process_that_it_forked_lives(

@@ -92,7 +92,7 @@ def again(verb: str, *arguments: str) -> int:
     from lctw_megatron.launch.status import status, watch
 
     if verb == "resume":
-        return run_request(read_request(arguments[0]))
+        return run_request(read_request(arguments[0]), output_dir=arguments[0])
     return status(arguments[0]) if verb == "status" else watch(arguments[0])
 
 

@@ -21,6 +21,8 @@ from pydantic import (
     model_serializer,
 )
 
+from lctw_megatron.config.time_limit import limit_seconds
+
 Positive = Annotated[int, Field(gt=0, le=2**31 - 1)]
 Bytes = Annotated[int, Field(gt=0, le=2**62)]
 MOST_TOKENS = 2**24
@@ -484,7 +486,8 @@ class ClusterConfig(Section):
     cpus_per_task: Positive | None = None
     """CPU cores of each rank."""
     time_limit: str = "24:00:00"
-    signal_seconds: Annotated[int, Field(gt=0, le=65535)] = 300
+    """As sbatch takes it: minutes, hours:minutes:seconds, days-hours, ..."""
+    signal_seconds: Annotated[int, Field(gt=0, le=65535, validate_default=True)] = 300
     """SIGTERM reaches the ranks this long before the time limit."""
     modules: list[str] = []
     environment: dict[str, str] = {}
@@ -499,6 +502,28 @@ class ClusterConfig(Section):
     """Further options of srun, e.g. `--container-image=image.sqsh` (Pyxis)."""
     sbatch: list[str] = []
     """Further #SBATCH lines, without the `#SBATCH`."""
+
+    @field_validator("signal_seconds")
+    @classmethod
+    def _is_within_the_time_limit(cls, seconds: int, info: ValidationInfo) -> int:
+        limit = info.data.get("time_limit")
+        if limit is not None and seconds >= limit_seconds(limit):
+            raise ValueError(f"less than time_limit {limit}, or jobs must leave as they start")
+        return seconds
+
+    @field_validator("time_limit")
+    @classmethod
+    def _is_a_time(cls, limit: str) -> str:
+        limit_seconds(limit)
+        return limit
+
+    @field_validator("sbatch")
+    @classmethod
+    def _are_options(cls, options: list[str]) -> list[str]:
+        for option in options:
+            if not option.startswith("-"):  # of `#SBATCH word` sbatch makes nothing, silently
+                raise ValueError(f"options, each beginning with - ({option!r} does not)")
+        return options
 
     @field_validator("environment")
     @classmethod

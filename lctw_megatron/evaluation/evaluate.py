@@ -1,9 +1,7 @@
 """Measure a checkpoint on held-out sequences and write evaluation.json."""
 
 import hashlib
-import io
 import math
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -275,7 +273,7 @@ def read_losses(
     assert settings.sequence_length
     bos_id = source.tokenizer.bos_id if source.tokenizer.add_bos else None
     at_once = model.sequences_at_once(settings.sequence_length)
-    stream = sys.stderr if model.world.is_first else io.StringIO()
+    stream = model.world.progress_stream
     with Progress(label, len(numbers), "sequences", stream=stream) as progress:
         for begin in range(0, len(numbers), at_once):
             samples = [source.read(number) for number in numbers[begin : begin + at_once]]

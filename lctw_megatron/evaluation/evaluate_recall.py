@@ -1,8 +1,6 @@
 """Measure the recall of a checkpoint and write recall.json."""
 
-import io
 import json
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -155,7 +153,7 @@ def _cells(
     cells: dict[tuple[str, float | None], tuple[Cell, list[str]]] = {
         (task, depth): (Cell(), []) for task in settings.tasks for depth in depths_of(task, depths)
     }
-    stream = sys.stderr if model.world.is_first else io.StringIO()
+    stream = model.world.progress_stream
     total = len(cells) * settings.samples
     with Progress(f"recall at {length:,}", total, "samples", stream=stream) as progress:
         for measured in measure(model, samples, length, window, maker.bos_id):

@@ -4,6 +4,7 @@ OUTPUT_DIR/launch/order.json holds it, so that `status` and `resume` need the fo
 launches that differ in their stages alone, side by side or one after the other, it holds all.
 """
 
+import os
 import shutil
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
@@ -35,11 +36,14 @@ class LaunchRequest:
     """Here: ranks of training and scoring."""
 
 
-def run_request(request: LaunchRequest, dry_run: bool = False) -> int:
-    """Run or submit what ``request`` asks for and is not done; with ``dry_run`` only print it."""
+def run_request(
+    request: LaunchRequest, dry_run: bool = False, output_dir: str | None = None
+) -> int:
+    """Run or submit what ``request`` asks for and is not done; with ``dry_run`` only print it.
+    output_dir: where the request was kept, if it was."""
     from lctw_megatron.weighting.parse import parse_weighting  # torch, which `status` does without
 
-    graph = stage_graph(request)
+    graph = stage_graph(request, output_dir)
     for run in graph.runs:
         parse_weighting(run.weighting)
     stages = graph.select(request.stages)
@@ -116,14 +120,25 @@ def read_request(output_dir: str) -> LaunchRequest:
         ) from None
 
 
-def stage_graph(request: LaunchRequest) -> StageGraph:
+def stage_graph(request: LaunchRequest, output_dir: str | None = None) -> StageGraph:
+    """The stages that ``request`` chooses among. InputError for a wrong recipe, and if it does not
+    write to ``output_dir``, where the request was kept: that is a copy, or was moved."""
+
     def checkpoint_model(path: str):  # type: ignore[no-untyped-def]
         # Only a run whose model comes from a checkpoint pays for importing torch's checkpoints.
         from lctw_megatron.model.checkpoint import checkpoint_model
 
         return checkpoint_model(path)
 
-    return build_stage_graph(request.recipe, request.overrides, checkpoint_model)
+    graph = build_stage_graph(request.recipe, request.overrides, checkpoint_model)
+    theirs = graph.recipe.output_dir
+    if output_dir is not None and os.path.realpath(theirs) != os.path.realpath(output_dir):
+        raise InputError(
+            f"{order_path(output_dir)}: was launched from {request.recipe}, which writes to "
+            f"{theirs}; give that folder or, to go on in this one, launch the recipe with --set "
+            f"output_dir={output_dir}"
+        )
+    return graph
 
 
 def cluster_of(graph: StageGraph, name: str) -> ClusterConfig:

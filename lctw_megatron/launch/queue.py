@@ -24,8 +24,12 @@ from lctw_megatron.ownership import sole_writer
 from lctw_megatron.squeue import ask_squeue
 
 
-class NoAnswer(InputError):
-    """squeue does not say what is in the queue, which may pass."""
+class NoQueue(InputError):
+    """It cannot be told what is in the queue."""
+
+
+class NoAnswer(NoQueue):
+    """squeue does not say, which may pass."""
 
 
 def script_path(graph: StageGraph, job: Job) -> Path:
@@ -43,7 +47,7 @@ def submission(
     """The script that submits those of ``jobs`` that are neither done nor ``queued`` (name to id;
     None: asked here). Each waits for the jobs it needs; if one of them fails, SLURM removes those
     that wait for it."""
-    queued = _queued(graph) if queued is None else queued
+    queued = _queued(graph, jobs) if queued is None else queued
     made = Submission(graph.recipe_path, graph.folder / "submit.sh", [job.script for job in jobs])
     for name, id in queued.items():
         made.queued(name, id)
@@ -66,15 +70,17 @@ def submit(graph: StageGraph, stages: Sequence[Stage], cluster: ClusterConfig) -
 
 
 def _submit(graph: StageGraph, jobs: Sequence[Job], stages: Sequence[Stage]) -> None:
-    ids, queued = _read_ids(graph), _queued(graph)
+    ids, queued = _read_ids(graph), _queued(graph, jobs)
     check_needs(graph, stages, frozenset(queued))
     for job in jobs:
-        with atomic_file(script_path(graph, job), "w") as file:
+        path = script_path(graph, job)
+        if job.name in queued:  # and that is what its script stays
+            print(f"{job.name}: job {queued[job.name]} is in the queue{_otherwise(path, job)}")
+            continue
+        with atomic_file(path, "w") as file:
             file.write(job.script)
         if _is_done(graph, job):
             print(f"{job.name}: done before")
-        elif job.name in queued:
-            print(f"{job.name}: job {queued[job.name]} is in the queue")
     script = submission(graph, jobs, queued)
     with atomic_file(script.path, "w") as file:
         file.write(script.text)
@@ -89,11 +95,22 @@ def _submit(graph: StageGraph, jobs: Sequence[Job], stages: Sequence[Stage]) -> 
         print(f"{name}: submitted as job {id}{said}", flush=True)
 
 
+def _otherwise(path: Path, job: Job) -> str:
+    """What to do if ``job``, which is in the queue, would be submitted with another script now."""
+    if not path.is_file() or path.read_bytes() == job.script.encode():
+        return ""
+    return (
+        f", submitted as {path} says; recipe or cluster have changed since: cancel it (scancel) "
+        "and launch again"
+    )
+
+
 def _run(script: Path) -> Iterator[tuple[str, str]]:
     """Name and id of each job as ``script`` submits it. InputError if it ends with an error."""
     process = subprocess.Popen(
         ["bash", str(script)],
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        encoding="utf-8", errors="replace",
     )  # fmt: skip
     with process:
         assert process.stdout and process.stderr
@@ -105,17 +122,18 @@ def _run(script: Path) -> Iterator[tuple[str, str]]:
         raise InputError(said or f"{script}: ended with status {process.returncode}")
 
 
-def _queued(graph: StageGraph) -> dict[str, str]:
+def _queued(graph: StageGraph, jobs: Sequence[Job]) -> dict[str, str]:
     """Those of the jobs submitted before that wait or run: name to id."""
     ids = _read_ids(graph)
-    in_queue = _queue(list(ids.values()))
+    in_queue = _queue(list(ids.values()), jobs)
     return {name: id for name, id in ids.items() if id in in_queue}
 
 
-def stage_states(graph: StageGraph, jobs: Sequence[Job]) -> list[StageState]:
-    """Where each job stands."""
+def stage_states(graph: StageGraph, jobs: Sequence[Job], ask: bool = True) -> list[StageState]:
+    """Where each job stands. NoQueue if SLURM is not there or does not answer; not ``ask``: without
+    it."""
     ids = _read_ids(graph)
-    states = _queue(list(ids.values()))
+    states = _queue(list(ids.values()), jobs) if ask else {}
     found = []
     for job in jobs:
         id = ids.get(job.name)
@@ -125,11 +143,14 @@ def stage_states(graph: StageGraph, jobs: Sequence[Job]) -> list[StageState]:
         elif id in states:
             state = f"{' and '.join(states[id])}, job {id}"
         elif id:
-            state = f"failed or cancelled, job {id}"
+            state = f"{'failed or cancelled' if ask else 'submitted'}, job {id}"
         else:
             state = "not submitted"
         if job.parts and not done:
             state += f", {job.parts - len(missing)} of {job.parts} parts done"
+        waits = [reason for reason in states.get(id or "", {}).values() if reason]
+        if waits and not done:
+            state += f" ({waits[0]})"
         parts = [f"-{part}" for part in range(job.parts)] if job.parts else [""]
         logs = [graph.folder / f"{job.name}{part}.log" for part in parts]
         found.append(
@@ -155,36 +176,66 @@ def _ids_path(graph: StageGraph) -> Path:
 def _read_ids(graph: StageGraph) -> dict[str, str]:
     path = _ids_path(graph)
     ids = read_json_object(path) if path.is_file() else {}
-    if not all(isinstance(id, str) for id in ids.values()):
+    if not all(isinstance(id, str) and re.fullmatch(r"\d{1,18}", id) for id in ids.values()):
         raise InputError(f"{path}: a job's id for every script was expected; remove it")
     return ids
 
 
-def _queue(ids: Sequence[str]) -> dict[str, list[str]]:
-    """Those of the jobs ``ids`` that wait or run -> their states (an array may have several)."""
+def _queue(ids: Sequence[str], jobs: Sequence[Job]) -> dict[str, dict[str, str]]:
+    """Those of ``ids``, submitted for ``jobs``, that wait or run -> their states (an array may have
+    several) -> what each waits for, if it does."""
     if not ids:
         return {}
-    found: dict[str, list[str]] = {}
+    found: dict[str, dict[str, str]] = {}
     _find("squeue")
+    for id, state, reason in _listed(_elsewhere(ids, jobs)):
+        if id in ids:
+            found.setdefault(id, {}).setdefault(state, reason)
+    return found
+
+
+_FEDERATED = 1 << 26
+"""The smallest id of a federation's jobs: the bits above name a cluster."""
+
+
+def _elsewhere(ids: Sequence[str], jobs: Sequence[Job]) -> list[str]:
+    """The options with which squeue lists jobs that were sent to other clusters than this one."""
+    scripts = "".join(job.script for job in jobs)
+    said = re.findall(r"^#SBATCH (?:--clusters|-M)[= ]*(.+)$", scripts, re.MULTILINE)
+    if said:
+        return [f"--clusters={said[-1].strip()}"]
+    return ["--federation"] if any(int(id) >= _FEDERATED for id in ids) else []
+
+
+def _listed(options: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+    """Id, state and what it waits for, or nothing, of each job that waits or runs. NoAnswer if
+    squeue does not say."""
     try:
-        answer = ask_squeue("--array", "--format=%F %T")
+        answer = ask_squeue("--array", "--format=%F %T %r", *options)
     except subprocess.TimeoutExpired:
         raise NoAnswer("squeue: no answer after a minute; try again later") from None
-    if answer.returncode:
+    text = re.sub(r"\x1b\[[\d;]*[A-Za-z]", "", answer.stdout)  # no colours
+    # A site's wrapper may say more, and lose a status: no job at all is no small thing to believe.
+    jobs = re.findall(r"^\s*(\d+)\s+([A-Z_]+)(?:[^\S\n]+(.*))?$", text, re.MULTILINE)
+    lost = not jobs and re.search(r"^slurm_load_jobs|\berror:", answer.stderr, re.MULTILINE)
+    if answer.returncode or lost:
         raise NoAnswer(f"squeue: {' '.join(answer.stderr.split())[:500]}")
-    for line in answer.stdout.splitlines():
-        words = line.split()
-        if len(words) != 2 or not re.fullmatch(r"[A-Z_]+", words[1]):
-            continue  # a site's wrapper may say more
-        id, state = words
-        if id in ids and state.lower() not in found.setdefault(id, []):
-            found[id].append(state.lower())
-    return found
+    for id, state, reason in jobs:
+        if state not in _ENDED:
+            waits = state == "PENDING" and reason.strip() != "None"
+            yield id, state.lower(), reason.strip() if waits else ""
+
+
+_ENDED = {
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY",
+    "PREEMPTED", "REVOKED", "TIMEOUT",
+}  # fmt: skip
+"""States of jobs that are over, which squeue lists for some minutes with --states=all."""
 
 
 def _find(command: str) -> None:
     if shutil.which(command) is None:
-        raise InputError(
+        raise NoQueue(
             f"{command}: not found; submit on a machine of the cluster, or look at the scripts "
             "with --dry-run"
         )

@@ -115,6 +115,7 @@ def _script(
         title=title,
         in_steps=in_steps,
         folder=shlex.quote(str(graph.folder)),
+        modules=bool(cluster.modules),
         setup=[*(f"module load {name}" for name in cluster.modules), *environment, *cluster.setup],
         command=_lines(python, program),
         arguments=_grouped(program),

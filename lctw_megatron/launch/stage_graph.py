@@ -19,6 +19,7 @@ from lctw_megatron.config.schema import ModelConfig, Recipe, RunConfig
 from lctw_megatron.config.validation_errors import nearest
 from lctw_megatron.errors import InputError
 from lctw_megatron.launch.stages import KINDS, Stage, all_stages
+from lctw_megatron.model.checkpoint_folder import complete_checkpoints
 from lctw_megatron.model.megatron_fields import check_megatron_fields
 
 
@@ -48,11 +49,10 @@ class StageGraph:
 
     def is_done(self, stage: Stage, part: int | None = None) -> bool:
         try:
-            found = self.mark(stage, part).read_text().strip()
+            found = self.mark(stage, part).read_text(errors="replace").strip()
         except FileNotFoundError:
             return False
-        there = part is not None or Path(stage.output).exists()
-        return there and found == self.fingerprints[stage.name]
+        return (part is not None or _is_there(stage)) and found == self.fingerprints[stage.name]
 
     def set_done(self, stage: Stage) -> None:
         with atomic_file(self.mark(stage), "w") as file:
@@ -100,6 +100,16 @@ def build_stage_graph(
     return StageGraph(
         recipe_path, overrides, recipe, tuple(runs), tuple(stages), _fingerprints(stages)
     )
+
+
+def _is_there(stage: Stage) -> bool:
+    """Whether the output of ``stage`` is there; of a run that has begun also its last checkpoint,
+    which somebody may have removed."""
+    output = Path(stage.output)
+    if stage.steps is None or not (output.parent / "run.yaml").is_file():
+        return output.exists()
+    saved = [int(path.name.removeprefix("step_")) for path in complete_checkpoints(output)]
+    return bool(saved) and saved[-1] >= stage.steps
 
 
 def _in_order(stages: list[Stage]) -> list[Stage]:

@@ -59,6 +59,8 @@ class Stage:
     """Whether it goes on where it stopped when it is started again after a failure."""
     configuration: str = field(default="", repr=False)
     """What decides the result, if it is not the arguments."""
+    steps: int | None = None
+    """Of training: of these steps, or more, there is a checkpoint when it is done."""
 
 
 @dataclass(frozen=True)
@@ -240,6 +242,7 @@ def _train_stage(
         restarts=True,
         # Without defaults, so that a field that is new in the schema changes nothing.
         configuration=run.model_dump_json(exclude_defaults=True),
+        steps=run.training.steps,
     )
 
 

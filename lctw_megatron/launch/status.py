@@ -38,8 +38,12 @@ class Look:
 
 def status(where: str) -> int:
     """Print where the stages and runs of ``where`` stand: a recipe, its output folder or a run's
-    folder."""
-    print("\n".join(look(where).lines))
+    folder. Of a queue that cannot be asked comes the InputError, after what the folder knows."""
+    try:
+        print("\n".join(look(where).lines))
+    except queue.NoQueue:
+        print("\n".join(look(where, ask=False).lines), flush=True)
+        raise
     return 0
 
 
@@ -65,17 +69,18 @@ def watch(where: str) -> int:
         time.sleep(WATCH_SECONDS)
 
 
-def look(where: str) -> Look:
+def look(where: str, ask: bool = True) -> Look:
+    """``ask``: SLURM, for what is in its queue."""
     if (Path(where) / "run.yaml").is_file():
         return _look_at_run(load_run(Path(where) / "run.yaml"), Path(where))
     request = _request(where)
-    graph = stage_graph(request)
+    graph = stage_graph(request, where if Path(where).is_dir() else None)
     stages = graph.select(request.stages)
     if request.cluster is None:
         states = local.stage_states(graph, stages)
     else:
         jobs = queue.plan_jobs(graph, stages, cluster_of(graph, request.cluster))
-        states = queue.stage_states(graph, jobs)
+        states = queue.stage_states(graph, jobs, ask)
     runs = {f"train-{run.name}": run for run in graph.runs}
     lines, alive = [], False
     for state in states:

@@ -23,15 +23,24 @@ declare -A id
 submit() {{ # NAME [OPTION...] SCRIPT: prints NAME and the job's id, which others wait for
     local said
     said=$(sbatch --parsable "${{@:2}}" 2>&1) || {{ echo "sbatch --parsable ${{*:2}}: $said" >&2; exit 1; }}
-    # A site's sbatch may say more: the id is a line of its own, ID or ID;CLUSTER, or what sbatch
-    # says without --parsable.
-    id[$1]=$(sed -nE 's/^[[:space:]]*(Submitted batch job )?([0-9]+)((;| on cluster )[^[:space:]]*)?[[:space:]]*$/\\2/p' <<< "$said" | tail -n 1)
+    # A site's sbatch may say more, in colours: the id is a line of its own, ID or ID;CLUSTER, or what
+    # sbatch says without --parsable.
+    id[$1]=$(sed -nE -e $'s/\\x1b\\[[0-9;]*[A-Za-z]//g' -e \\
+        's/^[[:space:]]*(Submitted batch job )?([0-9]+)((;| on cluster )[^[:space:]]*)?[[:space:]]*$/\\2/p' \\
+        <<< "$said" | tail -n 1)
     if [ -z "${{id[$1]}}" ]; then
         echo "sbatch --parsable ${{*:2}}: no line with a job's id in what it said: '$said'" >&2
         exit 1
     fi
     echo "$1 ${{id[$1]}}"
 }}
+
+# Inside a job, its own sizes and bindings would rule those that are submitted here.
+if [ -n "${{SLURM_JOB_ID:-}}" ]; then
+    for name in "${{!SLURM_@}}"; do
+        case $name in SLURM_CONF | SLURM_JWT | SLURM_CLUSTERS) ;; *) unset "$name" ;; esac
+    done
+fi
 
 """  # noqa: E501
 

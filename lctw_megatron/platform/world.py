@@ -1,11 +1,13 @@
 """Process groups: who this process is among the ranks, and on which device it works."""
 
 import datetime
+import io
 import os
 import random
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import numpy as np
 import torch
@@ -36,6 +38,16 @@ class World:
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    @property
+    def progress_stream(self) -> TextIO:
+        """Where this rank says how far it is: standard error, of the first only."""
+        return sys.stderr if self.is_first else _Nowhere()
+
+
+class _Nowhere(io.StringIO):
+    def write(self, text: str) -> int:
+        return len(text)
 
 
 def default_device() -> torch.device:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lctw_megatron.atomic import writing
 from lctw_megatron.ownership import check_free, owned
 from lctw_megatron.work_folder import MARK, make_work_folder, remove_work_folder
 
@@ -21,7 +22,7 @@ def sole_worker(folder: Path, shard: tuple[int, int] | None) -> Iterator[None]:
     make_work_folder(folder)
     own = folder / (f"{shard[0]:05d}-of-{shard[1]:05d}.lock" if shard else _WHOLE)
     try:
-        with owned(own, _named(own)):
+        with owned(own, _named(own)), writing(folder):
             others = [folder / _WHOLE] if shard else sorted(folder.glob("*-of-*.lock"))
             for other in others:
                 check_free(other, _named(other))

@@ -5,6 +5,7 @@ import os
 import re
 import secrets
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -251,7 +252,9 @@ def _start_results_queue() -> None:
     of the signal that asks the rank to save.
     """
     if getattr(filesystem_async, "_results_queue", None) is None:
-        manager = SyncManager(ctx=get_context("spawn"))
+        # Linux's sockets without a file, as the path of one in a long TMPDIR is refused.
+        address = f"\0{secrets.token_hex(16)}" if sys.platform == "linux" else None
+        manager = SyncManager(address, ctx=get_context("spawn"))
         manager.start(serve_until_parent_ends)
         filesystem_async._results_queue = manager.Queue()
 

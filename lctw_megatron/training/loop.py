@@ -39,7 +39,7 @@ from lctw_megatron.training.first_lines import first_lines
 from lctw_megatron.training.hang_watch import HangWatch
 from lctw_megatron.training.heartbeat import Heartbeat
 from lctw_megatron.training.loss_spike import SpikeWatch
-from lctw_megatron.training.metrics import MetricsLog, peak_memory_gib
+from lctw_megatron.training.metrics import MetricsLog, peak_memory_gib, set_aside
 from lctw_megatron.training.micro_batch import choose_micro_batch, with_micro_batch
 from lctw_megatron.training.nonfinite import NonFinite, write_nonfinite
 from lctw_megatron.training.optimizer import build_optimizer, gather_weights, wrap_data_parallel
@@ -166,7 +166,8 @@ class Trainer:
             self.print_rank_0(f"already past training.steps {training.steps}: at step {done}")
             return 0
         self.clock.end("logs")
-        with Progress(self.config.name, training.steps, "steps", initial=done) as progress:
+        stream = self.world.progress_stream
+        with Progress(self.config.name, training.steps, "steps", done, stream) as progress:
             for step in range(done, training.steps):
                 self._now("training", step)
                 started = time.perf_counter()
@@ -194,7 +195,8 @@ class Trainer:
                 self._write(step, metrics)
                 progress.update(1, tokens=self.tokens_per_step)
                 leave = self.stop.agreed()
-                if leave or done == training.steps or self._saves_after(done):
+                saves = training.save_interval and done % training.save_interval == 0
+                if leave or saves or done == training.steps:
                     self._now("saving", done)
                     self.save(done)
                 self.writer.finish(blocking=False)
@@ -291,6 +293,7 @@ class Trainer:
         run_dir = Path(self.config.run_dir)
         with atomic_file(run_dir / "run.yaml", "w") as file:
             file.write(dump_yaml(self.config))
+        set_aside(self.config, self.first_step)
         return MetricsLog(
             run_dir,
             self.first_step,
@@ -299,10 +302,6 @@ class Trainer:
             # A finished run that is started again has nothing to say there.
             open_trackers(self.config) if self.first_step < self.config.training.steps else [],
         )
-
-    def _saves_after(self, done: int) -> bool:
-        interval = self.config.training.save_interval
-        return interval is not None and done % interval == 0
 
     def _logs(self, step: int) -> bool:
         training = self.config.training

@@ -4,8 +4,10 @@ import random
 from contextlib import suppress
 
 import pytest
+from pydantic import ValidationError
 
 from lctw_megatron.config.load import load_recipe, parse_override, resolve_run
+from lctw_megatron.config.schema import ClusterConfig
 from lctw_megatron.config.yaml_text import parse_yaml
 from lctw_megatron.errors import InputError
 
@@ -59,6 +61,34 @@ def test_a_number_beyond_its_limits_is_refused_by_name(recipe, field, value):
     with pytest.raises(InputError, match=rf"{field.rpartition('.')[2]}\b.* expected") as error:
         resolve_run(load_recipe(recipe, [f"{field}={value}"]))
     assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("limit", "seconds"),
+    [
+        ("5", 300), ("4:59", 299), ("00:10:00", 600), ("1-0", 86400), ("1-00:01", 86460),
+        ("2-03:04:05", 183845), ("UNLIMITED", None),
+    ],
+)  # fmt: skip
+def test_a_signal_comes_after_the_start_of_a_job(limit, seconds):
+    """Else every job is asked to leave as it starts, and is requeued, for ever."""
+    values = {"time_limit": limit}
+    most = min(seconds or 2**31, 65535)
+    if seconds is None or seconds > most:
+        ClusterConfig.model_validate(values | {"signal_seconds": most})
+        return
+    ClusterConfig.model_validate(values | {"signal_seconds": most - 1})
+    with pytest.raises(ValidationError, match=f"less than time_limit {limit}"):
+        ClusterConfig.model_validate(values | {"signal_seconds": most})
+    if seconds <= 300:  # the default
+        with pytest.raises(ValidationError, match=f"less than time_limit {limit}"):
+            ClusterConfig.model_validate(values)
+
+
+@pytest.mark.parametrize("limit", ["", "soon", "1:2:3:4", "-5", "1-", "12h", "1_0"])
+def test_a_time_limit_that_sbatch_does_not_take_is_refused_by_name(recipe, limit):
+    with pytest.raises(InputError, match="cluster.time_limit is .* such as 24:00:00"):
+        load_recipe(recipe, [f"cluster.time_limit='{limit}'"])
 
 
 def test_a_head_of_odd_width_is_refused(recipe):

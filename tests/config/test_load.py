@@ -190,6 +190,9 @@ def test_set_reaches_recipe_wide_sections(recipe):
     for name in ("A-B", "1A", "Ä", "A B"):
         with pytest.raises(InputError, match=f"cluster.environment is .*'{name}' is none"):
             recipe(RECIPE, "cluster=site", f"cluster.environment.{name}=x")
+    for option in ("exclusive", "#SBATCH --exclusive", '""'):  # sbatch would say nothing
+        with pytest.raises(InputError, match="cluster.sbatch is .*each beginning with - "):
+            recipe(RECIPE, "cluster=site", f"cluster.sbatch=['{option}']")
     assert recipe(RECIPE, "output_dir=elsewhere").output_dir == "elsewhere"
 
 

@@ -1,5 +1,6 @@
-"""A recipe with everything in it, in an empty folder."""
+"""A recipe with everything in it, in an empty folder; a SLURM of stubs."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,3 +46,32 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Stage
         return build_stage_graph("recipe.yaml", overrides)
 
     return make
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """sbatch that numbers jobs from 1 and writes its arguments down; squeue that shows a file."""
+    stubs = tmp_path / "stubs"
+    stubs.mkdir()
+    (stubs / "sbatch").write_text(
+        '#!/bin/bash\necho "$@" >> said\n'
+        '[ -n "$REFUSE" ] && { echo "no such partition" >&2; exit 1; }\n'
+        "wc -l < said\n"
+    )
+    (stubs / "squeue").write_text("#!/bin/bash\n[ -e waiting ] && cat waiting; exit 0\n")
+    for path in stubs.iterdir():
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{stubs}:{os.environ['PATH']}")
+
+    class Slurm:
+        @staticmethod
+        def said() -> dict[str, str]:
+            """Script name -> the options it was last submitted with."""
+            lines = [line.split() for line in Path("said").read_text().splitlines()]
+            return {Path(line[-1]).stem: " ".join(line[1:-1]) for line in lines}
+
+        @staticmethod
+        def waiting(text: str) -> None:
+            Path("waiting").write_text(text)
+
+    return Slurm()

@@ -1,7 +1,6 @@
 """Submitting, asking and submitting again, with stubs in the place of sbatch and squeue."""
 
 import json
-import os
 import subprocess
 from pathlib import Path
 
@@ -18,35 +17,6 @@ from lctw_megatron.ownership import owned
 from tests.launch.conftest import RECIPE
 
 CPU = ClusterConfig(nodes=2, gpus_per_node=0, tasks_per_node=2)
-
-
-@pytest.fixture
-def slurm(tmp_path, monkeypatch):
-    """sbatch that numbers jobs from 1 and writes its arguments down; squeue that shows a file."""
-    stubs = tmp_path / "stubs"
-    stubs.mkdir()
-    (stubs / "sbatch").write_text(
-        '#!/bin/bash\necho "$@" >> said\n'
-        '[ -n "$REFUSE" ] && { echo "no such partition" >&2; exit 1; }\n'
-        "wc -l < said\n"
-    )
-    (stubs / "squeue").write_text("#!/bin/bash\n[ -e waiting ] && cat waiting; exit 0\n")
-    for path in stubs.iterdir():
-        path.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{stubs}:{os.environ['PATH']}")
-
-    class Slurm:
-        @staticmethod
-        def said() -> dict[str, str]:
-            """Script name -> the options it was last submitted with."""
-            lines = [line.split() for line in Path("said").read_text().splitlines()]
-            return {Path(line[-1]).stem: " ".join(line[1:-1]) for line in lines}
-
-        @staticmethod
-        def waiting(text: str) -> None:
-            Path("waiting").write_text(text)
-
-    return Slurm()
 
 
 def finish(plan, *names: str) -> None:

@@ -197,6 +197,23 @@ def test_a_training_that_fails_is_requeued_five_times(plan, run_script):
     assert run_script(job.script, STATUS="137", **IN_JOB)[1][-1] == "requeue 41"
 
 
+def test_a_controller_that_is_away_for_a_moment_ends_no_chain(plan, run_script):
+    made = plan()
+    (job,) = jobs(made, made.recipe.cluster, "train-dense")
+    stub, asked = Path("stubs/scontrol"), Path("asked")
+    Path("stubs/sleep").write_text("#!/bin/bash\n")
+    Path("stubs/sleep").chmod(0o755)
+    for failures, status in ((3, 0), (99, 1)):
+        asked.unlink(missing_ok=True)
+        stub.write_text(
+            "#!/bin/bash\n[ $1 = show ] && { echo n1; exit; }\necho $* >> asked\n"
+            f"[ $(wc -l < asked) -gt {failures} ]\n"
+        )
+        assert run_script(job.script, STATUS="75", **IN_JOB)[0] == status
+        assert set(asked.read_text().splitlines()) == {"requeue 41"}
+    assert len(asked.read_text().splitlines()) == 6
+
+
 @pytest.mark.parametrize("mistake", [2, 126, 127])
 def test_what_no_retry_can_mend_is_not_tried_again(plan, run_script, mistake):
     made = plan()
@@ -236,6 +253,42 @@ def test_a_line_of_the_sites_that_fails_is_named(plan, run_script):
     line = "error: the lines before the command ended with status 1 at: [ -f /nowhere ]"
     assert Path("log").read_text() == f"{line}\n"
     assert last_error([Path("log")]) == line
+
+
+def test_the_options_of_the_shell_that_submitted_are_not_the_scripts(plan, run_script):
+    made = plan()
+    cluster = ClusterConfig(nodes=2, gpus_per_node=0, setup=["A=$NOT_SET", "false | [ -d p* ]"])
+    (job,) = jobs(made, cluster, "prepare")
+    made.folder.mkdir(parents=True)
+    made.mark(job.stage).write_text("of another recipe")
+    Path("present").mkdir()
+    options = "nounset:noclobber:noglob:pipefail:posix"
+    assert run_script(job.script, SHELLOPTS=options, **IN_JOB)[0] == 0
+    assert made.mark(job.stage).read_text().strip() == made.fingerprints["prepare"]
+
+
+def test_modules_load_where_the_shell_that_submitted_exports_no_function(plan, run_script):
+    """A csh, zsh or dash: what a bash would have exported is in the site's own files."""
+    init = Path("modules/init/bash")
+    init.parent.mkdir(parents=True)
+    init.write_text("module() { echo $2 >> loaded; }\n[ -f /nowhere ]\n")
+    cluster = ClusterConfig(nodes=2, gpus_per_node=0, modules=["cuda/12.4"])
+    (job,) = jobs(plan(), cluster, "prepare")
+    assert run_script(job.script, MODULESHOME=str(init.parents[1]), **IN_JOB)[0] == 0
+    assert Path("loaded").read_text() == "cuda/12.4\n"
+    function = {"BASH_FUNC_module%%": "() { echo its own >> loaded; }"}
+    assert run_script(job.script, MODULESHOME="modules", **function, **IN_JOB)[0] == 0
+    assert Path("loaded").read_text().splitlines()[1:] == ["its own"]
+
+
+def test_ranks_meet_where_the_script_runs_whatever_scontrol_says_first(plan, run_script):
+    Path("stubs/scontrol").write_text("#!/bin/bash\necho Welcome; echo n1\n")
+    made = plan()
+    (job,) = jobs(made, made.recipe.cluster, "train-dense")
+    assert run_script(job.script, SLURMD_NODENAME="n1", **IN_JOB) == (
+        0,
+        [f"python {TRAIN} 0/2@n1", f"python {TRAIN} 1/2@n1"],
+    )
 
 
 def test_parts_are_array_tasks_or_one_after_the_other(plan, run_script):

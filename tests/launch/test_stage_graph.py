@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from lctw_megatron.atomic import write_json
 from lctw_megatron.errors import InputError
 from lctw_megatron.launch.stages import Stage
+from lctw_megatron.model.checkpoint_folder import MANIFEST, step_name
 from tests.launch.conftest import RECIPE
 
 
@@ -198,6 +200,30 @@ def test_a_mark_counts_only_while_nothing_before_it_changed(plan):
     assert done(plan(RECIPE.replace("4096", "2048"))) == []
     Path(stage(made, "score").output).unlink()
     assert done(made) == ["prepare", "train-base", "train-uniform"]
+
+
+def test_a_training_whose_last_checkpoint_was_removed_is_not_done(plan):
+    made = plan()
+    train = stage(made, "train-base")
+    folder = Path(train.output)
+    for step in (50, 100):
+        write_json(folder / step_name(step) / MANIFEST, {})
+    (folder.parent / "run.yaml").touch()
+    made.set_done(train)
+    assert made.is_done(train)
+    (folder / step_name(100)).rename(folder / step_name(150))  # it went on beyond
+    assert made.is_done(train)
+    (folder / step_name(150)).rename(folder / "elsewhere")
+    assert not made.is_done(train)
+    (folder / step_name(50)).rename(folder / "elsewhere too")
+    assert not made.is_done(train)
+
+
+def test_a_damaged_mark_is_none(plan):
+    made = plan()
+    mark_done(made, "prepare")
+    made.mark(stage(made, "prepare")).write_bytes(b"\xff\xfe")
+    assert done(made) == []
 
 
 def test_stages_are_chosen_by_name_or_kind(plan):

@@ -1,6 +1,7 @@
 """What `launch.py status` and `watch` say of runs and their logs, from the files these leave."""
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,7 +14,9 @@ from typing import Any
 import pytest
 
 from lctw_megatron.atomic import write_json
+from lctw_megatron.commands.launch import main
 from lctw_megatron.config.load import dump_yaml
+from lctw_megatron.errors import InputError
 from lctw_megatron.launch import local, status
 from lctw_megatron.launch.launch_request import LaunchRequest, run_request
 from lctw_megatron.launch.run_status import last_error, run_status
@@ -173,6 +176,22 @@ def test_status_takes_a_recipe_its_folder_or_a_run(plan: Plan, monkeypatch: Any,
     assert capsys.readouterr().out.splitlines() == [
         f"base: {expected.strip()}", "  last error in the log: error: no GPU"
     ]  # fmt: skip
+
+
+def test_a_copied_output_folder_is_not_taken_for_the_one_that_the_recipe_writes_to(
+    plan: Plan, monkeypatch: Any, capsys
+) -> None:
+    plan()
+    monkeypatch.setattr(local, "run_stages", lambda *arguments: 0)
+    run_request(LaunchRequest("recipe.yaml"))
+    shutil.copytree("out", "copy")
+    Path("link").symlink_to("out")
+    for verb in ("status", "watch", "resume"):
+        with pytest.raises(InputError, match="copy/launch/order.json: .* writes to out; .* --set"):
+            main([verb, "copy"])
+    assert main(["resume", "link"]) == main(["status", "link"]) == 0
+    run_request(LaunchRequest("recipe.yaml", ("output_dir=copy",)))
+    assert main(["resume", "copy"]) == main(["status", "copy"]) == 0
 
 
 def test_watch_ends_with_what_it_watches(monkeypatch: Any, capsys) -> None:

@@ -4,9 +4,11 @@ import errno
 import os
 
 import pytest
+import torch
 
 from lctw_megatron.errors import InputError
-from lctw_megatron.platform.world import first_rank_decides, started_together
+from lctw_megatron.platform.world import World, first_rank_decides, started_together
+from lctw_megatron.progress import Progress
 from tests.distributed import run_distributed
 
 
@@ -21,6 +23,14 @@ def test_tasks_of_a_plain_srun_do_not_take_themselves_for_the_only_rank(monkeypa
         started_together()
     monkeypatch.setenv("RANK", "2")
     assert started_together()
+
+
+def test_only_the_first_rank_says_how_far_it_is(capsys):
+    for rank in range(3):
+        world = World(rank, 3, torch.device("cpu"), 0, 0, 0, rank, 3)
+        with Progress("train", 2, "steps", stream=world.progress_stream) as progress:
+            progress.update(2)
+    assert capsys.readouterr().err.count("train: 2/2 steps (100 %)") == 1
 
 
 def leave(number: int) -> object:

@@ -139,6 +139,7 @@ def test_two_ranks_of_torchrun_give_the_losses_and_norms_of_one_process(
     process = Process(recipe, *arguments, launcher=torchrun)
     assert process.wait() == 0, process.log.read_text()
     assert "2 ranks" in process.log.read_text()
+    assert process.log.read_text().count("5/5 steps (100 %)") == 1
     lines = logged(recipe.parent / "main")
     assert len(lines) == 5
     for found, expected in zip(lines, logged(alone.parent / "main"), strict=True):

@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable, Iterator
+from multiprocessing.process import current_process
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,22 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     assert "already past training.steps 2: at step 6" in capsys.readouterr().out
     assert logged(tmp_path) == uninterrupted
     assert checkpoints(tmp_path) == [4, 6]
+
+
+def test_a_save_needs_no_short_tmpdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path of a socket has at most 108 bytes, that of a job's TMPDIR often more."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    from lctw_megatron.training.checkpoint import _start_results_queue
+
+    folder = tmp_path / ("x" * 100)
+    folder.mkdir()
+    monkeypatch.setitem(current_process()._config, "tempdir", str(folder))
+    monkeypatch.setattr(filesystem_async, "_results_queue", None)
+    _start_results_queue()
+    queue = filesystem_async._results_queue
+    queue.put("written")
+    assert queue.get() == "written"
 
 
 def test_a_run_has_said_what_it_is_at(stopped: Path) -> None:

@@ -12,6 +12,7 @@ result by once more its size.
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -194,8 +195,9 @@ def _work_folder(prefix: str) -> Iterator[Path]:
             yield work
         except BaseException as error:
             _clear(work, time.monotonic() - start)
-            if isinstance(error, OSError) and error.filename is None:
-                error.filename = str(work)  # a full disk does not say which
+            full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            if isinstance(error, OSError) and error.errno in full:
+                error.filename = str(work)  # not one of its files, whose names are random
             if isinstance(error, InputError) and work.exists():
                 raise InputError(
                     f"{error}; the next run takes what is finished in {work}"
