@@ -103,7 +103,7 @@ class _Weights(Shape):
     sequences: int
     histogram: _Histogram
     classes: _WeightClasses
-    page: _Page | None = None
+    page: _Page | None
 
 
 class _LongPPL(Shape):

@@ -87,7 +87,7 @@ def _hours(run: RunRecord, work: int) -> float | None:
     """A line stands for the steps since the one before it (`training.log_interval`)."""
     series, rate = run.series("speed/seconds"), run.series("speed/tflops_per_rank")
     known = rate.values * series.values if len(rate) == len(series) else np.zeros(0)
-    if not len(known) or known.min() <= 0:
+    if not len(known) or not (np.isfinite(known) & (known > 0)).all():
         return None
     ranks = np.maximum(np.round(work / (known * 1e12)), 1)  # a resumed run may have others
     covered = np.diff(series.steps, prepend=-1)

@@ -1,6 +1,7 @@
 """Three schemes of two seeds each: one line each, marks only where sure, costs, and the page."""
 
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -96,6 +97,8 @@ def test_what_a_run_cost_is_said_beside_the_baseline(groups):
     assert "for 1.00 × the CPU rank hours" in cost_words(groups[1], groups[0])
     run = replace(groups[1].first, metrics=double[:-1])
     assert "× the CPU rank hours and 0.8" in cost_words(Group("dense", (run,)), groups[0])
+    unknown = replace(run, metrics=[*double[:-1], {**double[-1], "speed/seconds": math.nan}])
+    assert cost_words(Group("dense", (unknown,)), groups[0]) == ", for 1.00 × the FLOPs of a run"
     assert cost_words(Group("no", (replace(run, config=None),)), groups[0]) == ""
 
 

@@ -27,6 +27,7 @@ DAMAGES: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
     "weights.page.weight.0": (
         "evaluation.json", lambda v: v["weights"]["page"].update(weight=[None] * 8)
     ),
+    "weights.page: Field": ("evaluation.json", lambda v: v["weights"].pop("page")),
     "weights.weighting": ("evaluation.json", lambda v: v["weights"].update(weighting=None)),
     "weights": ("evaluation.json", lambda v: v.update(weights=[1])),
     "sequences": ("evaluation.json", lambda v: v.update(sequences=[])),
