@@ -142,13 +142,20 @@ class SmallSlurm:
         Limits are whole minutes and are looked at twice a minute, so the ranks are held until then
         (SLURM sends SIGCONT with the signal). Returns when the job has left.
         """
-        self.run("scancel", "--signal=STOP", job)
+        self.hold(job)
         seconds = _seconds(self.run("squeue", "--noheader", f"--job={job}", "--format=%M").strip())
         # Between 40 s and 100 s from now: time enough to save.
         self.run("scontrol", "update", f"JobId={job}", f"TimeLimit={(seconds + 40) // 60 + 1}")
         running = ("RUNNING", "SIGNALING", "STOPPED")
         _wait_for(lambda: self.jobs().get(job) not in running, "the signal", 150)
         self.run("scontrol", "update", f"JobId={job}", "TimeLimit=30")
+
+    def hold(self, job: str) -> None:
+        """Stop the job's processes, and wait for it: a signal that a node has not got when its
+        slurmd dies reaches the job's next start there.
+        """
+        self.run("scancel", "--signal=STOP", job)
+        _wait_for(lambda: all(map(_is_stopped, self.ranks().values())), "the ranks' stop", 60)
 
     def ranks(self) -> dict[int, int]:
         """Rank -> process id of the Python processes of running jobs."""
@@ -291,10 +298,19 @@ def _steps_above(pid: int) -> list[int]:
 
 
 def _parent(pid: int) -> int:
+    return int(_status(pid)[1])
+
+
+def _is_stopped(pid: int) -> bool:
+    return _status(pid)[0] == "T"
+
+
+def _status(pid: int) -> list[str]:
+    """State and parent of a process, and more; X and 0 if there is none."""
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     except OSError:
-        return 0
+        return ["X", "0"]
 
 
 def _kill(pid: int) -> None:

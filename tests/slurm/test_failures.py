@@ -77,7 +77,7 @@ def test_a_killed_slurmd_whose_ranks_live_on_ends_the_job_which_goes_on(
 ) -> None:
     again, job = start(slurm, chain, tmp_path)
     # Held, so that they do not finish before SLURM has missed the node.
-    slurm.run("scancel", "--signal=STOP", job)
+    slurm.hold(job)
     slurm.kill_node(NODES[1], daemon_only=True)
     wait_until_requeued(slurm, job)
     slurm.start_node(NODES[1])
