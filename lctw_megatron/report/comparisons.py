@@ -164,13 +164,13 @@ def judge(groups: Sequence[Group]) -> list[Judgement]:
     return found
 
 
-def verdict_lines(groups: Sequence[Group]) -> list[str]:
+def verdict_lines(baseline: Group, judged: Sequence[Judgement]) -> list[str]:
     """A sentence a group: where it is better, where worse, of how many comparisons, and what it
     cost."""
     lines = []
-    for group, made, sure in judge(groups):
+    for group, made, sure in judged:
         if not made:
-            lines.append(f"{group.name}: nothing measured on the same samples as {groups[0].name}.")
+            lines.append(f"{group.name}: nothing measured on the same samples as {baseline.name}.")
             continue
         parts = [
             f"{word} in " + "; ".join(f"{kind} {', '.join(at)}" for kind, at in sure[mark].items())
@@ -178,14 +178,14 @@ def verdict_lines(groups: Sequence[Group]) -> list[str]:
             if sure[mark]
         ]
         parts = parts or ["no difference that is sure"]
-        cost = cost_words(group, groups[0])
+        cost = cost_words(group, baseline)
         lines.append(f"{group.name}: {', '.join(parts)} (of {made} comparisons){cost}.")
     return lines
 
 
-def reading_lines(groups: Sequence[Group]) -> list[str]:
+def reading_lines(groups: Sequence[Group], judged: Sequence[Judgement]) -> list[str]:
     """How to read the overview, and what its errors do not know."""
-    made = sum(judgement.made for judgement in judge(groups))
+    made = sum(judgement.made for judgement in judged)
     if not made:
         return []
     lines = [

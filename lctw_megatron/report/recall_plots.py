@@ -143,18 +143,15 @@ def recall_by_depth(groups: Sequence[Group]) -> Figure | None:
         return figure
 
 
-def _trained_first(groups: Sequence[Group]) -> list[list[Group]]:
+def _trained_first(groups: Sequence[Group]) -> tuple[list[Group], list[Group]]:
     """Groups that were trained, whose values a panel is made for, then those of which only results
     are known: beyond its length a base model loses so much that no difference could be seen."""
-    trained = [group for group in groups if any(run.metrics for run in group.runs)]
-    return (
-        [trained, [group for group in groups if group not in trained]] if trained else [[*groups]]
-    )
+    trained = [group for group in groups if any(run.metrics for run in group.runs)] or [*groups]
+    return trained, [group for group in groups if group not in trained]
 
 
 def _text_axis(groups: Sequence[Group]) -> str:
-    parts = _trained_first(groups)
-    outside = few([group.name for group in parts[1]]) if len(parts) > 1 and parts[1] else ""
+    outside = few([group.name for group in _trained_first(groups)[1]])
     return "tokens of the text" + (f" (panels are made for all but {outside})" if outside else "")
 
 

@@ -16,7 +16,7 @@ from lctw_megatron.atomic import atomic_file
 from lctw_megatron.errors import few
 from lctw_megatron.report.benchmarks import benchmark_lines, benchmark_table
 from lctw_megatron.report.coloured_text import legend_html, scale_for, to_html
-from lctw_megatron.report.comparisons import overview_table, reading_lines, verdict_lines
+from lctw_megatron.report.comparisons import judge, overview_table, reading_lines, verdict_lines
 from lctw_megatron.report.cost import cost_table
 from lctw_megatron.report.curve_plots import (
     difference_curves,
@@ -149,11 +149,12 @@ def _title(groups: Sequence[Group]) -> str:
 def _results(groups: Sequence[Group], exceptions: Sequence[str]) -> Section:
     if len(groups) == 1:
         return Section("Results", lines=exceptions)
+    judged = judge(groups)
     return Section(
         "Results",
-        lead=verdict_lines(groups),
+        lead=verdict_lines(groups[0], judged),
         tables=[overview_table(groups)],
-        lines=[*exceptions, *reading_lines(groups)],
+        lines=[*exceptions, *reading_lines(groups, judged)],
     )
 
 

@@ -39,6 +39,8 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if (options.kind == "trained") != (options.held_out is not None):
         parser.error("--held-out goes with trained")
+    if options.kind == "trained" and options.characters is not None:
+        parser.error("--characters goes with code and prose")
     read = code if options.kind == "code" else prose
     try:
         if options.held_out is not None:

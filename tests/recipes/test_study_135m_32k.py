@@ -175,6 +175,9 @@ def test_what_was_held_out_is_trained_on_in_no_part_of_the_corpus(corpus, tmp_pa
     held_out.write_text(json.dumps({"text": "another"}))
     assert corpus.main([*arguments, "--held-out", str(held_out)]) == 1
     assert capsys.readouterr().err.count("\n") == 1 and not output.exists()
+    with pytest.raises(SystemExit):  # which would do nothing
+        corpus.main([*arguments, "--held-out", str(held_out), "--characters", "9"])
+    assert "--characters goes with code and prose" in capsys.readouterr().err
 
 
 def test_a_part_of_the_documents_is_spread_over_all(corpus):

@@ -11,7 +11,7 @@ import pytest
 from lctw_megatron.config.load import dump_yaml
 from lctw_megatron.errors import InputError
 from lctw_megatron.report.benchmarks import benchmark_table
-from lctw_megatron.report.comparisons import overview_table, reading_lines, verdict_lines
+from lctw_megatron.report.comparisons import judge, overview_table, reading_lines, verdict_lines
 from lctw_megatron.report.cost import cost_table, cost_words, training_cost
 from lctw_megatron.report.groups import Group, group_runs
 from lctw_megatron.report.left_out import left_out
@@ -79,8 +79,8 @@ def test_the_overview_has_a_line_a_group_and_marks_what_is_sure(groups):
 
 
 def test_the_sentences_name_where_and_of_how_many(groups):
-    dense, rho = verdict_lines(groups)
-    reading, few = reading_lines(groups)
+    dense, rho = verdict_lines(groups[0], judge(groups))
+    reading, few = reading_lines(groups, judge(groups))
     assert "more than 2 standard errors" in reading and "Of 22 comparisons about 1" in reading
     assert few == (
         "From 4 samples of a task, length and depth and from 6 sequences ± is itself a guess: "
@@ -104,7 +104,8 @@ def test_what_a_run_cost_is_said_beside_the_baseline(groups):
 
 def test_one_seed_is_said(groups):
     runs, first = read_runs([group.first.folder for group in groups])
-    assert any("All have one seed" in line for line in reading_lines(group_runs(runs, first)))
+    found = group_runs(runs, first)
+    assert any("All have one seed" in line for line in reading_lines(found, judge(found)))
 
 
 def test_hours_count_every_step_and_rank_also_those_that_were_not_logged(groups):
@@ -138,7 +139,9 @@ def test_of_a_perplexity_less_is_better(folders, tmp_path):
     runs, first = read_runs([str(folder) for folder in made])
     found = group_runs(runs, first)
     assert benchmark_table(found)[1] == ["wikitext", "9.000 ±0.100", "5.000 ±0.100 ✓"]
-    assert any("better in benchmark wikitext" in line for line in verdict_lines(found))
+    assert any(
+        "better in benchmark wikitext" in line for line in verdict_lines(found[0], judge(found))
+    )
 
 
 def test_hours_of_a_run_that_went_on_on_other_ranks_are_those_of_its_lines(groups):

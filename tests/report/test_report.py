@@ -15,7 +15,7 @@ import pytest
 
 from lctw_megatron.config.load import dump_yaml
 from lctw_megatron.errors import InputError
-from lctw_megatron.report.comparisons import verdict_lines
+from lctw_megatron.report.comparisons import judge, verdict_lines
 from lctw_megatron.report.curve_plots import difference_curves, same_batches
 from lctw_megatron.report.groups import Group, group_runs
 from lctw_megatron.report.probe_plots import loss_by_position
@@ -155,7 +155,9 @@ def test_longppl_is_compared_on_the_same_key_tokens_only(tmp_path):
     assert [row[-1] for row in rows[1:]] == [
         "2.0000", "1.0000", "1.0000", "-1.0000 ±0.0000 ✓", "-"
     ]  # fmt: skip
-    assert "b: better in loss on key tokens (of " in " ".join(verdict_lines(groups))
+    assert "b: better in loss on key tokens (of " in " ".join(
+        verdict_lines(groups[0], judge(groups))
+    )
     assert len(rows[0]) == len(rows[-1])
 
 
