@@ -1,4 +1,4 @@
-"""Attention inside documents beside the same with a dense mask."""
+"""Attention inside documents beside the same with a dense mask, and the kernels that can do it."""
 
 from typing import Any
 
@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from lctw_megatron.benchmarks.large_model import LARGE
 from lctw_megatron.benchmarks.measure import measure_in_turn
-from lctw_megatron.model.attention import attend
+from lctw_megatron.model.attention import _attend_varlen, attend, rectangles
+from lctw_megatron.model.cudnn_attention import attend_rectangle
 
 
 def attention_benchmark(
@@ -58,3 +60,65 @@ def attention_benchmark(
         "time_ratio": fast.seconds / slow.seconds,
         "memory_ratio": fast.peak_bytes / max(slow.peak_bytes, 1),
     }
+
+
+def time_kernels(results: dict[str, Any]) -> None:
+    """Attention of one layer of the 1B Llama at 32,768 tokens, alone: a call of cuDNN for each
+    rectangle beside one flash call for all. Forward; forward and backward.
+
+    TFLOP/s are of the model (a backward is two forwards), though the kernels take their scores
+    twice. `model.cudnn_attention.LARGE_ROWS` is where the two are even.
+    """
+    length, model = LARGE["data"]["sequence_length"], LARGE["model"]
+    heads, groups = model["num_attention_heads"], model["num_query_groups"]
+    width = model["hidden_size"] // heads
+    whole = [0, length]
+    cases = {"one document": (whole, 0, 1)}
+    cases |= {f"CP{size}, the last rank": (whole, size - 1, size) for size in (2, 4, 8)}
+    for size in (8192, 4096, 2048, 1024):
+        cases[f"documents of {size:,}"] = ([*range(0, length + 1, size)], 0, 1)
+    for name, (boundaries, rank, size) in cases.items():
+        cut = rectangles(boundaries, length, rank, size)
+        rows = cut[-1].query_end
+        pairs = sum(
+            (r.query_end - r.query_start) * (r.key_end - r.key_start)
+            - (r.query_end - r.query_start) * (r.query_end - r.query_start - 1) // 2
+            for r in cut
+        )
+        tera = 4 * pairs * heads * width / 1e12
+        q, k, v = (
+            torch.randn(n, number, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+            for n, number in ((rows, heads), (length, groups), (length, groups))
+        )
+        parts = [
+            (
+                q[r.query_start : r.query_end],
+                k[r.key_start : r.key_end],
+                v[r.key_start : r.key_end],
+            )
+            for r in cut
+        ]
+        scale, grad = width**-0.5, torch.randn_like(q)
+
+        def cudnn(parts: Any = parts, scale: float = scale) -> Tensor:
+            return torch.cat([attend_rectangle(q, k, v, scale) for q, k, v in parts])
+
+        def flash(parts: Any = parts, scale: float = scale) -> Tensor:
+            return _attend_varlen(parts, scale)
+
+        def both(forward: Any, inputs: Any = (q, k, v), grad: Tensor = grad) -> None:
+            torch.autograd.grad(forward(), inputs, grad)
+
+        costs = measure_in_turn(
+            [cudnn, flash, lambda c=cudnn: both(c), lambda f=flash: both(f)],  # type: ignore[misc]
+            torch.device("cuda"),
+            5,
+        )
+        names = ("cuDNN forward", "flash forward", "cuDNN both", "flash both")
+        rates = {
+            what: round(work * tera / cost.seconds, 1)
+            for what, work, cost in zip(names, (1, 1, 3, 3), costs, strict=True)
+        }
+        results[f"attention alone, {name}"] = rates | {
+            "time_ratio": costs[2].seconds / costs[3].seconds
+        }

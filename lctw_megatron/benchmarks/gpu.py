@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 
-from lctw_megatron.benchmarks.attention import attention_benchmark
+from lctw_megatron.benchmarks.attention import attention_benchmark, time_kernels
 from lctw_megatron.benchmarks.checkpointing import time_checkpoints
 from lctw_megatron.benchmarks.chip import matmul_tflops
 from lctw_megatron.benchmarks.fp8 import time_fp8
 from lctw_megatron.benchmarks.full_size import time_full_size
 from lctw_megatron.benchmarks.head import head_benchmark
-from lctw_megatron.benchmarks.large_model import profile_step, time_deterministic, time_steps
+from lctw_megatron.benchmarks.large_model import time_deterministic, time_packed, time_steps
 from lctw_megatron.benchmarks.overlap import time_overlap
+from lctw_megatron.benchmarks.profile import profile_step
 from lctw_megatron.benchmarks.results import Results
 from lctw_megatron.benchmarks.scaling import time_scaling
 from lctw_megatron.benchmarks.scoring_gpu import time_scorers, time_scoring
@@ -47,11 +48,13 @@ def time_attention(results: dict[str, Any]) -> None:
 
 PARTS: dict[str, Callable[[dict[str, Any]], None]] = {
     "steps": time_steps,
+    "packed": time_packed,
     "deterministic": time_deterministic,
     "overlap": time_overlap,
     "profile": profile_step,
     "head": time_head,
     "documents": time_attention,
+    "kernels": time_kernels,
     "scoring": time_scoring,
     "scorers": time_scorers,
     "checkpoints": time_checkpoints,

@@ -1,13 +1,15 @@
 """A Llama of 1.24 B parameters at 32k tokens: steps under each weighting, and their kernels."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-import torch
-
 from lctw_megatron.benchmarks.chip import data_sheet_tflops
+from lctw_megatron.benchmarks.measure import measure_in_turn
 from lctw_megatron.benchmarks.steps import StepBench, step_benchmark
 from lctw_megatron.config.schema import RunConfig
 from lctw_megatron.platform.gpu import use_deterministic_kernels
+from lctw_megatron.training.flops import forward_flops
 
 LARGE: dict[str, Any] = {
     "name": "large", "run_dir": "none",
@@ -46,6 +48,31 @@ def time_steps(results: dict[str, Any]) -> None:
         results[f"step {name}"] = row
 
 
+def time_packed(results: dict[str, Any]) -> None:
+    """A uniform step of packed documents, by the FLOPs that their attention needs, beside that of
+    one document."""
+    length, data = LARGE["data"]["sequence_length"], LARGE["data"] | {"packing": "pack"}
+    bench = StepBench(RunConfig.model_validate(LARGE | {"data": data}))
+    stepper = bench.stepper(WEIGHTINGS["uniform"])
+    sizes = {"one document": [length]}
+    sizes |= {f"documents of {n:,}": [n] * (length // n) for n in (8192, 4096, 2048, 1024)}
+    sizes["documents of 500 to 16,000"] = [16000, 500, 6000, 1000, 2000, 4000, 700, 2500, 68]
+    steps: list[Callable[[], object]] = [
+        partial(stepper.step, 0, bench.batches(documents=lengths)) for lengths in sizes.values()
+    ]
+    costs = measure_in_turn(steps, bench.device, 3)
+    first = None
+    for (name, lengths), cost in zip(sizes.items(), costs, strict=True):
+        rate = 3 * forward_flops(bench.run.model, lengths, length) / cost.seconds / 1e12
+        first = first or rate
+        results[f"step packed, {name}"] = {
+            "seconds": cost.seconds,
+            "tokens_per_second": length / cost.seconds,
+            "tflops_per_second": rate,
+            "rate_ratio": rate / first,
+        }
+
+
 def time_deterministic(results: dict[str, Any]) -> None:
     """What `training.deterministic` costs: a uniform step with it over one without."""
     run, uniform = RunConfig.model_validate(LARGE), {"uniform": WEIGHTINGS["uniform"]}
@@ -59,25 +86,4 @@ def time_deterministic(results: dict[str, Any]) -> None:
     results["step deterministic"] = {
         "seconds": seconds[True],
         "time_ratio": seconds[True] / seconds[False],
-    }
-
-
-def profile_step(results: dict[str, Any]) -> None:
-    """The kernels of one uniform step that take most of its time."""
-    run = RunConfig.model_validate(LARGE)
-    bench = StepBench(run)
-    stepper = bench.stepper(WEIGHTINGS["uniform"])
-    batches = bench.batches()
-    stepper.step(0, batches)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        stepper.step(0, batches)
-        torch.cuda.synchronize()
-    events = sorted(profile.key_averages(), key=lambda e: -e.self_device_time_total)
-    total = sum(event.self_device_time_total for event in events)
-    results["profile"] = {
-        "total ms": total / 1e3,
-        "kernels": [
-            f"{100 * e.self_device_time_total / total:5.1f} %  {e.count:5d} x  {e.key[:100]}"
-            for e in events[:25]
-        ],
     }

@@ -91,7 +91,7 @@ def main(asked: str, found: str) -> None:
     """One rank: time the step of the run in ``asked``; the first writes ``found``, with the most
     memory that a rank had in use."""
     run = load_run(Path(asked))
-    row = step_benchmark(run, {"uniform": WEIGHTINGS["uniform"]}, repeats=5)["uniform"]
+    row = step_benchmark(run, {"uniform": WEIGHTINGS["uniform"]}, repeats=3)["uniform"]
     held = torch.tensor(torch.cuda.max_memory_allocated(), device="cuda")
     torch.distributed.all_reduce(held, torch.distributed.ReduceOp.MAX)
     row["rank_gib"] = held.item() / 2**30

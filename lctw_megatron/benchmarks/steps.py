@@ -1,5 +1,6 @@
 """Optimizer steps under different weightings, on random tokens, beside their FLOPs."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ class StepBench:
             dtype=spec.DTYPES[run.training.precision],
             device=self.device,
             seed=None,
+            packed=run.data.packing == "pack",
             fields=run.megatron.transformer,
             kind=run.megatron.model,
         )
@@ -39,18 +41,23 @@ class StepBench:
         self.wrapped = wrap_data_parallel(self.chunks, run.megatron.ddp)
         self.optimizer = build_optimizer(self.wrapped, run.training, run.megatron.optimizer)
 
-    def batches(self, seed: int = 0) -> list[dict[str, Tensor]]:
+    def batches(
+        self, seed: int = 0, documents: Sequence[int] | None = None
+    ) -> list[dict[str, Tensor]]:
         """The micro batches (of one sequence unless the run says) of this rank's part of a step, as
-        the loader gives them: one document a sequence, of random tokens with made-up short losses.
+        the loader gives them: random tokens with made-up short losses, one document a sequence, or
+        documents of so many tokens.
         """
         run, world, random = self.run, self.world, np.random.default_rng(seed)
         length, vocabulary = run.data.sequence_length, run.model.vocab_size or 0
 
-        def sample() -> Sample:
+        def piece(number: int, length: int) -> PieceData:
             short_loss = (random.random(length) * 12).astype(np.float32)
             scores = usable_scores(short_loss, run.weighting.window or 1, False)
-            tokens = random.integers(vocabulary, size=length + 1)
-            return assemble([PieceData(0, 0, tokens, scores)], length, None)
+            return PieceData(number, 0, random.integers(vocabulary, size=length + 1), scores)
+
+        def sample() -> Sample:
+            return assemble([piece(*x) for x in enumerate(documents or [length])], length, None)
 
         samples = [sample() for _ in range(run.training.global_batch_size)]
         rows = run.training.micro_batch_size or 1

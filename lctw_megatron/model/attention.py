@@ -12,7 +12,8 @@ Documents: every chunk of queries is cut at the piece boundaries. A run of queri
 sees the keys from the piece's start to its own position: a causal rectangle, aligned at its lower
 right corner. Work is proportional to the area of those rectangles; no S x S mask is ever built.
 
-Kernels: half precision on a GPU runs all rectangles in one call of torch's variable-length flash
+Kernels: half precision on a GPU runs large rectangles on cuDNN where torch would take it for their
+squares (model/cudnn_attention.py), and all others in one call of torch's variable-length flash
 kernel (torch >= 2.10). Elsewhere each rectangle goes to scaled_dot_product_attention: square ones
 as `is_causal`, wider ones (context parallelism) in row blocks, the only place where a mask is made:
 [row block, keys]. On a GPU those masks, and float32, run its memory-efficient kernel, which has no
@@ -37,6 +38,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from lctw_megatron.data import zigzag
+from lctw_megatron.model import cudnn_attention
 from lctw_megatron.platform.capabilities import capabilities
 from lctw_megatron.platform.host_copies import to_device
 
@@ -146,11 +148,27 @@ def _varlen_attention() -> Callable[..., Any]:
     return functools.partial(varlen_attn, **options)
 
 
-def _attend_varlen(parts: list[tuple[Tensor, Tensor, Tensor]], scale: float) -> Tensor:
-    """Causal attention, aligned at the lower right, of many rectangles in one flash call.
+def _attend_parts(parts: list[tuple[Tensor, Tensor, Tensor]], scale: float) -> Tensor:
+    """Causal attention, aligned at the lower right, of many rectangles, in half precision on a GPU.
 
     parts: q [rows, n, d] and k, v [keys, g, d] of every rectangle -> [all rows, n, d].
     """
+    large = [cudnn_attention.takes(*part) for part in parts]
+    if not any(large):
+        return _attend_varlen(parts, scale)
+    others = [part for part, alone in zip(parts, large, strict=True) if not alone]
+    rows = [part[0].shape[0] for part in others]
+    flash = iter(_attend_varlen(others, scale).split(rows) if others else ())
+    return torch.cat(
+        [
+            cudnn_attention.attend_rectangle(*part, scale) if alone else next(flash)
+            for part, alone in zip(parts, large, strict=True)
+        ]
+    )
+
+
+def _attend_varlen(parts: list[tuple[Tensor, Tensor, Tensor]], scale: float) -> Tensor:
+    """The same in one flash call."""
     queries, keys, values = zip(*parts, strict=True)
     q_lengths, k_lengths = (tuple(x.shape[0] for x in own) for own in (queries, keys))
     out = _varlen_attention()(
@@ -174,7 +192,7 @@ def _cumulative(lengths: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def _runs_varlen(q: Tensor, cuts: list[list[Rectangle]], dropout: float) -> bool:
-    """Whether one flash call takes all rectangles: half precision on a GPU, something to cut."""
+    """Whether flash kernels take all rectangles: half precision on a GPU, something to cut."""
     half = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
     one_square = all(len(cut) == 1 and cut[0].query_end == cut[0].key_end for cut in cuts)
     return half and capabilities().varlen_attention and not dropout and not one_square
@@ -229,7 +247,7 @@ def attend(
         if boundaries is None:
             pieces, cuts = pieces * batch, cuts * batch
         rows = zip(q.unbind(1), k.unbind(1), v.unbind(1), pieces, cuts, strict=True)
-        out = _attend_varlen([part for row in rows for part in _cut(*row, dim=0)], scale)
+        out = _attend_parts([part for row in rows for part in _cut(*row, dim=0)], scale)
         return out.view(batch, q.shape[0], *out.shape[1:]).transpose(0, 1)
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))  # [b, heads, length, d]
     # Without boundaries all sequences are cut alike and stay together.

@@ -213,34 +213,41 @@ def test_gloo_ranks_equal_the_dense_mask_reference() -> None:
             check(found, answer(case), (case, context))
 
 
-@given(case=cases(2), context=st.sampled_from([1, 2]))
-@settings(max_examples=25)
-def test_the_one_call_of_the_flash_kernel_gets_the_right_rectangles(
-    case: Case, context: int
-) -> None:
-    """The GPU's way, with the kernel replaced by a loop that does what torch documents for it."""
+def varlen(q, k, v, cu_q, cu_k, max_q, max_k, scale, **options):  # type: ignore[no-untyped-def]
+    """What torch documents for its flash kernel, in a loop."""
+    assert cu_q.dtype == cu_k.dtype == torch.int32
+    assert max_q == cu_q.diff().max() and max_k == cu_k.diff().max()
+    assert options["window_size"] == (-1, 0)
+    outputs = []
+    for number in range(len(cu_q) - 1):
+        rows, keys = (slice(int(c[number]), int(c[number + 1])) for c in (cu_q, cu_k))
+        n, m = rows.stop - rows.start, keys.stop - keys.start
+        repeat = q.shape[1] // k.shape[1]
+        key, value = (x[keys].repeat_interleave(repeat, dim=1) for x in (k, v))
+        scores = torch.einsum("snd,tnd->nst", q[rows], key) * scale
+        hidden = torch.ones(n, m, dtype=torch.bool).triu(m - n + 1)
+        weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
+        outputs.append(torch.einsum("nst,tnd->snd", weights, value))
+    return torch.cat(outputs)
 
-    def varlen(q, k, v, cu_q, cu_k, max_q, max_k, scale, **options):  # type: ignore[no-untyped-def]
-        assert cu_q.dtype == cu_k.dtype == torch.int32
-        assert max_q == cu_q.diff().max() and max_k == cu_k.diff().max()
-        assert options["window_size"] == (-1, 0)
-        outputs = []
-        for number in range(len(cu_q) - 1):
-            rows, keys = (slice(int(c[number]), int(c[number + 1])) for c in (cu_q, cu_k))
-            n, m = rows.stop - rows.start, keys.stop - keys.start
-            repeat = q.shape[1] // k.shape[1]
-            key, value = (x[keys].repeat_interleave(repeat, dim=1) for x in (k, v))
-            scores = torch.einsum("snd,tnd->nst", q[rows], key) * scale
-            hidden = torch.ones(n, m, dtype=torch.bool).triu(m - n + 1)
-            weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
-            outputs.append(torch.einsum("nst,tnd->snd", weights, value))
-        return torch.cat(outputs)
 
+@contextmanager
+def flash_kernel_replaced() -> Iterator[None]:
+    """The GPU's way through ``attend``, with ``varlen`` in the place of the flash kernel."""
     replaced = functools.partial(varlen, **attention._varlen_attention().keywords)
     with (
         mock.patch.object(attention, "_varlen_attention", lambda: replaced),
         mock.patch.object(attention, "_runs_varlen", lambda *_: True),
     ):
+        yield
+
+
+@given(case=cases(2), context=st.sampled_from([1, 2]))
+@settings(max_examples=25)
+def test_the_one_call_of_the_flash_kernel_gets_the_right_rectangles(
+    case: Case, context: int
+) -> None:
+    with flash_kernel_replaced():
         check(all_ranks_in_turn(case, context), answer(case), (case, context))
 
 

@@ -46,13 +46,20 @@ def save_before_the_first_step_and_go_on(data: str, folder: str) -> list[Any]:
         counts.append({float(value) for value in steps})
         # Every parameter counts its own: one shared tensor would be counted up by each.
         assert len({value.data_ptr() for value in steps}) == len(steps)
+        groups = [
+            group
+            for part in trainer.optimizer.chained_optimizers
+            for group in part.optimizer.param_groups
+        ]
+        # What the machine that saved had chosen is not what this one does.
+        assert (
+            {group["foreach"] for group in groups} == {group["fused"] for group in groups} == {None}
+        )
         if step == 0:
+            for group in groups:
+                group["fused"], group["foreach"] = True, False
             trainer.save(0)
-            shares = [
-                len(group["params"])
-                for part in trainer.optimizer.chained_optimizers
-                for group in part.optimizer.param_groups
-            ]
+            shares = [len(group["params"]) for group in groups]
         else:
             trainer.stepper.step(step - 1, list(trainer.loader.step(step - 1)))
             counts.append({float(state["step"]) for state in states(trainer)})

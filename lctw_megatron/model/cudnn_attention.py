@@ -1,0 +1,121 @@
+"""Causal rectangles on cuDNN's attention, of which torch offers squares alone.
+
+On Hopper cuDNN's kernels are faster than FlashAttention-2's, which torch's variable-length call
+runs. A causal rectangle aligned at its lower right is a full block, the keys before its first
+query, and a square on the diagonal. Each is one cuDNN call; the two are merged by the log-sum-exps
+of their scores, as the blocks of ring attention are (Liu et al. 2023). In the backward each kernel
+gets the merged output and log-sum-exp, from which it makes its part of the whole softmax.
+
+Shapes: n query heads, g key/value heads, d head.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+from torch.nn.functional import scaled_dot_product_attention
+
+LARGE_ROWS = 3072
+"""Queries of a rectangle from which a call of its own pays: a dozen of shorter ones are faster in
+one variable-length call than the host can launch them."""
+
+
+def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether ``attend_rectangle`` should have this rectangle: a large one, whose square torch
+    itself would give to cuDNN. q [rows, n, d]; k, v [keys, g, d]."""
+    if q.shape[0] < LARGE_ROWS or torch.are_deterministic_algorithms_enabled():
+        return False
+    query, key, value = (_heads_first(x[-q.shape[0] :]) for x in (q, k, v))
+    choice = torch._fused_sdp_choice(query, key, value, None, 0.0, True, enable_gqa=True)
+    return choice == SDPBackend.CUDNN_ATTENTION.value
+
+
+def attend_rectangle(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Causal attention, aligned at the lower right, in half precision on a GPU. q [rows, n, d];
+    k, v [keys, g, d], rows <= keys -> [rows, n, d]."""
+    query, key, value = (_heads_first(x) for x in (q, k, v))
+    if q.shape[0] == k.shape[0]:
+        out = scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scale, enable_gqa=True
+        )
+    else:
+        out = _Rectangle.apply(query, key, value, scale)
+    return out[0].transpose(0, 1)
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    """[length, heads, d] -> [1, heads, length, d], a view."""
+    return x.transpose(0, 1)[None]
+
+
+class _Block(NamedTuple):
+    """What a block's backward wants of its forward."""
+
+    log_sum_exp: Tensor
+    """float32 [1, n, rows, 1]"""
+    unused: tuple[Any, ...]
+    """Of dropout and of sequences of many lengths."""
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, _Block]:
+    """One cuDNN call; q [1, n, rows, d], k and v [1, g, keys, d] -> output [1, n, rows, d]."""
+    out, log_sum_exp, *unused, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        q, k, v, None, True, 0.0, causal, False, scale=scale
+    )
+    return out, _Block(log_sum_exp, tuple(unused))
+
+
+def _backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, block: _Block, causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of q, k and v, given the output and log-sum-exp over all blocks."""
+    q_starts, k_starts, q_length, k_length, seed, offset = block.unused
+    gradients: tuple[Tensor, Tensor, Tensor] = (
+        torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+            grad, q, k, v, out, block.log_sum_exp, seed, offset, None,
+            q_starts, k_starts, q_length, k_length, 0.0, causal, scale=scale,
+        )
+    )  # fmt: skip
+    return gradients
+
+
+class _Rectangle(torch.autograd.Function):
+    """q [1, n, rows, d]; k, v [1, g, keys, d], rows < keys -> [1, n, rows, d]."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        outputs, blocks = [], []
+        for causal, key, value in _blocks(q, k, v):
+            out, block = _forward(q, key, value, causal, scale)
+            outputs.append(out)
+            blocks.append(block)
+        merged = torch.logaddexp(*(block.log_sum_exp for block in blocks))
+        full, square = (
+            out * (block.log_sum_exp - merged).exp()
+            for out, block in zip(outputs, blocks, strict=True)
+        )
+        out = (full + square).to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, merged)
+        ctx.unused, ctx.scale = [block.unused for block in blocks], scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
+        q, k, v, out, merged = ctx.saved_tensors
+        parts = [
+            _backward(grad, q, key, value, out, _Block(merged, unused), causal, ctx.scale)
+            for unused, (causal, key, value) in zip(ctx.unused, _blocks(q, k, v), strict=True)
+        ]
+        queries, keys, values = zip(*parts, strict=True)
+        return queries[0] + queries[1], torch.cat(keys, 2), torch.cat(values, 2), None
+
+
+def _blocks(q: Tensor, k: Tensor, v: Tensor) -> list[tuple[bool, Tensor, Tensor]]:
+    """Whether causal, keys and values of the full block and of the square."""
+    before = k.shape[2] - q.shape[2]
+    return [
+        (False, k[:, :, :before], v[:, :, :before]),
+        (True, k[:, :, before:], v[:, :, before:]),
+    ]
