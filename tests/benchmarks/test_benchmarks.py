@@ -19,6 +19,7 @@ from lctw_megatron.benchmarks.results import Results
 from lctw_megatron.benchmarks.scaling import layouts, run_of
 from lctw_megatron.benchmarks.scoring_cpu import scoring_benchmark
 from lctw_megatron.benchmarks.sixteen_bits import weight_changes
+from lctw_megatron.benchmarks.profile import busy_time, by_kind
 from lctw_megatron.benchmarks.steps import StepBench, step_benchmark
 from lctw_megatron.config.layout_rules import check_layout
 from lctw_megatron.config.schema import LayoutConfig, RunConfig
@@ -228,3 +229,9 @@ def test_how_far_scores_and_weights_are_moved() -> None:
     assert row["dense, largest"] == 1.0 and row["dense 0.75, largest"] == 0.25
     assert row["sparse, share of the kept that change"] == 1.0
     assert row["log p, largest"] == 0.0 and row["log p, correlation"] == pytest.approx(1.0)
+
+
+def test_a_profile_is_summed_up_by_kind_and_by_what_is_covered() -> None:
+    spans = [(2.0, 5.0, "cudnn_sdpa_flash_bprop"), (0.0, 1.0, "nvjet_sm90_tst"), (4.0, 6.0, "silu")]
+    assert by_kind(spans) == {"attention": 3.0, "matrix products": 1.0, "small kernels": 2.0}
+    assert busy_time([span[:2] for span in spans]) == (6.0, 5.0)
