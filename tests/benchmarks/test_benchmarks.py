@@ -15,11 +15,11 @@ from lctw_megatron.benchmarks.checkpointing import checkpoint_benchmark
 from lctw_megatron.benchmarks.cpu import STEP, WEIGHTINGS
 from lctw_megatron.benchmarks.full_size import plan
 from lctw_megatron.benchmarks.head import head_benchmark
+from lctw_megatron.benchmarks.profile import busy_time, by_kind
 from lctw_megatron.benchmarks.results import Results
 from lctw_megatron.benchmarks.scaling import layouts, run_of
 from lctw_megatron.benchmarks.scoring_cpu import scoring_benchmark
 from lctw_megatron.benchmarks.sixteen_bits import weight_changes
-from lctw_megatron.benchmarks.profile import busy_time, by_kind
 from lctw_megatron.benchmarks.steps import StepBench, step_benchmark
 from lctw_megatron.config.layout_rules import check_layout
 from lctw_megatron.config.schema import LayoutConfig, RunConfig
