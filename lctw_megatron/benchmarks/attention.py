@@ -1,5 +1,7 @@
 """Attention inside documents beside the same with a dense mask, and the kernels that can do it."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from lctw_megatron.benchmarks.large_model import LARGE
 from lctw_megatron.benchmarks.measure import measure_in_turn
-from lctw_megatron.model.attention import _attend_varlen, attend, rectangles
+from lctw_megatron.model.attention import Rectangle, attend, attend_varlen, rectangles
 from lctw_megatron.model.cudnn_attention import attend_rectangle
 
 
@@ -69,56 +71,51 @@ def time_kernels(results: dict[str, Any]) -> None:
     TFLOP/s are of the model (a backward is two forwards), though the kernels take their scores
     twice. `model.cudnn_attention.LARGE_ROWS` is where the two are even.
     """
-    length, model = LARGE["data"]["sequence_length"], LARGE["model"]
+    length = LARGE["data"]["sequence_length"]
+    cases = {"one document": rectangles([0, length], length, 0, 1)}
+    for size in (2, 4, 8):
+        cases[f"CP{size}, the last rank"] = rectangles([0, length], length, size - 1, size)
+    for size in (8192, 4096, 2048, 1024):
+        starts = [*range(0, length + 1, size)]
+        cases[f"documents of {size:,}"] = rectangles(starts, length, 0, 1)
+    for name, cut in cases.items():
+        results[f"attention alone, {name}"] = kernel_rates(cut, length)
+
+
+def kernel_rates(cut: list[Rectangle], length: int) -> dict[str, float]:
+    """TFLOP/s of both kernels on the rectangles ``cut`` of one rank of a sequence of ``length``."""
+    model = LARGE["model"]
     heads, groups = model["num_attention_heads"], model["num_query_groups"]
     width = model["hidden_size"] // heads
-    whole = [0, length]
-    cases = {"one document": (whole, 0, 1)}
-    cases |= {f"CP{size}, the last rank": (whole, size - 1, size) for size in (2, 4, 8)}
-    for size in (8192, 4096, 2048, 1024):
-        cases[f"documents of {size:,}"] = ([*range(0, length + 1, size)], 0, 1)
-    for name, (boundaries, rank, size) in cases.items():
-        cut = rectangles(boundaries, length, rank, size)
-        rows = cut[-1].query_end
-        pairs = sum(
-            (r.query_end - r.query_start) * (r.key_end - r.key_start)
-            - (r.query_end - r.query_start) * (r.query_end - r.query_start - 1) // 2
-            for r in cut
-        )
-        tera = 4 * pairs * heads * width / 1e12
-        q, k, v = (
-            torch.randn(n, number, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-            for n, number in ((rows, heads), (length, groups), (length, groups))
-        )
-        parts = [
-            (
-                q[r.query_start : r.query_end],
-                k[r.key_start : r.key_end],
-                v[r.key_start : r.key_end],
-            )
-            for r in cut
-        ]
-        scale, grad = width**-0.5, torch.randn_like(q)
+    shapes = ((cut[-1].query_end, heads), (length, groups), (length, groups))
+    q, k, v = (
+        torch.randn(*shape, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for shape in shapes
+    )
+    parts, pairs = [], 0
+    for r in cut:
+        keys = slice(r.key_start, r.key_end)
+        parts.append((q[r.query_start : r.query_end], k[keys], v[keys]))
+        rows = r.query_end - r.query_start
+        pairs += rows * (r.key_end - r.key_start) - rows * (rows - 1) // 2
+    scale, grad = width**-0.5, torch.randn_like(q)
 
-        def cudnn(parts: Any = parts, scale: float = scale) -> Tensor:
-            return torch.cat([attend_rectangle(q, k, v, scale) for q, k, v in parts])
+    def cudnn() -> Tensor:
+        return torch.cat([attend_rectangle(*part, scale=scale) for part in parts])
 
-        def flash(parts: Any = parts, scale: float = scale) -> Tensor:
-            return _attend_varlen(parts, scale)
+    def flash() -> Tensor:
+        return attend_varlen(parts, scale)
 
-        def both(forward: Any, inputs: Any = (q, k, v), grad: Tensor = grad) -> None:
-            torch.autograd.grad(forward(), inputs, grad)
+    def both(forward: Callable[[], Tensor]) -> None:
+        torch.autograd.grad(forward(), (q, k, v), grad)
 
-        costs = measure_in_turn(
-            [cudnn, flash, lambda c=cudnn: both(c), lambda f=flash: both(f)],  # type: ignore[misc]
-            torch.device("cuda"),
-            5,
-        )
-        names = ("cuDNN forward", "flash forward", "cuDNN both", "flash both")
-        rates = {
-            what: round(work * tera / cost.seconds, 1)
-            for what, work, cost in zip(names, (1, 1, 3, 3), costs, strict=True)
-        }
-        results[f"attention alone, {name}"] = rates | {
-            "time_ratio": costs[2].seconds / costs[3].seconds
-        }
+    costs = measure_in_turn(
+        [cudnn, flash, partial(both, cudnn), partial(both, flash)], torch.device("cuda"), 5
+    )
+    tera = 4 * pairs * heads * width / 1e12
+    names = ("cuDNN forward", "flash forward", "cuDNN both", "flash both")
+    rates = {
+        what: round(work * tera / cost.seconds, 1)
+        for what, work, cost in zip(names, (1, 1, 3, 3), costs, strict=True)
+    }
+    return rates | {"time_ratio": costs[2].seconds / costs[3].seconds}

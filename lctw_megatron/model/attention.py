@@ -155,10 +155,10 @@ def _attend_parts(parts: list[tuple[Tensor, Tensor, Tensor]], scale: float) -> T
     """
     large = [cudnn_attention.takes(*part) for part in parts]
     if not any(large):
-        return _attend_varlen(parts, scale)
+        return attend_varlen(parts, scale)
     others = [part for part, alone in zip(parts, large, strict=True) if not alone]
     rows = [part[0].shape[0] for part in others]
-    flash = iter(_attend_varlen(others, scale).split(rows) if others else ())
+    flash = iter(attend_varlen(others, scale).split(rows) if others else ())
     return torch.cat(
         [
             cudnn_attention.attend_rectangle(*part, scale) if alone else next(flash)
@@ -167,7 +167,7 @@ def _attend_parts(parts: list[tuple[Tensor, Tensor, Tensor]], scale: float) -> T
     )
 
 
-def _attend_varlen(parts: list[tuple[Tensor, Tensor, Tensor]], scale: float) -> Tensor:
+def attend_varlen(parts: list[tuple[Tensor, Tensor, Tensor]], scale: float) -> Tensor:
     """The same in one flash call."""
     queries, keys, values = zip(*parts, strict=True)
     q_lengths, k_lengths = (tuple(x.shape[0] for x in own) for own in (queries, keys))

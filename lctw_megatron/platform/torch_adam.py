@@ -24,7 +24,7 @@ def prepare_torch_adam(optimizer: Any) -> None:
             continue
         for group in inner.param_groups:
             for parameter in group["params"]:
-                inner.state[parameter]["step"] = torch.tensor(0.0)
+                inner.state[parameter]["step"] = 0.0
         _use_the_fused_kernel(inner)
         part.load_state_dict = MethodType(_load_state_dict, part)
 
