@@ -24,8 +24,9 @@ PYTHON_GPU ?= python3
 # without what it asks for; it reads no newer transformers.
 BRIDGE := "transformers<=5.12.1" accelerate datasets einops omegaconf
 
-# Two files of tests at a time: many tests start ranks of their own. WORKERS= is one after the other.
-WORKERS ?= -n 2 --dist loadfile
+# Two files of tests at a time: many tests start ranks of their own. In their order, as the few of
+# tests/slurm take longest and are not to be the last. WORKERS= is one after the other.
+WORKERS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 VENV := .venv
 VENV_NEXT := .venv-next

@@ -7,8 +7,9 @@
 
     assert run_distributed(sum_of_ranks, 4, 10) == [46] * 4
 
-Starting a rank costs seconds (importing torch, more with megatron-core), so put many cases into one
-function and compare the list that comes back, rather than starting a group for every case.
+Ranks are forked from a process that has imported what they need, since importing torch and
+megatron-core costs each of them seconds. Put many cases into one function all the same, and compare
+the list that comes back.
 """
 
 import multiprocessing
@@ -26,6 +27,8 @@ from unittest import mock
 
 import torch.distributed as dist
 
+from tests.fork_server import start_forked
+
 
 def run_distributed(
     function: Callable[..., Any],
@@ -36,39 +39,31 @@ def run_distributed(
 ) -> list[Any]:
     """Call ``function(*args)`` on ``world_size`` ranks; return the ranks' results, in rank order.
 
-    Each rank is a fresh process with one thread, the default process group (of ``backend``) and
-    torchrun's RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE set. ``function``, ``args`` and the
-    results travel as pickles.
+    Each rank is a process of its own with one thread, this one's environment, the default process
+    group (of ``backend``) and torchrun's RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE set.
+    ``function``, ``args`` and the results travel as pickles.
 
     The exception that was raised first, on whichever rank, is raised here again, with that rank's
     traceback as a note; the other ranks are killed. ``TimeoutError`` after ``timeout`` seconds,
     which also bounds every collective.
     """
+    # What has touched a GPU cannot be forked.
+    start = start_forked if backend == "gloo" else _start_spawned
     # A plain pickle: multiprocessing's own would put tensors into shared memory.
     call = pickle.dumps((function, args))
-    context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="run_distributed_") as folder:
-        ranks = [
-            context.Process(
-                target=_run_rank,
-                args=(rank, world_size, folder, call, timeout, backend),
-                name=f"rank {rank}",
-            )
-            for rank in range(world_size)
-        ]
+        ranks: list[Any] = []
         try:
-            # Read by OpenMP when a rank first imports torch, so it must be there from the start.
-            with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):
-                for process in ranks:
-                    process.start()
+            for rank in range(world_size):
+                arguments = rank, world_size, folder, call, timeout, backend
+                ranks.append(start(_run_rank, *arguments, name=f"rank {rank}"))
             in_time = _wait_for_all_or_a_failure(ranks, timeout)
             died = [process for process in ranks if process.exitcode not in (None, 0)]
         finally:
             for process in ranks:
                 if process.is_alive():
                     process.kill()
-                if process.pid is not None:
-                    process.join()
+                process.join()
         outcomes = [_read_outcome(folder, rank) for rank in range(world_size)]
     for process, outcome in zip(ranks, outcomes, strict=True):
         if outcome is None and process in died:  # what its peers raise is only the consequence
@@ -80,6 +75,14 @@ def run_distributed(
         late = [rank for rank, outcome in enumerate(outcomes) if outcome is None]
         raise TimeoutError(f"ranks {late} of {world_size} did not finish in {timeout:g} s")
     return [outcome["result"] for outcome in outcomes if outcome]
+
+
+def _start_spawned(function: Callable[..., Any], *args: Any, name: str) -> Any:
+    process = multiprocessing.get_context("spawn").Process(target=function, args=args, name=name)
+    # Read by OpenMP when torch is first imported, so it must be there from the start.
+    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):
+        process.start()
+    return process
 
 
 def _wait_for_all_or_a_failure(ranks: list[Any], timeout: float) -> bool:

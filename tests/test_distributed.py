@@ -17,6 +17,14 @@ def sum_of_ranks(offset: torch.Tensor) -> tuple[torch.Tensor, str]:
     return total, os.environ["RANK"] + os.environ["OMP_NUM_THREADS"]
 
 
+def environment_of(name: str) -> str | None:
+    return os.environ.get(name)
+
+
+def speak() -> None:
+    os.write(2, f"rank {dist.get_rank()}\n".encode())
+
+
 def fail_on_rank_one() -> None:
     if dist.get_rank() == 1:
         raise InputError("the mistake of rank 1")
@@ -38,6 +46,20 @@ def test_returns_the_result_of_every_rank_in_order() -> None:
     results = run_distributed(sum_of_ranks, 3, torch.tensor([10]))
     assert [int(total) for total, _ in results] == [33, 33, 33]
     assert [environment for _, environment in results] == ["01", "11", "21"]
+
+
+def test_ranks_have_the_environment_of_the_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_distributed(environment_of, 2, "LCTW_OF_THE_MOMENT") == [None] * 2
+    monkeypatch.setenv("LCTW_OF_THE_MOMENT", "set")
+    assert run_distributed(environment_of, 2, "LCTW_OF_THE_MOMENT") == ["set"] * 2
+    monkeypatch.delenv("LCTW_OF_THE_MOMENT")
+    assert run_distributed(environment_of, 2, "LCTW_OF_THE_MOMENT") == [None] * 2
+
+
+def test_ranks_write_where_the_test_looks(capfd: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        run_distributed(speak, 2)
+        assert sorted(capfd.readouterr().err.splitlines()) == ["rank 0", "rank 1"]
 
 
 def test_raises_the_exception_that_came_first_with_its_traceback() -> None:

@@ -1,10 +1,5 @@
-"""Real processes that run tools/score.py, without paying for the imports each time.
+"""Real processes that run tools/score.py, without paying for the imports each time."""
 
-A fork server imports torch and megatron-core once (5 to 9 s); every process is forked from it, so
-it starts in a fraction of a second and may be killed like any other.
-"""
-
-import multiprocessing
 import os
 import sys
 import time
@@ -12,12 +7,11 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 from lctw_megatron.cli import run_command
+from tests.fork_server import start_forked
 from tests.ports import free_port
 
-_CONTEXT = multiprocessing.get_context("forkserver")
 TIMEOUT = 120.0
 
 
@@ -37,17 +31,11 @@ class Ranks:
     ) -> None:
         self.output = output
         output.unlink(missing_ok=True)
-        _CONTEXT.set_forkserver_preload(["tests.scoring.preload"])
         port = free_port()
         self.processes = [
-            _CONTEXT.Process(
-                target=_run, args=(output, rank, world_size, port, os.getcwd(), function, args)
-            )
+            start_forked(_run, output, rank, world_size, port, function, args)
             for rank in range(max(world_size, 1))
         ]
-        with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):  # read by the fork server's torch
-            for process in self.processes:
-                process.start()
 
     def kill(self, rank: int) -> None:
         """kill -9; the others are killed as well, as torchrun and srun do."""
@@ -82,7 +70,7 @@ def score(output: Path, arguments: Sequence[str], world_size: int = 0) -> Outcom
 
 def run_score(arguments: list[str]) -> None:
     """tools/score.py, in this process."""
-    from tests.scoring.preload import score_main
+    from tests.preload import score_main
 
     sys.argv = ["score.py", *arguments]
     run_command(score_main)
@@ -93,11 +81,9 @@ def _run(
     rank: int,
     world_size: int,
     port: int,
-    folder: str,
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
-    os.chdir(folder)
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
