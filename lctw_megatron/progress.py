@@ -75,6 +75,8 @@ class Progress(Closing):
         if self._bar is not None:
             self._bar.set_postfix_str(", ".join(self._extras()), refresh=False)
             self._bar.update(amount)
+        elif self.done == self.total:
+            pass  # the line at the end says so
         elif time.monotonic() - self._last_line >= LOG_INTERVAL_SECONDS:
             self._write_line(self._time_left())
 

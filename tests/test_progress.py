@@ -61,6 +61,18 @@ def test_log_has_one_line_per_interval_with_rates_and_time_left(time):
     ]
 
 
+def test_the_end_is_said_once(time):
+    stream = io.StringIO()
+    with Progress("train", 2, "steps", stream=stream) as progress:
+        for _ in range(2):
+            time.now += 15
+            progress.update()
+    assert stream.getvalue().splitlines() == [
+        "train: 1/2 steps (50 %), 0.07 steps/s, 0:00:15 left",
+        "train: 2/2 steps (100 %), 0.07 steps/s, 0:00:30 elapsed",
+    ]
+
+
 def test_work_of_an_earlier_run_is_done_but_is_not_speed(time):
     stream = io.StringIO()
     with Progress("score", 100, "shards", initial=90, stream=stream) as progress:
