@@ -14,7 +14,11 @@ from lctw_megatron.benchmarks.attention import attention_benchmark, time_kernels
 from lctw_megatron.benchmarks.checkpointing import time_checkpoints
 from lctw_megatron.benchmarks.chip import matmul_tflops
 from lctw_megatron.benchmarks.fp8 import time_fp8
-from lctw_megatron.benchmarks.full_size import time_full_size
+from lctw_megatron.benchmarks.full_size import (
+    time_full_size,
+    time_full_size_scoring,
+    time_full_size_state,
+)
 from lctw_megatron.benchmarks.head import head_benchmark
 from lctw_megatron.benchmarks.large_model import time_deterministic, time_packed, time_steps
 from lctw_megatron.benchmarks.overlap import time_overlap
@@ -60,6 +64,8 @@ PARTS: dict[str, Callable[[dict[str, Any]], None]] = {
     "checkpoints": time_checkpoints,
     "scaling": time_scaling,
     "full_size": time_full_size,
+    "full_size_scoring": time_full_size_scoring,
+    "full_size_state": time_full_size_state,
     "fp8": time_fp8,
 }
 """Name -> what adds its numbers to the results."""

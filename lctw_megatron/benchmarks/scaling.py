@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def time_scaling(results: dict[str, Any]) -> None:
             f"needs several GPUs and no torchrun; {gpus} GPUs, {started_ranks()} ranks"
         )
         return
-    alone = measured(1, run_of({}, gpus))["tokens_per_second"]
+    alone = measured(1, run_of({}, gpus))["uniform"]["tokens_per_second"]
     for name, layout in layouts(gpus).items():
         for kind, sequences in (("strong", gpus), ("weak", gpus**2)):
             run = run_of(layout, sequences)
@@ -41,10 +42,10 @@ def time_scaling(results: dict[str, Any]) -> None:
             except InputError as error:
                 results[f"{name}, {kind}"] = str(error)
                 continue
-            row = measured(gpus, run)
+            row = measured(gpus, run)["uniform"]
             results[f"{name}, {kind}"] = {"speedup": row["tokens_per_second"] / alone} | row
     long = run_of({"context": gpus}, 1, 131072)
-    results[f"CP{gpus} at 131,072 tokens"] = measured(gpus, long)
+    results[f"CP{gpus} at 131,072 tokens"] = measured(gpus, long)["uniform"]
 
 
 def layouts(gpus: int) -> dict[str, dict[str, Any]]:
@@ -73,30 +74,34 @@ def run_of(
     )
 
 
-def measured(ranks: int, run: RunConfig) -> dict[str, Any]:
-    """What ``main`` finds on so many GPUs, and the share of their data sheets that it is. Raises
-    CalledProcessError."""
+def measured(
+    ranks: int, run: RunConfig, weightings: Sequence[str] = ("uniform",)
+) -> dict[str, dict[str, Any]]:
+    """What ``main`` finds on so many GPUs of steps under these of WEIGHTINGS, and the share of the
+    GPUs' data sheets that each is. Raises CalledProcessError."""
     with tempfile.TemporaryDirectory() as folder:
         asked, found = Path(folder) / "run.yaml", Path(folder) / "found.json"
         asked.write_text(dump_yaml(run))
         start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        program = [*start, "-m", __name__, str(asked), str(found)]
+        program = [*start, "-m", __name__, str(asked), str(found), *weightings]
         subprocess.run([sys.executable, *program], check=True)
-        row = read_json_object(found)
-    row["utilisation"] = row["tflops_per_second"] / ranks / data_sheet_tflops()
-    return row
+        rows = read_json_object(found)
+    for row in rows.values():
+        row["utilisation"] = row["tflops_per_second"] / ranks / data_sheet_tflops()
+    return rows
 
 
-def main(asked: str, found: str) -> None:
-    """One rank: time the step of the run in ``asked``; the first writes ``found``, with the most
-    memory that a rank had in use."""
+def main(asked: str, found: str, *weightings: str) -> None:
+    """One rank: time the steps of the run in ``asked`` under ``weightings``; the first writes
+    ``found``. If there is one, its `rank_gib` is the most memory that a rank had in use."""
     run = load_run(Path(asked))
-    row = step_benchmark(run, {"uniform": WEIGHTINGS["uniform"]}, repeats=3)["uniform"]
+    rows = step_benchmark(run, {name: WEIGHTINGS[name] for name in weightings}, repeats=3)
     held = torch.tensor(torch.cuda.max_memory_allocated(), device="cuda")
     torch.distributed.all_reduce(held, torch.distributed.ReduceOp.MAX)
-    row["rank_gib"] = held.item() / 2**30
+    if len(rows) == 1:
+        rows[weightings[0]]["rank_gib"] = held.item() / 2**30
     if torch.distributed.get_rank() == 0:
-        write_json(found, row)
+        write_json(found, rows)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ def main(arguments: list[str]) -> int:
         "--only",
         nargs="*",
         default=[],
-        help="parts: steps deterministic overlap profile head documents scoring scorers "
-        "checkpoints scaling full_size fp8; default: all",
+        help="parts: steps packed deterministic overlap profile head documents kernels scoring "
+        "scorers checkpoints scaling full_size full_size_scoring full_size_state fp8; default: all",
     )
     scoring = commands.add_parser("scoring", help="our scorer beside transformers on this CPU")
     scoring.add_argument(

@@ -13,7 +13,7 @@ from lctw_megatron.benchmarks import fp8, gpu, scoring_gpu
 from lctw_megatron.benchmarks.attention import attention_benchmark
 from lctw_megatron.benchmarks.checkpointing import checkpoint_benchmark
 from lctw_megatron.benchmarks.cpu import STEP, WEIGHTINGS
-from lctw_megatron.benchmarks.full_size import plan
+from lctw_megatron.benchmarks.full_size import plan, weighted_plan
 from lctw_megatron.benchmarks.head import head_benchmark
 from lctw_megatron.benchmarks.profile import busy_time, by_kind
 from lctw_megatron.benchmarks.results import Results
@@ -21,6 +21,7 @@ from lctw_megatron.benchmarks.scaling import layouts, run_of
 from lctw_megatron.benchmarks.scoring_cpu import scoring_benchmark
 from lctw_megatron.benchmarks.sixteen_bits import weight_changes
 from lctw_megatron.benchmarks.steps import StepBench, step_benchmark
+from lctw_megatron.commands import benchmark
 from lctw_megatron.config.layout_rules import check_layout
 from lctw_megatron.config.schema import LayoutConfig, RunConfig
 from lctw_megatron.conversion.hf_import import import_hf
@@ -140,6 +141,16 @@ def test_of_8b_as_little_is_recomputed_as_fits_the_gpus() -> None:
         "full", "full", "does not fit", "full",
     ]  # fmt: skip
     assert recomputed[141] == ["none"] * 4 + ["mlp", "mlp", "full", "full"]
+    name, run = weighted_plan(4, 141 * 2**30)
+    assert name == "8B at 32,768 tokens, TP2xCP2, recompute none"
+    assert run is not None and run.layout.tensor == run.layout.context == 2
+
+
+def test_the_help_names_every_part(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        benchmark.main(["gpu", "--help"])
+    parts = capsys.readouterr().out.partition("parts: ")[2].partition(";")[0].split()
+    assert sorted(parts) == sorted(gpu.PARTS)
 
 
 def test_what_a_scorer_reads_in_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
