@@ -5,7 +5,7 @@ A haystack gives filler of an exact number of tokens, and says where in it somet
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from itertools import cycle, islice, pairwise
+from itertools import cycle, islice
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -109,15 +109,11 @@ class Stream:
     ) -> tuple[np.ndarray, np.ndarray]:
         ids = np.asarray(self._documents[document][begin : begin + room], dtype=np.int32)
         ends = ("\n",) if by_lines else SENTENCE_ENDS
-        texts = [*self._texts(ids), "\n"]
-        return ids, np.array(
-            [
-                place
-                for place, (before, after) in enumerate(pairwise(texts), 1)
-                if before.endswith(ends) or (after.startswith("\n") and place < room)
-            ],
-            dtype=np.int64,
+        last, first = self._texts.which(
+            ids, lambda text: text.endswith(ends), lambda text: text.startswith("\n")
         )
+        last[:-1] |= first[1:]
+        return ids, np.flatnonzero(last) + 1
 
 
 def open_haystack(

@@ -22,6 +22,18 @@ def test_texts_join_to_the_text_although_characters_are_cut(kind, request):
     assert "\ufffd" not in "".join(texts)
 
 
+@pytest.mark.parametrize("kind", ["hf_folder", "sentencepiece_model"])
+def test_which_asks_of_every_token_what_its_text_says(kind, request):
+    tokenizer = load_tokenizer(request.getfixturevalue(kind))
+    texts = TokenTexts(tokenizer)
+    tests = str.isalpha, str.isascii, lambda text: text.endswith("\n"), lambda text: text == ""
+    for text in (TEXT, TEXT * 3, "🙂", "a", ""):
+        ids = tokenizer.encode_batch([text])[0]
+        for part in (ids, ids[1:], ids[:-2]):  # also from and to the middle of a character
+            found = texts.which(part, *tests)
+            assert found.tolist() == [[test(word) for word in texts(part)] for test in tests]
+
+
 def test_special_and_unknown_ids_are_named(sentencepiece_model):
     texts = TokenTexts(load_tokenizer(sentencepiece_model))
     assert texts([1, 2]) == ["<s>", "</s>"]
