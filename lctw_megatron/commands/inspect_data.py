@@ -191,6 +191,8 @@ def main(arguments: list[str]) -> int | None:
         parser().error("--checkpoint is for --document and --sequence; score the data for the rest")
     if (options.window or options.stride) and not options.checkpoint:
         parser().error("--window and --stride need --checkpoint")
+    if options.stride and not options.window:
+        parser().error("--stride needs --window")
     if options.png and not text:
         parser().error("--png is for --document and --sequence")
     if options.html and not (look or text):
@@ -261,8 +263,10 @@ def _unused(options: argparse.Namespace, text: bool, look: bool) -> list[str]:
         "sample": look and not text,
         "long": losses and not options.checkpoint,
         "short": losses and not options.window,
+        **dict.fromkeys(("sequence_length", "weighting"), tokens),
         **dict.fromkeys(
-            ("sequence_length", "packing", "tails", "index_cache", "weighting"), tokens
+            ("packing", "tails", "index_cache"),
+            tokens and bool(options.sequence_length or options.checkpoint),
         ),
     }
     given = (name for name in used if getattr(options, name) != parser().get_default(name))

@@ -65,7 +65,9 @@ def harness_to_file(
             call
             for call in calls
             # What a file defines may have changed, and the data that it names.
-            if Path(call.task).is_file() or not any(call.gave(record) for record in records)
+            if Path(call.task).is_file()
+            or not any(call.gave(record) for record in records)
+            or (settings.log_samples and not _samples_file(output, call).exists())
         ]
         _check_names(output, left, records)
         for line in downloads(left, settings.offline):
@@ -127,14 +129,20 @@ def _check_names(output: Path, calls: Sequence[Call], records: Sequence[dict[str
             )
 
 
+def _samples_file(output: Path, call: Call) -> Path:
+    return output.with_suffix("") / f"{_own_name(call)}.samples.jsonl"
+
+
 def _write_own(output: Path, call: Call, returned: dict[str, Any], log_samples: bool) -> str:
     """What the harness returned, as its own command writes it but for the time in the name."""
     name, folder = _own_name(call), output.with_suffix("")
     with atomic_file(folder / f"{name}.json", "w") as file:
         own = {key: value for key, value in returned.items() if key != "samples"}
         json.dump(own, file, indent=2, default=str, ensure_ascii=False)
-    if log_samples:
-        with atomic_file(folder / f"{name}.samples.jsonl", "w") as file:
+    if not log_samples:  # those of another call would be taken for this one's
+        _samples_file(output, call).unlink(missing_ok=True)
+    else:
+        with atomic_file(_samples_file(output, call), "w") as file:
             for samples in returned["samples"].values():
                 for sample in samples:
                     file.write(json.dumps(sample, default=str, ensure_ascii=False) + "\n")

@@ -49,13 +49,14 @@ def to_record(call: Call, results: dict[str, Any], seconds: float) -> dict[str, 
         raise InputError(f"task {call.task}: lm-evaluation-harness returned no metric for it")
     counts = [count["effective"] for count in results["n-samples"].values()]
     main = _main(metrics)
-    directions = results.get("higher_is_better", {}).get(top, {})
+    known = results.get("higher_is_better") or {}
+    directions = [known.get(name) or {} for name in ([top] if top in known else parts)]
     record = {
         "call": asdict(call),
         "task": top or call.task,
         "length": call.length,
         "main": main,
-        "lower_is_better": directions.get(main.partition(",")[0]) is False,
+        "lower_is_better": any(of.get(main.partition(",")[0]) is False for of in directions),
         "metrics": metrics,
         "samples": sum(counts),
         "fewshot": results["n-shot"].get(top, call.fewshot),

@@ -76,15 +76,18 @@ def benchmark_lines(groups: Sequence[Group]) -> list[str]:
 
 
 def _records(harness: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The results, and RULER's means over its tasks, by length."""
+    """The results, and RULER's means over its tasks, by length. Means are alike where they are over
+    the same samples of the same tasks."""
     if not harness:
         return []
+    counts = {(r["task"], r.get("length")): r.get("samples") for r in harness["results"]}
     means = [
         {
             "task": f"ruler, {len(mean['tasks'])} of {len(RULER)} tasks",
             "length": int(length),
             "main": "score",
             "metrics": {"score": [mean["mean"], mean["error"]]},
+            "samples": sorted((task, counts.get((task, int(length)))) for task in mean["tasks"]),
         }
         for length, mean in harness.get("ruler", {}).items()
     ]
@@ -92,8 +95,10 @@ def _records(harness: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def _name(record: dict[str, Any]) -> str:
-    length = record.get("length")
-    return f"{record['task']} at {short_number(length)}" if length else record["task"]
+    """A task that was measured at several lengths, or numbers of shots, has several."""
+    length, shots = record.get("length"), (record.get("call") or {}).get("fewshot")
+    name = f"{record['task']} at {short_number(length)}" if length else record["task"]
+    return f"{name}, {shots} shots" if shots else name
 
 
 def samples_by_name(run: RunRecord) -> dict[Any, Any]:

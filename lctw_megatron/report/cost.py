@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lctw_megatron.config.schema import RunConfig
 from lctw_megatron.report.groups import Group
 from lctw_megatron.report.runs import RunRecord
 from lctw_megatron.report.table import Rows, mean_of
@@ -28,10 +29,24 @@ def training_cost(run: RunRecord) -> Cost | None:
     """None without run.yaml or steps."""
     if run.config is None or not run.metrics:
         return None
-    steps = int(run.metrics[-1]["step"]) + 1
-    batch, length = run.config.training.global_batch_size, run.config.data.sequence_length
-    work = step_flops(run.config)
-    return Cost(steps, steps * batch * length, _hours(run, work), float(steps) * work)
+    lines = np.array([line["step"] for line in run.metrics])
+    covered = np.diff(lines, prepend=-1)  # a line is of the steps since the one before it
+    sequences, work = _sequences(run, run.config), step_flops(run.config)
+    share = sequences / run.config.training.global_batch_size
+    tokens = int((covered * sequences).sum()) * run.config.data.sequence_length
+    hours = _hours(run, covered, work * share)
+    return Cost(int(lines[-1]) + 1, tokens, hours, float((covered * share).sum()) * work)
+
+
+def _sequences(run: RunRecord, config: RunConfig) -> np.ndarray:
+    """Of a step of each line. A run that went on with another batch size has several; run.yaml has
+    the last."""
+    series, rate = run.series("speed/seconds"), run.series("speed/tokens_per_second")
+    if len(series) == len(rate) == len(run.metrics):
+        found = series.values * rate.values / config.data.sequence_length
+        if np.isfinite(found).all() and (found >= 0.5).all():
+            return np.round(found)
+    return np.full(len(run.metrics), config.training.global_batch_size)
 
 
 def on_gpus(run: RunRecord) -> bool:
@@ -83,12 +98,12 @@ def cost_words(group: Group, baseline: Group) -> str:
     return f", for {' and '.join(parts)} of a run" if parts else ""
 
 
-def _hours(run: RunRecord, work: int) -> float | None:
-    """A line stands for the steps since the one before it (`training.log_interval`)."""
+def _hours(run: RunRecord, covered: np.ndarray, work: np.ndarray) -> float | None:
+    """covered, work: the steps of each line, and the FLOPs of one of them."""
     series, rate = run.series("speed/seconds"), run.series("speed/tflops_per_rank")
-    known = rate.values * series.values if len(rate) == len(series) else np.zeros(0)
+    whole = len(rate) == len(series) == len(covered)
+    known = rate.values * series.values if whole else np.zeros(0)
     if not len(known) or not (np.isfinite(known) & (known > 0)).all():
         return None
     ranks = np.maximum(np.round(work / (known * 1e12)), 1)  # a resumed run may have others
-    covered = np.diff(series.steps, prepend=-1)
     return float((covered * series.values * ranks).sum()) / 3600

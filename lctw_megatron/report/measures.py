@@ -41,10 +41,11 @@ def short_context_bins(group: Group) -> tuple[int, list[int]]:
 
 
 def long_context_bins(group: Group) -> tuple[int, list[int]]:
-    """The bins of `position` in the second half of the sequence, and where it begins."""
+    """The bins of `position` in the second half of the sequence, and where the first begins."""
     settings, bins = _position_bins(group)
     limit = settings["sequence_length"] // 2
-    return limit, [at for at, start in enumerate(bins) if start >= limit]
+    chosen = [at for at, start in enumerate(bins) if start >= limit]
+    return int(bins[chosen[0]]), chosen
 
 
 def recall(group: Group, tasks: Sequence[str], length: int, kind: str) -> Measured | None:

@@ -176,6 +176,11 @@ def test_of_a_group_its_own_metrics_count_and_those_of_its_tasks_are_kept():
     record = to_record(Call("some_tag"), tag, 1.0)
     assert record["task"] == "some_tag" and record["metrics"] == {"acc": [pytest.approx(0.3), None]}
     assert record["parts"]["b"] == {"acc": [0.2, None], "acc_norm,get": [0.9, None]}
+    # Its tasks say which way it is better.
+    assert record["lower_is_better"] is False
+    tag["results"] = {name: {"word_perplexity,none": 9.0} for name in "ab"}
+    tag["higher_is_better"] = {name: {"word_perplexity": False} for name in "ab"}
+    assert to_record(Call("some_tag"), tag, 1.0)["lower_is_better"] is True
 
 
 def test_the_command_exports_first_and_does_not_measure_again(folder, tmp_path, library, capsys):
@@ -214,6 +219,20 @@ def test_the_command_exports_first_and_does_not_measure_again(folder, tmp_path, 
     library.clear()
     answer = call(evaluate_model.main, capsys, *arguments, "--limit", 2)
     assert len(library) == 6 and "was measured with another limit, is replaced" in answer.out
+
+
+def test_samples_are_logged_when_asked_for_and_are_of_what_is_shown(folder, tmp_path, library):
+    output, samples = tmp_path / "harness.json", tmp_path / "harness" / "arc_easy.samples.jsonl"
+
+    def measure(**settings):
+        library.clear()
+        harness.harness_to_file(folder, output, HarnessSettings(["arc_easy"], **settings))
+        return len(library), samples.exists()
+
+    assert measure() == (1, False)
+    assert measure(log_samples=True) == (1, True)  # measured before, but not logged
+    assert measure(log_samples=True) == measure() == (0, True)
+    assert measure(limit=2) == (1, False)  # those were another measurement's
 
 
 def test_a_task_of_a_file_is_measured_again_for_the_file_may_have_changed(

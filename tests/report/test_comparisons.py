@@ -5,6 +5,7 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,6 +54,7 @@ def folders(tmp_path_factory) -> list[str]:
             ]
             for line in lines:
                 line["speed/seconds"] = SECONDS
+                line["speed/tokens_per_second"] = 4 * 64 / SECONDS
                 line["speed/tflops_per_rank"] = work / SECONDS / RANKS / 1e12
             text = "\n".join(json.dumps(line) for line in lines[::10] + lines[-1:])
             (folder / "metrics.jsonl").write_text(text + "\n")
@@ -93,7 +95,8 @@ def test_the_sentences_name_where_and_of_how_many(groups):
 
 
 def test_what_a_run_cost_is_said_beside_the_baseline(groups):
-    double = [{**line, "speed/seconds": 2 * SECONDS} for line in groups[1].first.metrics]
+    twice = {"speed/seconds": 2 * SECONDS, "speed/tokens_per_second": 4 * 64 / (2 * SECONDS)}
+    double = [line | twice for line in groups[1].first.metrics]
     assert "for 1.00 × the CPU rank hours" in cost_words(groups[1], groups[0])
     run = replace(groups[1].first, metrics=double[:-1])
     assert "× the CPU rank hours and 0.8" in cost_words(Group("dense", (run,)), groups[0])
@@ -128,6 +131,52 @@ def test_benchmarks_are_a_row_each_and_marked(groups):
     assert rows[2][0] == "ruler_vt at 4k" and rows[3][0] == "ruler, 2 of 13 tasks at 4k"
 
 
+def with_harness(folder: Path, results: list[dict[str, Any]], ruler: dict[str, Any]) -> Path:
+    write_run(folder)
+    content = {"format": "lctw-megatron harness 1", "results": results, "ruler": ruler}
+    (folder / "harness.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_means_over_other_tasks_of_ruler_or_other_samples_are_not_compared(tmp_path):
+    def mean(name: str, tasks: list[str], score: float, samples: int) -> str:
+        results = [
+            {"task": task, "length": 4096, "main": "score", "metrics": {"score": [score, 0.01]},
+             "samples": samples}
+            for task in tasks
+        ]  # fmt: skip
+        ruler = {"4096": {"mean": score, "error": 0.01, "tasks": tasks}}
+        return str(with_harness(tmp_path / name, results, ruler))
+
+    folders = [
+        mean("plain", ["ruler_cwe", "ruler_fwe"], 0.2, 100),
+        mean("other_tasks", ["niah_single_1", "ruler_fwe"], 0.9, 100),
+        mean("fewer_samples", ["ruler_cwe", "ruler_fwe"], 0.9, 50),
+        mean("like_plain", ["ruler_fwe", "ruler_cwe"], 0.9, 100),
+    ]
+    runs, first = read_runs(folders)
+    table = benchmark_table(group_runs(runs, first))
+    (row,) = [row for row in table if row[0] == "ruler, 2 of 13 tasks at 4k"]
+    assert [cell.endswith("✓") for cell in row[1:]] == [False, False, False, True]
+
+
+def test_each_number_of_shots_is_a_row(tmp_path):
+    def shots(name: str, order: list[tuple[int | None, float]]) -> str:
+        results = [
+            {"task": "mmlu", "main": "acc", "metrics": {"acc": [value, 0.001]}, "fewshot": n or 0,
+             "call": {"task": "mmlu", "length": None, "fewshot": n}}
+            for n, value in order
+        ]  # fmt: skip
+        return str(with_harness(tmp_path / name, results, {}))
+
+    runs, first = read_runs(
+        [shots("plain", [(5, 0.40), (None, 0.33)]), shots("dense", [(None, 0.25), (5, 0.41)])]
+    )
+    rows = benchmark_table(group_runs(runs, first))
+    assert [row[0] for row in rows[1:]] == ["mmlu, 5 shots", "mmlu"]
+    assert rows[1][2] == "0.410 ±0.001 ✓" and rows[2][2] == "0.250 ±0.001 ✗"
+
+
 def test_of_a_perplexity_less_is_better(folders, tmp_path):
     made = []
     for name, value in (("one", 9.0), ("two", 5.0)):
@@ -151,6 +200,20 @@ def test_hours_of_a_run_that_went_on_on_other_ranks_are_those_of_its_lines(group
     steps = metrics[-1]["step"] - metrics[-2]["step"]
     hours = training_cost(replace(run, metrics=metrics)).hours
     assert hours == pytest.approx((60 + steps) * SECONDS * RANKS / 3600)
+
+
+def test_what_a_run_cost_that_went_on_with_another_batch_size_is_what_its_lines_say(groups):
+    run = groups[0].first
+    metrics = [dict(line) for line in run.metrics]
+    steps = metrics[-1]["step"] - metrics[-2]["step"]
+    # The last steps took half of the sequences in half of the time; run.yaml has what they had.
+    training = run.config.training.model_copy(update={"global_batch_size": 2})
+    config = run.config.model_copy(update={"training": training})
+    metrics[-1]["speed/seconds"] /= 2
+    cost = training_cost(replace(run, metrics=metrics, config=config))
+    assert cost.tokens == (60 * 4 - steps * 2) * 64
+    assert cost.flops == pytest.approx((60 - steps / 2) * step_flops(run.config))
+    assert cost.hours == pytest.approx((60 - steps / 2) * SECONDS * RANKS / 3600)
 
 
 def test_a_task_that_one_group_alone_has_leaves_the_others_compared(groups):

@@ -148,6 +148,10 @@ def test_a_missing_prefix_and_half_of_a_request_are_refused(ask, tmp_path):
         ("--near", 8, "--short", "other"): "--near, --short: of no use",
         ("--document", 1, "--sample", 3): "--sample: of no use",
         ("--document", 1, "--checkpoint", "x", "--long", "other"): "--long: of no use",
+        ("--document", 1, "--checkpoint", "x", "--stride", 8): "--stride needs --window",
+        ("--statistics", "--packing", "pack"): "--packing: of no use",
+        ("--top", 3, "--tails", "drop"): "--tails: of no use",
+        ("--document", 1, "--index-cache", "x"): "--index-cache: of no use",
     }.items():
         answer = ask(tmp_path / "nothing", *wrong)
         assert answer.status == 2 and message in answer.err, wrong
