@@ -36,11 +36,17 @@ def check_run(run: RunConfig) -> None:
             f"training.eval_interval is {training.eval_interval}, but data.validation names no "
             "dataset; give one or leave eval_interval out"
         )
-    if (
-        training.keep_every
-        and training.save_interval
-        and training.keep_every % training.save_interval
-    ):
+    if training.min_lr and training.schedule == "constant":
+        raise InputError(
+            f"training.min_lr is {training.min_lr}, but training.schedule is constant and never "
+            "falls to it; set schedule: cosine or leave min_lr out"
+        )
+    if training.keep_every and not training.save_interval:
+        raise InputError(
+            f"training.keep_every is {training.keep_every}, but without training.save_interval "
+            "only the end is saved; give one or leave keep_every out"
+        )
+    if training.keep_every and training.keep_every % (training.save_interval or 1):
         raise InputError(
             f"training.keep_every ({training.keep_every}) must be divisible by "
             f"training.save_interval ({training.save_interval}), or the checkpoints that it shall "

@@ -13,7 +13,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from lctw_megatron.atomic import locked, write_json
-from lctw_megatron.config.load import load_fragment
+from lctw_megatron.config.load import load_fragment, load_recipe, parse_override
 from lctw_megatron.config.schema import ClusterConfig
 from lctw_megatron.config.shipped import PROJECT
 from lctw_megatron.data.json_object import read_json_object
@@ -142,8 +142,22 @@ def stage_graph(request: LaunchRequest, output_dir: str | None = None) -> StageG
 
 
 def cluster_of(graph: StageGraph, name: str) -> ClusterConfig:
+    """The cluster of ``--cluster name``, with what ``--set`` says of it. InputError."""
+    changes = [text for text in graph.overrides if parse_override(text)[0][0] == "cluster"]
+    others = [text for text in graph.overrides if text not in changes]
     if name == "slurm":
-        name = "slurm_generic"
-        if graph.recipe.cluster:
+        recipe = load_recipe(graph.recipe_path, others) if changes else graph.recipe
+        if recipe.cluster or any(parse_override(text)[0] == ["cluster"] for text in changes):
+            assert graph.recipe.cluster is not None
             return graph.recipe.cluster
-    return ClusterConfig.model_validate(load_fragment("cluster", name, f"--cluster {name}"))
+        name = "slurm_generic"
+    fragment = load_fragment("cluster", name, f"--cluster {name}")
+    for text in changes:
+        if parse_override(text)[0] == ["cluster"]:
+            raise InputError(f"--set {text}: --cluster {name} is another; give one of them")
+    if changes:
+        overrides = [*others, f"cluster={name}", *changes]
+        cluster = load_recipe(graph.recipe_path, overrides).cluster
+        assert cluster is not None
+        return cluster
+    return ClusterConfig.model_validate(fragment)

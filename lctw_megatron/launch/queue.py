@@ -81,6 +81,9 @@ def _submit(graph: StageGraph, jobs: Sequence[Job], stages: Sequence[Stage]) -> 
             file.write(job.script)
         if _is_done(graph, job):
             print(f"{job.name}: done before")
+        # Whoever launches again has mended what failed: the retries are counted anew.
+        for part in range(job.parts) if job.parts else [None]:
+            graph.mark(job.stage, part).with_suffix(".failures").unlink(missing_ok=True)
     script = submission(graph, jobs, queued)
     with atomic_file(script.path, "w") as file:
         file.write(script.text)

@@ -77,13 +77,14 @@ def _size(graph: StageGraph, stage: Stage, cluster: ClusterConfig) -> _Size:
     if stage.scales and stage.shards == 1:
         graph.check_ranks(stage, cluster.nodes * per_node)
         return _Size(cluster.nodes, per_node)
-    nodes = math.ceil(stage.model_ranks / per_node)
-    if nodes > cluster.nodes:
-        raise InputError(
-            f"{stage.name} needs {stage.model_ranks} ranks; the cluster section has "
-            f"{cluster.nodes} nodes with {per_node} ranks each"
-        )
-    return _Size(nodes, math.ceil(stage.model_ranks / nodes))
+    ranks = stage.model_ranks
+    for nodes in range(math.ceil(ranks / per_node), cluster.nodes + 1):
+        if ranks % nodes == 0:  # as many tasks on each
+            return _Size(nodes, ranks // nodes)
+    raise InputError(
+        f"{stage.name} needs {ranks} ranks, as many on each node; the cluster section has "
+        f"{cluster.nodes} nodes with {per_node} ranks each"
+    )
 
 
 def _script(

@@ -69,6 +69,15 @@ def test_positions_cover_the_sequence_and_the_rates_are_ordered():
         check_run(run_config(training__min_lr=1.0))
 
 
+def test_what_would_be_passed_over_is_refused():
+    check_run(run_config(training__min_lr=1e-6, training__schedule="cosine"))
+    with pytest.raises(InputError, match="min_lr is 1e-06, but training.schedule is constant"):
+        check_run(run_config(training__min_lr=1e-6))
+    check_run(run_config(training__keep_every=4, training__save_interval=2))
+    with pytest.raises(InputError, match="keep_every is 4, but without training.save_interval"):
+        check_run(run_config(training__keep_every=4))
+
+
 def test_validation_needs_data():
     check_run(run_config(training__eval_interval=5, data__validation=[{"prefix": "held-out"}]))
     with pytest.raises(InputError, match="eval_interval is 5, but data.validation names no"):

@@ -1,11 +1,13 @@
 """A recipe with everything in it, in an empty folder; a SLURM of stubs."""
 
 import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from lctw_megatron.launch.slurm import stage_jobs
 from lctw_megatron.launch.stage_graph import StageGraph, build_stage_graph
 
 RECIPE = """\
@@ -75,3 +77,59 @@ def slurm(tmp_path, monkeypatch):
             Path("waiting").write_text(text)
 
     return Slurm()
+
+
+# Two tasks, one after the other; like the real one it returns the largest exit status.
+SRUN = """
+while [ "${1#--}" != "$1" ]; do shift; done
+export SLURM_PROCID SLURM_LOCALID SLURM_NTASKS=2
+most=0
+for SLURM_PROCID in 0 1; do
+    SLURM_LOCALID=$SLURM_PROCID
+    "$@" || { status=$?; [ $status -gt $most ] && most=$status; }
+done
+exit $most
+"""
+
+
+@pytest.fixture
+def run_script(tmp_path, monkeypatch):
+    """Runs a script with stubs on the path; returns its status and what the stubs were told."""
+    stubs = tmp_path / "stubs"
+    stubs.mkdir()
+    said = tmp_path / "said"
+
+    def stub(name: str, body: str) -> None:
+        path = stubs / name
+        path.write_text(f"#!/bin/bash\n{body}\n")
+        path.chmod(0o755)
+
+    stub("srun", SRUN)
+    stub("scontrol", f'if [ "$1" = show ]; then printf "n1\\nn2\\n"; else echo "$@" >> {said}; fi')
+    for name in ("python", "torchrun"):
+        stub(
+            name,
+            f'echo {name} "$@" "${{RANK:-}}/${{WORLD_SIZE:-}}@${{MASTER_ADDR:-}}" >> {said}\n'
+            'own="STATUS_${RANK:-}"; exit ${!own:-${STATUS:-0}}',
+        )
+
+    def run(script: str, **environment: str) -> tuple[int, list[str]]:
+        said.unlink(missing_ok=True)
+        path = f"{stubs}:{os.environ['PATH']}"
+        clean = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
+        result = subprocess.run(
+            ["bash"], input=script.replace("source .venv/bin/activate\n", ""), text=True,
+            env=clean | {"PATH": path} | environment, capture_output=True, timeout=60,
+        )  # fmt: skip
+        return result.returncode, said.read_text().splitlines() if said.exists() else []
+
+    return run
+
+
+IN_JOB = {"SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "n[1-2]"}
+
+
+def jobs(plan, cluster, *names):
+    """The jobs of these names; of none, all."""
+    found = [job for stage in plan.stages for job in stage_jobs(plan, stage, cluster)]
+    return [job for job in found if job.name in names] if names else found

@@ -112,6 +112,18 @@ def test_submitting_again_leaves_out_what_is_done_or_queued(plan, slurm, capsys)
     assert "--dependency=afterok:5 " in lines[3]  # the one in the queue
 
 
+def test_launching_again_counts_the_failures_anew(plan, slurm):
+    made = plan()
+    queue.submit(made, made.stages, CPU)
+    kept = made.folder / "train-uniform.failures"  # of a job that goes on
+    gone = [made.folder / f"{name}.failures" for name in ("train-dense", "score.1-of-4")]
+    for file in (kept, *gone):
+        file.write_text("ended with status 137\n")
+    slurm.waiting("5 RUNNING\n")
+    queue.submit(made, made.stages, CPU)
+    assert kept.exists() and not any(file.exists() for file in gone)
+
+
 def test_status_says_where_every_job_stands(plan, slurm):
     made = plan()
     jobs = queue.plan_jobs(made, made.stages, CPU)

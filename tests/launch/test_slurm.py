@@ -14,8 +14,7 @@ from lctw_megatron.config.schema import ClusterConfig
 from lctw_megatron.errors import InputError
 from lctw_megatron.launch import slurm
 from lctw_megatron.launch.run_status import last_error
-from lctw_megatron.launch.slurm import stage_jobs
-from tests.launch.conftest import RECIPE
+from tests.launch.conftest import IN_JOB, RECIPE, jobs
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -36,11 +35,6 @@ GPU_CLUSTER = ClusterConfig(
     srun=["--cpu-bind=cores"],
     sbatch=["--exclusive"],
 )
-
-
-def jobs(plan, cluster, *names):
-    found = [job for stage in plan.stages for job in stage_jobs(plan, stage, cluster)]
-    return [job for job in found if job.name in names] if names else found
 
 
 def test_scripts_are_those_in_golden(plan, request):
@@ -86,58 +80,10 @@ def test_ranks_that_do_not_fit_the_cluster_are_refused(plan):
         jobs(plan(), ClusterConfig(nodes=1, gpus_per_node=1), "train-dense")
     made = plan(RECIPE.replace("shards: 4", "shards: 4, tensor: 2, pipeline: 2"))
     cluster = ClusterConfig(nodes=1, gpus_per_node=2)
-    with pytest.raises(InputError, match="score needs 4 ranks; .* 1 nodes with 2 ranks"):
+    with pytest.raises(InputError, match="score needs 4 ranks, .* 1 nodes with 2 ranks"):
         jobs(made, cluster, "score")
 
 
-# Two tasks, one after the other; like the real one it returns the largest exit status.
-SRUN = """
-while [ "${1#--}" != "$1" ]; do shift; done
-export SLURM_PROCID SLURM_LOCALID SLURM_NTASKS=2
-most=0
-for SLURM_PROCID in 0 1; do
-    SLURM_LOCALID=$SLURM_PROCID
-    "$@" || { status=$?; [ $status -gt $most ] && most=$status; }
-done
-exit $most
-"""
-
-
-@pytest.fixture
-def run_script(tmp_path, monkeypatch):
-    """Runs a script with stubs on the path; returns its status and what the stubs were told."""
-    stubs = tmp_path / "stubs"
-    stubs.mkdir()
-    said = tmp_path / "said"
-
-    def stub(name: str, body: str) -> None:
-        path = stubs / name
-        path.write_text(f"#!/bin/bash\n{body}\n")
-        path.chmod(0o755)
-
-    stub("srun", SRUN)
-    stub("scontrol", f'if [ "$1" = show ]; then printf "n1\\nn2\\n"; else echo "$@" >> {said}; fi')
-    for name in ("python", "torchrun"):
-        stub(
-            name,
-            f'echo {name} "$@" "${{RANK:-}}/${{WORLD_SIZE:-}}@${{MASTER_ADDR:-}}" >> {said}\n'
-            "exit ${STATUS:-0}",
-        )
-
-    def run(script: str, **environment: str) -> tuple[int, list[str]]:
-        said.unlink(missing_ok=True)
-        path = f"{stubs}:{os.environ['PATH']}"
-        clean = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
-        result = subprocess.run(
-            ["bash"], input=script.replace("source .venv/bin/activate\n", ""), text=True,
-            env=clean | {"PATH": path} | environment, capture_output=True, timeout=60,
-        )  # fmt: skip
-        return result.returncode, said.read_text().splitlines() if said.exists() else []
-
-    return run
-
-
-IN_JOB = {"SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "n[1-2]"}
 IN_PART = IN_JOB | {"SLURM_ARRAY_JOB_ID": "40", "SLURM_ARRAY_TASK_ID": "2"}
 TRAIN = "tools/train.py recipe.yaml --run dense"
 
@@ -176,50 +122,14 @@ def test_without_a_checkout_the_scripts_start_modules(plan, run_script, monkeypa
     assert "tools/" not in said
 
 
-def test_a_training_that_was_asked_to_leave_is_requeued_for_ever(plan, run_script):
-    made = plan()
-    (job,) = jobs(made, made.recipe.cluster, "train-dense")
-    for _ in range(8):
-        status, said = run_script(job.script, STATUS="75", **IN_JOB)
-        assert (status, said[-1]) == (0, "requeue 41")
-    assert not made.mark(job.stage).exists()
-
-
-def test_a_training_that_fails_is_requeued_five_times(plan, run_script):
-    made = plan()
-    (job,) = jobs(made, made.recipe.cluster, "train-dense")
-    for _ in range(5):
-        assert run_script(job.script, STATUS="137", **IN_JOB)[1][-1] == "requeue 41"
-    status, said = run_script(job.script, STATUS="137", **IN_JOB)
-    assert status == 137 and "requeue 41" not in said
-    assert len((made.folder / "train-dense.failures").read_text().splitlines()) == 6
-    run_script(job.script, STATUS="75", **IN_JOB)  # it got on: the count begins anew
-    assert run_script(job.script, STATUS="137", **IN_JOB)[1][-1] == "requeue 41"
-
-
-def test_a_controller_that_is_away_for_a_moment_ends_no_chain(plan, run_script):
-    made = plan()
-    (job,) = jobs(made, made.recipe.cluster, "train-dense")
-    stub, asked = Path("stubs/scontrol"), Path("asked")
-    Path("stubs/sleep").write_text("#!/bin/bash\n")
-    Path("stubs/sleep").chmod(0o755)
-    for failures, status in ((3, 0), (99, 1)):
-        asked.unlink(missing_ok=True)
-        stub.write_text(
-            "#!/bin/bash\n[ $1 = show ] && { echo n1; exit; }\necho $* >> asked\n"
-            f"[ $(wc -l < asked) -gt {failures} ]\n"
-        )
-        assert run_script(job.script, STATUS="75", **IN_JOB)[0] == status
-        assert set(asked.read_text().splitlines()) == {"requeue 41"}
-    assert len(asked.read_text().splitlines()) == 6
-
-
-@pytest.mark.parametrize("mistake", [2, 126, 127])
-def test_what_no_retry_can_mend_is_not_tried_again(plan, run_script, mistake):
-    made = plan()
-    (job,) = jobs(made, made.recipe.cluster, "train-dense")
-    status, said = run_script(job.script, STATUS=str(mistake), **IN_JOB)
-    assert status == mistake and "requeue 41" not in said
+def test_each_node_has_as_many_ranks_of_a_model(plan):
+    """3 on nodes of 2: one on each of 3 nodes, as 2 nodes would have 4."""
+    made = plan(RECIPE.replace("shards: 4", "shards: 4, pipeline: 3"))
+    parts, _ = jobs(made, ClusterConfig(nodes=4, gpus_per_node=2), "score-parts", "score")
+    assert "#SBATCH --nodes=3\n" in parts.script
+    assert "#SBATCH --ntasks-per-node=1\n" in parts.script
+    with pytest.raises(InputError, match="score needs 3 ranks, as many on each node"):
+        jobs(made, ClusterConfig(nodes=2, gpus_per_node=2), "score")
 
 
 def test_the_sites_lines_may_read_unset_variables_and_the_environment_names_others(
