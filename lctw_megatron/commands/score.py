@@ -126,8 +126,8 @@ def _score(options: argparse.Namespace) -> int:
         print(f"{job.prefix}: {manifest.scored} of {manifest.values} tokens scored, {found}")
     else:
         print(
-            f"{job.prefix}: nothing scored, as no document is longer than the window: every "
-            "scheme would train as uniform; score with a smaller --window"
+            f"{job.prefix}: nothing scored, as no document is longer than a window and its "
+            "last target: every scheme would train as uniform; score with a smaller --window"
         )
     return 0
 

@@ -1,7 +1,7 @@
 """Running a conversion again: finished work is recognised, nothing of the user's is overwritten."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,21 @@ _WEIGHTS = (".safetensors", ".distcp")
 
 @contextmanager
 def conversion_into(
-    output: Path, source: dict[str, Any], log: Callable[[str], None]
+    output: Path, source: dict[str, Any], log: Callable[[str], None], read: Sequence[Path]
 ) -> Iterator[Path | None]:
     """The folder to be filled, which becomes ``output`` at the end; None if ``output`` was made
     from ``source`` before. What a killed conversion has left beside it is removed.
 
     A folder that was made from something else (a checkpoint of an earlier step) is replaced if it
-    holds nothing but what the conversion wrote. Raises InputError if it holds anything else, or if
-    another process is writing it.
+    holds nothing but what the conversion wrote. Raises InputError if it holds anything else, if
+    another process is writing it, or if one of the folders ``read`` is it or in it.
     """
+    place = output.resolve()
+    for folder in (path.resolve() for path in read):
+        if place == folder or place in folder.parents:
+            raise InputError(
+                f"--output {output}: is read from ({folder}), and would be replaced; name another"
+            )
     if _is_done(output, source, log):
         if left_unfinished(output):
             with suppress(OSError, InputError), sole_writer(output, log):

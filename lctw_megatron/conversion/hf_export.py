@@ -55,7 +55,7 @@ def export_hf(
     config_values(
         manifest.model, name, {}
     )  # refuses what has no config.json, before anything is written
-    with conversion_into(output, source, log) as folder:
+    with conversion_into(output, source, log, [checkpoint]) as folder:
         if folder is None:
             return Conversion(len(shapes), parameters, 0)
         log(f"rope: {rope_line(manifest.model)}")

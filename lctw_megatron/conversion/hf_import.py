@@ -72,7 +72,7 @@ def import_hf(
             dtype=name,  # type: ignore[arg-type]
             tokenizer=side_files.tokenizer_identity(hf),
         )
-        with conversion_into(output, source_of, log) as folder:
+        with conversion_into(output, source_of, log, [hf]) as folder:
             if folder is None:
                 return Conversion(len(sizes), sum(sizes), 0)
             log(f"rope: {rope_line(config.model)}")

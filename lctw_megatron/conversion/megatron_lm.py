@@ -64,7 +64,7 @@ def export_megatron_lm(
     kind = "lctw-megatron export to megatron-lm 1"
     source = source_of(checkpoint, kind, step=manifest.step, dtype=name)
     sizes = [math.prod(stored.shape) for stored in tensors]
-    with conversion_into(output, source, log) as folder:
+    with conversion_into(output, source, log, [checkpoint]) as folder:
         if folder is None:
             return Conversion(len(tensors), sum(sizes), 0)
         inner = folder / (f"iter_{manifest.step:07d}" if manifest.step else "release")

@@ -78,7 +78,7 @@ def import_megatron_lm(
         tokenizer=side_files.tokenizer_identity(hf),
     )
     parameters = sum(math.prod(part.shape) for stored in tensors for part in stored.parts)
-    with conversion_into(output, source, log) as into:
+    with conversion_into(output, source, log, [folder, hf]) as into:
         if into is None:
             return Conversion(len(tensors), parameters, 0)
         log(f"rope: {rope_line(config.model)}, as {hf / CONFIG} says")

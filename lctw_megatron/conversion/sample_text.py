@@ -34,10 +34,10 @@ def text_tokens(folder: Path, text: Path | None, length: int) -> Tensor:
 def file_tokens(path: Path, length: int) -> Tensor:
     """The first ``length`` ids, int64 [1, length], of a file of numbers between white space."""
     try:
-        ids = [int(word) for word in path.read_text().split()]
-    except (ValueError, UnicodeDecodeError):
+        ids = torch.tensor([int(word) for word in path.read_text().split()[:length]])
+    except (ValueError, OverflowError, RuntimeError):  # no text, no number, too large a one
         raise InputError(f"{path}: expected token ids between white space") from None
-    return _checked(torch.tensor(ids[:length]), str(path), length)
+    return _checked(ids, str(path), length)
 
 
 def _checked(ids: Tensor, source: str, length: int) -> Tensor:

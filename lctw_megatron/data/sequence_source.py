@@ -79,19 +79,20 @@ class SequenceSource:
         only that none will have one, else empty."""
         if self.sidecar is None:
             longest = int(self.dataset.lengths.max())
-            if self._own_window is None or longest > self._own_window:
+            if self._own_window is None or longest > self._own_window + 1:
                 return ""
             return (
-                f"{self.prefix}: no document is longer than the window ({self._own_window} tokens, "
-                f"the longest has {longest}): every scheme trains as uniform; take a smaller "
-                "weighting.window, or longer documents"
+                f"{self.prefix}: no document is longer than a window and its last target "
+                f"({self._own_window + 1} tokens, the longest has {longest}): every scheme "
+                "trains as uniform; take a smaller weighting.window, or longer documents"
             )
         manifest = self.sidecar.manifest
         share = manifest.scored / max(self.dataset.num_tokens - len(self.dataset), 1)
         line = f"{self.prefix}: {100 * share:.3g} % of the targets have a short loss"
         if not manifest.scored:
             return (
-                f"{line}, as no document is longer than the window ({manifest.window}): every "
+                f"{line}, as no document is longer than a window and its last target "
+                f"({manifest.window + 1} tokens): every "
                 "scheme trains as uniform; score with a smaller window, or take longer documents"
             )
         if share < _FEW_SCORED:

@@ -92,7 +92,7 @@ def test_scores_that_do_not_fit(tmp_path, fields, options, named) -> None:
 @pytest.mark.parametrize(
     ("scored", "said"),
     [
-        (0, "0 % of the targets have a short loss, as no document is longer than the window"),
+        (0, "0 % of the targets have a short loss, as no document is longer than a window and"),
         (3, r"7.69 % of the .* \(mean weight about 13 each\); set weighting.unscored=one"),
         (30, "76.9 % of the targets have a short loss$"),
     ],
@@ -110,9 +110,10 @@ def test_how_many_targets_have_scores_is_said(tmp_path, scored, said) -> None:
 
 def test_a_run_that_scores_itself_says_if_no_document_is_longer_than_its_window(tmp_path) -> None:
     write_tokens(tmp_path / "c", count_up([5, 40, 7]))
-    assert loader(config(tmp_path, "c"), window=39).scores_lines() == []
-    (line,) = loader(config(tmp_path, "c"), window=40).scores_lines()
-    assert "longer than the window (40 tokens, the longest has 40): every scheme trains as" in line
+    assert loader(config(tmp_path, "c"), window=38).scores_lines() == []
+    # Its one window would be the document's first, which has no short losses.
+    (line,) = loader(config(tmp_path, "c"), window=39).scores_lines()
+    assert "its last target (40 tokens, the longest has 40): every scheme trains as" in line
 
 
 def test_a_window_as_long_as_a_sequence(folder) -> None:

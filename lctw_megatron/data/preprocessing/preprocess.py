@@ -23,7 +23,13 @@ from typing import Any
 
 from lctw_megatron.atomic import atomic_file
 from lctw_megatron.config.schema import PrepareConfig
-from lctw_megatron.data.manifest import TokenizerIdentity, TokenManifest
+from lctw_megatron.data.indexed_array import data_path, index_path
+from lctw_megatron.data.manifest import (
+    TokenizerIdentity,
+    TokenManifest,
+    manifest_path,
+    read_manifest,
+)
 from lctw_megatron.data.preprocessing.corpus import (
     CorpusFile,
     PassedOver,
@@ -73,7 +79,7 @@ def preprocess(config: PrepareConfig, window: int | None = None) -> TokenManifes
             with contextlib.suppress(InputError, OSError), _work_folder(prefix):
                 pass
         return found
-    _refuse_foreign(prefix)
+    _refuse_foreign(config)
     settings = ShardSettings(
         config.text_field, config.skip_bad, config.max_bytes, config.max_document_bytes
     )
@@ -100,15 +106,21 @@ def preprocess(config: PrepareConfig, window: int | None = None) -> TokenManifes
 
 def _say_if_all_shorter(prefix: str, window: int | None) -> None:
     longest = int(TokenDataset(prefix).lengths.max()) if window else 0
-    if window and longest <= window:
+    if window and longest <= window + 1:
         print(
-            f"{prefix}: no document is longer than the window ({window} tokens, the longest has "
-            f"{longest}): none of it could be scored, and every scheme would train as uniform; "
-            "take longer documents or a smaller window"
+            f"{prefix}: no document is longer than a window and its last target ({window + 1} "
+            f"tokens, the longest has {longest}): none of it could be scored, and every scheme "
+            "would train as uniform; take longer documents or a smaller window"
         )
 
 
 def _check(config: PrepareConfig) -> None:
+    if config.tokenizer == "":
+        raise InputError("--tokenizer: is empty; give a model file or a folder")
+    if not config.output_prefix:
+        raise InputError(
+            "--output-prefix: is empty; give the path of the result without its ending"
+        )
     if (config.tokenizer is None) == (config.train_sentencepiece is None):
         both = "both" if config.tokenizer else "neither"
         raise InputError(
@@ -162,17 +174,39 @@ def _finished(config: PrepareConfig, wanted: str) -> TokenManifest | None:
     return manifest
 
 
-def _refuse_foreign(prefix: str) -> None:
-    """InputError if a dataset is there that was not made here, such as Megatron's own: with no
-    manifest, no trace of a run that was killed and nothing else of ours beside it."""
-    if not os.path.exists(f"{prefix}.bin"):
+def _refuse_foreign(config: PrepareConfig) -> None:
+    """InputError if a file would be replaced or removed that was not made here: a user's own text,
+    Megatron's dataset, a validation dataset that was made by itself. What lies there beside the
+    shards of a killed run is that run's."""
+    prefix = config.output_prefix
+    if _work_path(prefix).exists():
         return
-    ours = [Path(f"{prefix}.shards"), Path(f"{prefix}.json"), _held_out_text(prefix)]
-    if not any(path.exists() for path in ours):
+    source, held_out = _made_here(prefix), _made_here(prefix + VALIDATION)
+    # Either of both may have lost its manifest.
+    ours = "documents" in held_out
+    foreign = [] if source or ours else _files(prefix)
+    if not source.get("held_out") and not ours:
+        foreign += [*_files(prefix + VALIDATION), str(_held_out_text(prefix))]
+    if config.train_sentencepiece and not source.get("train_sentencepiece"):
+        foreign.append(_model_path(prefix))
+    for path in filter(os.path.exists, foreign):
         raise InputError(
-            f"{prefix}.bin: has no manifest of tools/preprocess.py, and would be replaced; choose "
-            "another --output-prefix, or remove it"
+            f"{path}: was not made by an earlier run with this --output-prefix, and would be "
+            "replaced or removed; choose another --output-prefix, or remove it"
         )
+
+
+def _made_here(prefix: str) -> dict[str, Any]:
+    """What the dataset at ``prefix`` was made from by this module; empty if it was not."""
+    try:
+        source = read_manifest(prefix, TokenManifest).source
+    except (InputError, OSError):
+        return {}
+    return source if "request" in source or "choice" in source else {}
+
+
+def _files(prefix: str) -> list[str]:
+    return [path(prefix) for path in (data_path, index_path, manifest_path)]
 
 
 def _held_out_text(prefix: str) -> Path:

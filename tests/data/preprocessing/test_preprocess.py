@@ -8,6 +8,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -207,13 +208,13 @@ def test_running_again_does_nothing(config, in_process, monkeypatch, capsys):
 def test_a_corpus_without_a_document_longer_than_the_window_is_said(config, in_process, capsys):
     preprocess(config)
     longest = int(TokenDataset(config.output_prefix).lengths.max())
-    assert "longer than the window" not in capsys.readouterr().out
+    said = f"than a window and its last target ({longest} tokens, the longest has {longest})"
+    assert "and its last target" not in capsys.readouterr().out
+    preprocess(config, longest - 2)
+    assert "and its last target" not in capsys.readouterr().out
     preprocess(config, longest - 1)
-    assert "longer than the window" not in capsys.readouterr().out
-    preprocess(config, longest)
-    said = f"no document is longer than the window ({longest} tokens, the longest has {longest})"
     assert said in capsys.readouterr().out
-    preprocess(changed(config, validation_documents=1), longest)
+    preprocess(changed(config, validation_documents=1), longest - 1)
     assert said in capsys.readouterr().out
 
 
@@ -252,9 +253,35 @@ def test_a_lost_or_cut_tokenizer_is_trained_again(config, in_process, how):
 def test_a_dataset_of_other_tools_is_not_replaced(config, in_process):
     preprocess(config)
     os.unlink(f"{config.output_prefix}.json")  # as Megatron's own preprocessing leaves it
-    with pytest.raises(InputError, match=r"\.bin: has no manifest .* would be replaced"):
+    with pytest.raises(InputError, match=r"\.bin: was not made by an earlier run .* replaced"):
         preprocess(config)
     assert not os.path.exists(f"{config.output_prefix}.json")
+
+
+@pytest.mark.parametrize(
+    "ending", [".json", ".idx", "-validation.jsonl", "-validation.bin", ".tokenizer.model"]
+)
+def test_a_file_of_the_users_is_neither_replaced_nor_removed(config, in_process, ending):
+    if ending == ".tokenizer.model":
+        config = changed(config, tokenizer=None, train_sentencepiece=300)
+    mine = Path(config.output_prefix + ending)
+    mine.parent.mkdir(parents=True, exist_ok=True)
+    mine.write_text('{"text": "mine"}')
+    with pytest.raises(InputError, match=re.escape(str(mine)) + ": was not made by an earlier"):
+        preprocess(config)
+    assert mine.read_text() == '{"text": "mine"}'
+    assert [path for path in RESULT if Path(config.output_prefix + path) != mine
+            and os.path.exists(config.output_prefix + path)] == []  # fmt: skip
+
+
+def test_a_validation_dataset_made_by_itself_stays(config, in_process):
+    preprocess(config)
+    own = changed(config, output_prefix=f"{config.output_prefix}-validation")
+    preprocess(own)
+    before = Path(f"{own.output_prefix}.bin").read_bytes()
+    with pytest.raises(InputError, match=r"-validation\.bin: was not made by an earlier run"):
+        preprocess(changed(config, max_bytes=3000))
+    assert Path(f"{own.output_prefix}.bin").read_bytes() == before
 
 
 def test_a_file_system_without_locks_is_no_hindrance(config, in_process, monkeypatch):
