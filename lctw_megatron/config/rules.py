@@ -46,7 +46,11 @@ def check_run(run: RunConfig) -> None:
             f"training.keep_every is {training.keep_every}, but without training.save_interval "
             "only the end is saved; give one or leave keep_every out"
         )
-    if training.keep_every and training.keep_every % (training.save_interval or 1):
+    if (
+        training.keep_every
+        and training.save_interval
+        and training.keep_every % training.save_interval
+    ):
         raise InputError(
             f"training.keep_every ({training.keep_every}) must be divisible by "
             f"training.save_interval ({training.save_interval}), or the checkpoints that it shall "

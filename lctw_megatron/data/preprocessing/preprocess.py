@@ -23,11 +23,10 @@ from typing import Any
 
 from lctw_megatron.atomic import atomic_file
 from lctw_megatron.config.schema import PrepareConfig
-from lctw_megatron.data.indexed_array import data_path, index_path
 from lctw_megatron.data.manifest import (
     TokenizerIdentity,
     TokenManifest,
-    manifest_path,
+    files_of,
     read_manifest,
 )
 from lctw_megatron.data.preprocessing.corpus import (
@@ -184,9 +183,9 @@ def _refuse_foreign(config: PrepareConfig) -> None:
     source, held_out = _made_here(prefix), _made_here(prefix + VALIDATION)
     # Either of both may have lost its manifest.
     ours = "documents" in held_out
-    foreign = [] if source or ours else _files(prefix)
+    foreign = [] if source or ours else files_of(prefix)
     if not source.get("held_out") and not ours:
-        foreign += [*_files(prefix + VALIDATION), str(_held_out_text(prefix))]
+        foreign += [*files_of(prefix + VALIDATION), str(_held_out_text(prefix))]
     if config.train_sentencepiece and not source.get("train_sentencepiece"):
         foreign.append(_model_path(prefix))
     for path in filter(os.path.exists, foreign):
@@ -203,10 +202,6 @@ def _made_here(prefix: str) -> dict[str, Any]:
     except (InputError, OSError):
         return {}
     return source if "request" in source or "choice" in source else {}
-
-
-def _files(prefix: str) -> list[str]:
-    return [path(prefix) for path in (data_path, index_path, manifest_path)]
 
 
 def _held_out_text(prefix: str) -> Path:
