@@ -87,7 +87,9 @@ def _records(harness: dict[str, Any] | None) -> list[dict[str, Any]]:
             "length": int(length),
             "main": "score",
             "metrics": {"score": [mean["mean"], mean["error"]]},
-            "samples": sorted((task, counts.get((task, int(length)))) for task in mean["tasks"]),
+            "samples": sorted(
+                f"{task}: {counts.get((task, int(length)))}" for task in mean["tasks"]
+            ),
         }
         for length, mean in harness.get("ruler", {}).items()
     ]
