@@ -56,6 +56,9 @@ class CheckpointManifest(Section):
     """Identity of the tokenizer, as in a token dataset's manifest."""
     run: RunConfig | None = None
     """The run that wrote it."""
+    start: str | None = None
+    """What it began with: the ``identity`` of its start. None: with random weights, or not known,
+    as in older checkpoints."""
     ranks: int | None = None
     """How many ranks it had."""
     loader: dict[str, Any] | None = None
@@ -66,6 +69,14 @@ class CheckpointManifest(Section):
     """The machine and the versions that trained it: platform.capabilities."""
     checksums: dict[str, str] | None = None
     """CRC-32 of every other file (checksums.py). None, as in older checkpoints: not compared."""
+
+    @property
+    def identity(self) -> str | None:
+        """`step N, DIGEST`, with a digest of the checksums of the stored tensors, wherever the
+        folder lies; None without checksums."""
+        sums = {k: v for k, v in (self.checksums or {}).items() if k.endswith(".distcp")}
+        digest = hashlib.blake2b(json.dumps(sums, sort_keys=True).encode(), digest_size=8)
+        return f"step {self.step}, {digest.hexdigest()}" if sums else None
 
 
 def find_checkpoint(path: str | Path) -> Path:

@@ -18,6 +18,12 @@ _FREE_OF_THE_START = {
     "moe_aux_loss_coeff",
 }  # fmt: skip
 _FREE_ON_RESUME = {"tokens_per_forward", "attention"}
+# Of the training section, what decides the weights. A run may go on with others, but is not called
+# trained with what came when no step was left.
+_DECIDES_THE_WEIGHTS = {
+    "steps", "global_batch_size", "lr", "min_lr", "schedule", "warmup_steps", "adam_beta1",
+    "adam_beta2", "adam_eps", "weight_decay", "clip_grad",
+}  # fmt: skip
 
 
 def complete_run(
@@ -65,22 +71,29 @@ def complete_run(
     return run.model_copy(update={"model": model}), start
 
 
-def check_unchanged(run: RunConfig, manifest: CheckpointManifest) -> None:
+def check_unchanged(run: RunConfig, manifest: CheckpointManifest, start: str | None) -> None:
     """Raise InputError unless ``run`` has the start, model, weighting and precision of the
-    checkpoint it resumes."""
+    checkpoint it resumes and, if no step is left, all else that decides the weights. start: the
+    identity of the checkpoint that ``run.start`` stands for now."""
     if manifest.run is None:
         return
+    compared = {"weighting": None, "model": None, "training": {"precision"}}
+    if manifest.step >= run.training.steps:
+        compared |= {"megatron": None, "training": {"precision", *_DECIDES_THE_WEIGHTS}}
     changed = {
         f"{section}.{name}": (ours, theirs[name])
-        for section in ("weighting", "model")
+        for section, names in compared.items()
         for theirs in [getattr(manifest.run, section).model_dump(mode="json")]
         for name, ours in getattr(run, section).model_dump(mode="json").items()
-        if ours != theirs[name] and name not in _FREE_ON_RESUME
+        if ours != theirs[name] and (name in names if names else name not in _FREE_ON_RESUME)
     }
-    if run.training.precision != manifest.run.training.precision:
-        changed["training.precision"] = run.training.precision, manifest.run.training.precision
-    if _place(run) != _place(manifest.run) and run.start != manifest.run.start:
-        changed["start"] = run.start, manifest.run.start
+    moved = _place(run) != _place(manifest.run) and run.start != manifest.run.start
+    known = bool(start and manifest.start)
+    # Weights that are known decide, wherever they lie: after more training the same folder holds
+    # others.
+    if start != manifest.start if known else moved:
+        paths = run.start, manifest.run.start
+        changed["start"] = paths if moved else (start, manifest.start)
     if changed:
         found = few([f"{name} is {ours}, was {theirs}" for name, (ours, theirs) in changed.items()])
         raise InputError(

@@ -7,9 +7,7 @@ import time
 from functools import cached_property
 from pathlib import Path
 
-from lctw_megatron.atomic import atomic_file
 from lctw_megatron.config.layout_rules import check_layout
-from lctw_megatron.config.load import dump_yaml
 from lctw_megatron.config.schema import RunConfig
 from lctw_megatron.config.schemes import needs_short_loss
 from lctw_megatron.data.loader import TokenLoader
@@ -17,7 +15,7 @@ from lctw_megatron.data.sequence_source import check_one_tokenizer
 from lctw_megatron.data.validation import ValidationLoader
 from lctw_megatron.errors import InputError
 from lctw_megatron.model import spec
-from lctw_megatron.model.checkpoint import TOKENIZER, CheckpointManifest, load_weights
+from lctw_megatron.model.checkpoint import TOKENIZER, CheckpointManifest, load_weights, read_manifest
 from lctw_megatron.model.gpt import build_model
 from lctw_megatron.platform.capabilities import capabilities
 from lctw_megatron.platform.compile_cache import keep_compiled
@@ -44,7 +42,7 @@ from lctw_megatron.training.micro_batch import choose_micro_batch, with_micro_ba
 from lctw_megatron.training.nonfinite import NonFinite, write_nonfinite
 from lctw_megatron.training.optimizer import build_optimizer, gather_weights, wrap_data_parallel
 from lctw_megatron.training.recall import TrainingRecall
-from lctw_megatron.training.run_folder import one_run_in
+from lctw_megatron.training.run_folder import one_run_in, write_settings
 from lctw_megatron.training.signals import StopRequest
 from lctw_megatron.training.start_clock import StartClock
 from lctw_megatron.training.step import Stepper
@@ -96,6 +94,7 @@ class Trainer:
         asked, tokenizer = run, source.tokenizer
         run, start = first_rank_decides(lambda: complete_run(asked, tokenizer, source.prefix))
         self.start = start
+        self.begun_with = first_rank_decides(lambda: start and read_manifest(start).identity)
         folder = Path(run.run_dir) / "checkpoints"
         own = newest_checkpoint(folder, self.print_rank_0)
         memory = 0 if run.training.micro_batch_size else least_usable_memory(self.world.device)
@@ -130,7 +129,7 @@ class Trainer:
         if own is not None:
             path, manifest = own
             if not allow_changes:
-                on_first_rank(lambda: check_unchanged(run, manifest))
+                on_first_rank(lambda: check_unchanged(run, manifest, self.begun_with))
             if manifest.loader is not None:
                 self.loader.load_state_dict(manifest.loader, allow_changes)
             resume(path, manifest, self.chunks, self.optimizer)
@@ -241,6 +240,7 @@ class Trainer:
             dtype=self.config.training.precision,
             tokenizer=self.loader.sources[0].tokenizer.model_dump(mode="json"),
             run=self.config,
+            start=self.begun_with,
             ranks=self.world.size,
             loader=self.loader.state_dict(),
             optimizer=True,
@@ -290,17 +290,15 @@ class Trainer:
         )
 
     def _open_log(self) -> MetricsLog:
-        run_dir = Path(self.config.run_dir)
-        with atomic_file(run_dir / "run.yaml", "w") as file:
-            file.write(dump_yaml(self.config))
+        begins = self.first_step < self.config.training.steps
+        write_settings(self.config, begins)
         set_aside(self.config, self.first_step)
         return MetricsLog(
-            run_dir,
+            Path(self.config.run_dir),
             self.first_step,
             self.config.training.tensorboard,
             capabilities().line(),
-            # A finished run that is started again has nothing to say there.
-            open_trackers(self.config) if self.first_step < self.config.training.steps else [],
+            open_trackers(self.config) if begins else [],
         )
 
     def _logs(self, step: int) -> bool:

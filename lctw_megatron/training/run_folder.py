@@ -1,9 +1,12 @@
-"""One run at a time in a run folder."""
+"""One run at a time in a run folder, and what it says of itself."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from lctw_megatron.atomic import atomic_file
+from lctw_megatron.config.load import dump_yaml
+from lctw_megatron.config.schema import RunConfig
 from lctw_megatron.model.checkpoint import TOKENIZER
 from lctw_megatron.ownership import owned
 from lctw_megatron.platform.world import on_first_rank
@@ -24,3 +27,12 @@ def one_run_in(run_dir: Path) -> Iterator[None]:
 
         on_first_rank(enter)
         yield
+
+
+def write_settings(run: RunConfig, begins: bool) -> None:
+    """RUN_DIR/run.yaml: what the run is trained with. One that has no step left (not ``begins``)
+    was not trained with what it is given now, and keeps its file."""
+    path = Path(run.run_dir) / "run.yaml"
+    if begins or not path.exists():
+        with atomic_file(path, "w") as file:
+            file.write(dump_yaml(run))

@@ -95,7 +95,9 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     assert logged(tmp_path) == uninterrupted
     assert (beat := read_beat(tmp_path)) and beat.step == 6
     capsys.readouterr()
-    assert train(dense_run(data, tmp_path, training={"steps": 2})) == 0
+    shorter = dense_run(data, tmp_path, training={"steps": 2})
+    assert "training.steps is 2, was 6" in refusal(shorter)
+    assert train(shorter, allow_changes=True) == 0
     assert "already past training.steps 2: at step 6" in capsys.readouterr().out
     assert logged(tmp_path) == uninterrupted
     assert checkpoints(tmp_path) == [4, 6]
@@ -262,7 +264,7 @@ def test_retention_that_a_kill_cut_short_is_applied_at_the_next_start(
     folder = copy / "checkpoints"
     (folder / f".{step_name(1)}.0123abcd.tmp").mkdir()  # half removed
     run = dense_run(data, copy, training={"steps": STOP, "keep_last": 1})
-    assert train(run) == 0  # no step is left to do, so none is saved
+    assert train(run, allow_changes=True) == 0  # no step is left to do, so none is saved
     assert [path.name for path in folder.iterdir()] == [step_name(STOP)]
 
 
@@ -383,6 +385,39 @@ def test_another_precision_or_start_is_refused_but_one_that_moved_along_is_not(
     message = refusal(run("after", "after/next"))
     assert "start is" in message and "after/next" in message and "before/base" in message
     assert train(run("after", None, steps=3, precision="bf16"), allow_changes=True) == 0
+
+
+def test_a_finished_run_is_not_called_trained_with_other_settings(
+    data: str, tmp_path: Path
+) -> None:
+    assert train(dense_run(data, tmp_path, training={"steps": 2, "lr": 1e-3})) == 0
+    was = (tmp_path / "run.yaml").read_text()
+    other = dense_run(data, tmp_path, training={"steps": 2, "lr": 5e-3, "keep_last": 1})
+    message = refusal(other)
+    assert "training.lr is 0.005, was 0.001" in message and "keep_last" not in message
+    assert train(other, allow_changes=True) == 0  # there is no step left
+    assert (tmp_path / "run.yaml").read_text() == was
+    # What decides no weight may change, and a run with steps left may go on with another rate.
+    assert train(dense_run(data, tmp_path, training={"steps": 2, "lr": 1e-3, "keep_last": 1})) == 0
+    assert train(dense_run(data, tmp_path, training={"steps": 3, "lr": 5e-3})) == 0
+    assert "lr: 0.005" in (tmp_path / "run.yaml").read_text()
+
+
+def test_a_start_that_was_trained_on_is_another_start(
+    data: str, stopped: Path, tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(stopped, tmp_path / "base"))
+    training = {"steps": 2, "save_interval": None}
+    run = dense_run(data, tmp_path / "next", start=str(base), training=training)
+    assert train(run) == 0
+    assert train(run) == 0
+    assert train(dense_run(data, base)) == 0
+    message = refusal(run)
+    assert f"start is step {STEPS}, " in message and f"was step {STOP}, " in message
+    # By whatever path: the checkpoint that it began with is no other start.
+    began = stopped / "checkpoints" / step_name(STOP)
+    assert train(dense_run(data, tmp_path / "next", start=str(began), training=training)) == 0
+    assert train(run, allow_changes=True) == 0
 
 
 def test_other_data_or_another_tokenizer_is_refused(data: str, copy: Path) -> None:
