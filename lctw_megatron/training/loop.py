@@ -15,7 +15,12 @@ from lctw_megatron.data.sequence_source import check_one_tokenizer
 from lctw_megatron.data.validation import ValidationLoader
 from lctw_megatron.errors import InputError
 from lctw_megatron.model import spec
-from lctw_megatron.model.checkpoint import TOKENIZER, CheckpointManifest, load_weights, read_manifest
+from lctw_megatron.model.checkpoint import (
+    TOKENIZER,
+    CheckpointManifest,
+    checkpoint_identity,
+    load_weights,
+)
 from lctw_megatron.model.gpt import build_model
 from lctw_megatron.platform.capabilities import capabilities
 from lctw_megatron.platform.compile_cache import keep_compiled
@@ -94,7 +99,7 @@ class Trainer:
         asked, tokenizer = run, source.tokenizer
         run, start = first_rank_decides(lambda: complete_run(asked, tokenizer, source.prefix))
         self.start = start
-        self.begun_with = first_rank_decides(lambda: start and read_manifest(start).identity)
+        self.begun_with = first_rank_decides(lambda: checkpoint_identity(start) if start else None)
         folder = Path(run.run_dir) / "checkpoints"
         own = newest_checkpoint(folder, self.print_rank_0)
         memory = 0 if run.training.micro_batch_size else least_usable_memory(self.world.device)
