@@ -57,8 +57,10 @@ class CheckpointManifest(Section):
     run: RunConfig | None = None
     """The run that wrote it."""
     start: str | None = None
-    """What it began with: the ``checkpoint_identity`` of its start. None: with random weights, or
+    """What it began with: the ``identity`` of its start. None: with random weights, or
     not known, as in older checkpoints."""
+    skipped: int = 0
+    """Steps that were left out so far, of training.nonfinite_budget."""
     ranks: int | None = None
     """How many ranks it had."""
     loader: dict[str, Any] | None = None
@@ -69,6 +71,14 @@ class CheckpointManifest(Section):
     """The machine and the versions that trained it: platform.capabilities."""
     checksums: dict[str, str] | None = None
     """CRC-32 of every other file (checksums.py). None, as in older checkpoints: not compared."""
+
+    @property
+    def identity(self) -> str | None:
+        """`step N, DIGEST`, with a digest of the checksums of the stored tensors, wherever the
+        folder lies; None without checksums."""
+        sums = {k: v for k, v in (self.checksums or {}).items() if k.endswith(".distcp")}
+        digest = hashlib.blake2b(json.dumps(sums, sort_keys=True).encode(), digest_size=8)
+        return f"step {self.step}, {digest.hexdigest()}" if sums else None
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -94,15 +104,6 @@ def read_manifest(checkpoint: str | Path) -> CheckpointManifest:
     except ValidationError as error:
         found = str(error).splitlines()[0]
         raise InputError(f"{path}: damaged or of another version ({found})") from None
-
-
-def checkpoint_identity(checkpoint: str | Path) -> str | None:
-    """`step N, DIGEST`, with a digest of the checksums of the stored tensors, wherever the folder
-    lies; None without checksums."""
-    manifest = read_manifest(checkpoint)
-    sums = {k: v for k, v in (manifest.checksums or {}).items() if k.endswith(".distcp")}
-    digest = hashlib.blake2b(json.dumps(sums, sort_keys=True).encode(), digest_size=8)
-    return f"step {manifest.step}, {digest.hexdigest()}" if sums else None
 
 
 def agreed_checkpoint(path: str | Path) -> tuple[Path, CheckpointManifest]:

@@ -30,7 +30,6 @@ FREE: dict[str, dict[str, Any]] = {
         "cp_comm_type": Literal["p2p", "all_gather", "a2a"],  # of TransformerEngine's attention
         "deallocate_pipeline_outputs": None,
         "overlap_p2p_comm_warmup_flush": None,
-        "microbatch_group_size_per_vp_stage": _Count,
         "distribute_saved_activations": None,
         "clone_scatter_output_in_embedding": None,
     },
@@ -88,6 +87,8 @@ _BREAKS = {
         "with other messages two pipeline stages train on swapped tensors": (
             "overlap_p2p_comm|batch_p2p_.*|use_ring_exchange_p2p"
         ),
+        "micro batches, windows, validation and recall come in multiples of layout.pipeline, which "
+        "megatron-core takes for it": "microbatch_group_size_per_vp_stage",
         "its buffers hold one shape, and windows, validation and recall run in others": (
             "tp_comm_.*"
         ),

@@ -60,9 +60,16 @@ def default_device() -> torch.device:
 def started_together() -> bool:
     """Whether this process is one of several ranks that a launcher started, or alone.
 
-    InputError for tasks of a plain srun, which would all take themselves for the only one.
+    InputError for tasks of a plain srun, which would all take themselves for the only one, and for
+    a rank that is not told of the others.
     """
     if "RANK" in os.environ:
+        needed = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        if missing := [name for name in needed if name not in os.environ]:
+            raise InputError(
+                f"RANK is set, but {', '.join(missing)} not; export them too, or unset RANK to run "
+                "alone"
+            )
         return True
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
     if tasks > 1:

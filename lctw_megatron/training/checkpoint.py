@@ -279,6 +279,11 @@ def newest_checkpoint(
     candidates: list[Path] = []
 
     def begin() -> int:
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise InputError(
+                f"{folder}: a file, or a link whose target is missing, expected a folder of "
+                "checkpoints; mount or restore it, or remove it to begin anew"
+            )
         for leftover in sorted(folder.glob(".step_*.tmp")) if folder.is_dir() else []:
             log(f"{leftover}: half-written, not used")
         candidates.extend(complete_checkpoints(folder))

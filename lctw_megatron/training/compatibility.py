@@ -2,11 +2,13 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from lctw_megatron.config.model_sizes import expert_width, head_width
 from lctw_megatron.config.rope import exported_maximum
-from lctw_megatron.config.schema import RunConfig
+from lctw_megatron.config.schema import ModelConfig, RunConfig, Section
 from lctw_megatron.data.manifest import TokenizerIdentity
 from lctw_megatron.errors import InputError, few
 from lctw_megatron.model.checkpoint import CheckpointManifest, find_checkpoint, read_manifest
@@ -28,9 +30,9 @@ _DECIDES_THE_WEIGHTS = {
 
 def complete_run(
     run: RunConfig, tokenizer: TokenizerIdentity, prefix: str
-) -> tuple[RunConfig, Path | None]:
+) -> tuple[RunConfig, Path | None, str | None]:
     """``run`` with what the tokenizer of its data (``prefix``) and its sequence length decide, and
-    the checkpoint that it begins with, if any.
+    the checkpoint that it begins with, if any, and its identity.
 
     Raises InputError if `start` has another model or was trained with another tokenizer.
     """
@@ -49,15 +51,13 @@ def complete_run(
         }
     )
     if manifest is not None:
-        for name in type(model).model_fields:
-            ours, theirs = getattr(model, name), getattr(manifest.model, name)
-            derived = ours is None and name in (
-                "num_query_groups", "kv_channels", "moe_ffn_hidden_size",
-            )  # fmt: skip
+        found = _filled_in(manifest.model)
+        for name, ours in _filled_in(model).items():
+            theirs = found[name]
             if isinstance(ours, float) and np.float32(ours) == np.float32(theirs):
                 # 1e-05 went through float32 on its way into some configs; it leaves as it came.
                 model = model.model_copy(update={name: theirs})
-            elif ours != theirs and not derived and name not in _FREE_OF_THE_START:
+            elif ours != theirs and name not in _FREE_OF_THE_START:
                 raise InputError(
                     f"model.{name} is {ours}, but {start} has {theirs}; leave the model section "
                     "out to take the checkpoint's"
@@ -68,7 +68,7 @@ def complete_run(
                 f"{prefix} was tokenised with tokenizer {tokenizer.digest}, but {start} was "
                 f"trained with {theirs}; preprocess with the checkpoint's"
             )
-    return run.model_copy(update={"model": model}), start
+    return run.model_copy(update={"model": model}), start, manifest.identity if manifest else None
 
 
 def check_unchanged(run: RunConfig, manifest: CheckpointManifest, start: str | None) -> None:
@@ -83,8 +83,8 @@ def check_unchanged(run: RunConfig, manifest: CheckpointManifest, start: str | N
     changed = {
         f"{section}.{name}": (ours, theirs[name])
         for section, names in compared.items()
-        for theirs in [getattr(manifest.run, section).model_dump(mode="json")]
-        for name, ours in getattr(run, section).model_dump(mode="json").items()
+        for theirs in [_filled_in(getattr(manifest.run, section))]
+        for name, ours in _filled_in(getattr(run, section)).items()
         if ours != theirs[name] and (name in names if names else name not in _FREE_ON_RESUME)
     }
     moved = _place(run) != _place(manifest.run) and run.start != manifest.run.start
@@ -100,6 +100,18 @@ def check_unchanged(run: RunConfig, manifest: CheckpointManifest, start: str | N
             f"{run.run_dir} was trained to step {manifest.step} with other settings ({found}); "
             "restore them, choose another run_dir, or pass --allow-changes"
         )
+
+
+def _filled_in(section: Section) -> dict[str, Any]:
+    """The fields of a section of a run; of a model's those that are left out as what they stand
+    for, which is no other model."""
+    values = section.model_dump(mode="json")
+    if isinstance(section, ModelConfig):
+        values["num_query_groups"] = section.num_query_groups or section.num_attention_heads
+        values["kv_channels"] = head_width(section)
+        if section.num_moe_experts:
+            values["moe_ffn_hidden_size"] = expert_width(section)
+    return values
 
 
 def _place(run: RunConfig) -> str | None:

@@ -15,12 +15,7 @@ from lctw_megatron.data.sequence_source import check_one_tokenizer
 from lctw_megatron.data.validation import ValidationLoader
 from lctw_megatron.errors import InputError
 from lctw_megatron.model import spec
-from lctw_megatron.model.checkpoint import (
-    TOKENIZER,
-    CheckpointManifest,
-    checkpoint_identity,
-    load_weights,
-)
+from lctw_megatron.model.checkpoint import TOKENIZER, CheckpointManifest, load_weights
 from lctw_megatron.model.gpt import build_model
 from lctw_megatron.platform.capabilities import capabilities
 from lctw_megatron.platform.compile_cache import keep_compiled
@@ -97,9 +92,10 @@ class Trainer:
         self.loader = self._open_data(run)
         source = self.loader.sources[0]
         asked, tokenizer = run, source.tokenizer
-        run, start = first_rank_decides(lambda: complete_run(asked, tokenizer, source.prefix))
+        run, start, self.begun_with = first_rank_decides(
+            lambda: complete_run(asked, tokenizer, source.prefix)
+        )
         self.start = start
-        self.begun_with = first_rank_decides(lambda: checkpoint_identity(start) if start else None)
         folder = Path(run.run_dir) / "checkpoints"
         own = newest_checkpoint(folder, self.print_rank_0)
         memory = 0 if run.training.micro_batch_size else least_usable_memory(self.world.device)
@@ -133,10 +129,10 @@ class Trainer:
         self.first_step = 0
         if own is not None:
             path, manifest = own
-            if not allow_changes:
-                on_first_rank(lambda: check_unchanged(run, manifest, self.begun_with))
             if manifest.loader is not None:
                 self.loader.load_state_dict(manifest.loader, allow_changes)
+            if not allow_changes:
+                on_first_rank(lambda: check_unchanged(run, manifest, self.begun_with))
             resume(path, manifest, self.chunks, self.optimizer)
             self.first_step = manifest.step
         clock.end("optimizer")
@@ -158,7 +154,7 @@ class Trainer:
         self.stop = StopRequest(self.world.device)
         self.spikes = SpikeWatch()
         self.stragglers = StragglerWatch(self.world.device)
-        self.skipped = 0
+        self.skipped = own[1].skipped if own else 0
 
     def run_to_end(self) -> int:
         """Steps until the last one (0) or a signal (REQUEUE_STATUS)."""
@@ -246,6 +242,7 @@ class Trainer:
             tokenizer=self.loader.sources[0].tokenizer.model_dump(mode="json"),
             run=self.config,
             start=self.begun_with,
+            skipped=self.skipped,
             ranks=self.world.size,
             loader=self.loader.state_dict(),
             optimizer=True,

@@ -20,6 +20,7 @@ from torch import Tensor
 from lctw_megatron.atomic import atomic_file
 from lctw_megatron.config.schema import RunConfig
 from lctw_megatron.data.metrics_file import last_metrics, read_metrics
+from lctw_megatron.model.checkpoint_folder import step_name
 from lctw_megatron.platform.peak_memory import peak_memory_bytes
 from lctw_megatron.training.trackers import Sender
 from lctw_megatron.weighting.occurrence import CLASSES
@@ -108,8 +109,9 @@ def set_aside(run: RunConfig, first_step: int) -> None:
     path = Path(run.run_dir) / "metrics.jsonl"
     lines = last_metrics(path) if first_step == 0 else []
     # One that was killed in its first save has as many steps as that, or leaves it half-written.
-    saved = lines and lines[-1]["step"] + 1 > (run.training.save_interval or run.training.steps)
-    if saved and not list(path.parent.glob("checkpoints/.step_*.tmp")):
+    first_save = run.training.save_interval or run.training.steps
+    saved = lines and lines[-1]["step"] + 1 > first_save
+    if saved and not list(path.parent.glob(f"checkpoints/.{step_name(first_save)}.*.tmp")):
         aside = path.with_name(f"metrics.{secrets.token_hex(4)}.jsonl")
         os.replace(path, aside)
         print(f"{path}: of a run whose checkpoints are gone, which begins anew; is now {aside}")

@@ -9,7 +9,7 @@ written, and reads as much when it resumes. The checksums are made and compared 
 
 from dataclasses import dataclass
 
-from lctw_megatron.config.layout_rules import check_layout
+from lctw_megatron.config.layout_rules import check_layout, padded_vocabulary
 from lctw_megatron.config.schema import RunConfig
 from lctw_megatron.training.estimate import expert_copies, expert_parameters, stage_parameters
 from lctw_megatron.training.flops import step_flops
@@ -47,6 +47,9 @@ def estimate_save(
     assert sizes.data is not None
     each = (2 if run.training.precision == "bf16" else 4) + 12
     stages = [stage_parameters(run, stage) * each for stage in range(run.layout.pipeline)]
+    if run.model.tie_word_embeddings and len(stages) > 1:  # the first stage stores the only copy
+        columns = padded_vocabulary(run.model.vocab_size or 0) // run.layout.tensor
+        stages[-1] -= each * columns * run.model.hidden_size
     experts = expert_parameters(run) * each
     total = sum(stages) * run.layout.tensor + len(stages) * experts * run.layout.expert
     rank = -(-max(stages) // (sizes.data * run.layout.context))

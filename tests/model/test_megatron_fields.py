@@ -62,6 +62,7 @@ def test_a_megatron_core_without_hybridmodel_is_named(monkeypatch: pytest.Monkey
         ("optimizer", "overlap_param_gather", True, "use megatron.ddp.overlap_param_gather"),
         ("transformer", "calculate_per_token_loss", False, "divided once by the targets"),
         ("transformer", "batch_p2p_comm", True, "swapped tensors"),
+        ("transformer", "microbatch_group_size_per_vp_stage", 4, "multiples of layout.pipeline"),
         ("transformer", "fp8", "hybrid", "has not been measured"),
         ("transformer", "moe_router_topk", 1, "use model.moe_router_topk"),
         ("transformer", "moe_expert_capacity_factor", 1.0, "are model/router.py's"),

@@ -22,6 +22,13 @@ def test_tasks_of_a_plain_srun_do_not_take_themselves_for_the_only_rank(monkeypa
     with pytest.raises(InputError, match="srun started 4 tasks without RANK"):
         started_together()
     monkeypatch.setenv("RANK", "2")
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    with pytest.raises(InputError, match="RANK is set, but WORLD_SIZE, MASTER_ADDR not"):
+        started_together()
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
     assert started_together()
 
 

@@ -420,6 +420,24 @@ def test_a_start_that_was_trained_on_is_another_start(
     assert train(run, allow_changes=True) == 0
 
 
+def test_checkpoints_that_cannot_be_reached_are_no_run_that_begins(data: str, copy: Path) -> None:
+    away = copy.parent / "scratch"
+    (copy / "checkpoints").rename(away)
+    (copy / "checkpoints").symlink_to(copy.parent / "not mounted")
+    logged_before = logged(copy)
+    assert "whose target is missing" in refusal(dense_run(data, copy))
+    assert logged(copy) == logged_before
+    (copy / "checkpoints").unlink()
+    (copy / "checkpoints").symlink_to(away)
+    assert train(dense_run(data, copy)) == 0
+
+
+def test_another_sequence_length_is_refused_by_its_name(data: str, copy: Path) -> None:
+    longer = {"train": [{"prefix": data}], "sequence_length": 128, "packing": "pack"}
+    message = refusal(dense_run(data, copy, data=longer, weighting={"scheme": "uniform"}))
+    assert "sequence_length was 64, is 128" in message
+
+
 def test_other_data_or_another_tokenizer_is_refused(data: str, copy: Path) -> None:
     folder = copy.parent
     uniform = {"weighting": {"scheme": "uniform"}}

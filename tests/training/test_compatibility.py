@@ -21,7 +21,7 @@ THROUGH_FLOAT32 = 9.999999747378752e-06
 def started(run, monkeypatch, **theirs):
     """``run``, completed from a start whose model has other values."""
     model = run.model.model_copy(update=theirs)
-    manifest = SimpleNamespace(model=model, tokenizer=None)
+    manifest = SimpleNamespace(model=model, tokenizer=None, identity=None)
     monkeypatch.setattr(compatibility, "find_checkpoint", lambda path: path)
     monkeypatch.setattr(compatibility, "read_manifest", lambda path: manifest)
     run = run.model_copy(update={"start": "models/start"})
@@ -49,3 +49,17 @@ def test_another_number_is_refused_by_name(run, monkeypatch, other):
 def test_what_a_longer_context_changes_stays_the_run_s(run, monkeypatch):
     completed = started(run, monkeypatch, rope_theta=run.model.rope_theta * 30)
     assert completed.model.rope_theta == run.model.rope_theta
+
+
+def test_what_a_recipe_leaves_out_is_no_other_model_than_what_it_stands_for(run, monkeypatch):
+    heads, width = run.model.num_attention_heads, run.model.hidden_size
+    written = {"num_query_groups": heads, "kv_channels": width // heads}
+    left_out = dict.fromkeys(written)
+    for ours, theirs in [(written, left_out), (left_out, written)]:
+        asked = run.model_copy(update={"model": run.model.model_copy(update=ours)})
+        started(asked, monkeypatch, **theirs)
+        trained = run.model_copy(update={"model": run.model.model_copy(update=theirs)})
+        compatibility.check_unchanged(asked, SimpleNamespace(run=trained, step=1, start=None), None)
+    asked = run.model_copy(update={"model": run.model.model_copy(update=left_out)})
+    with pytest.raises(InputError, match=f"num_query_groups is {heads}, but .* has {heads // 2}"):
+        started(asked, monkeypatch, num_query_groups=heads // 2)

@@ -281,6 +281,19 @@ def test_a_checkpoint_of_llama3_8b_on_64_ranks_by_hand():
     assert "every 1 steps" in share
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tied_head_is_stored_once_under_any_pipeline(tied):
+    model = {
+        "num_layers": 4, "hidden_size": 64, "ffn_hidden_size": 64, "num_attention_heads": 4,
+        "vocab_size": 512, "tie_word_embeddings": tied,
+    }  # fmt: skip
+    whole, halves = (
+        estimate_save(run_config(model, {"pipeline": stages}, 1024)).total_bytes
+        for stages in (1, 2)
+    )
+    assert whole == halves
+
+
 def test_the_description_shows_groups_batch_work_and_memory():
     text = describe_layout(run_config("llama3_70b", "gpu512_70b_128k", 131072), 512)
     assert "layout: 512 ranks" in text

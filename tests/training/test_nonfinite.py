@@ -172,6 +172,9 @@ def test_a_budget_leaves_such_steps_out(
     # The next epoch meets the document again: the budget is used up.
     with harm("nan"), pytest.raises(InputError, match=f"documents {DOCUMENT}"):
         train_here(make(data, tmp_path / "longer", nonfinite_budget=1, steps=10))
+    # As it is after a resume: what was left out before counts.
+    with harm("nan"), pytest.raises(InputError, match=f"documents {DOCUMENT}"):
+        train_here(make(data, tmp_path, nonfinite_budget=1, steps=10))
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
