@@ -88,6 +88,7 @@ class SequenceSource:
             )
         manifest = self.sidecar.manifest
         share = manifest.scored / max(self.dataset.num_tokens - len(self.dataset), 1)
+        share = min(share, self.sidecar.usable_share(self.index))
         line = f"{self.prefix}: {100 * share:.3g} % of the targets have a short loss"
         if not manifest.scored:
             return (

@@ -36,6 +36,7 @@ from lctw_megatron.data.manifest import (
     remove_manifest,
     write_manifest,
 )
+from lctw_megatron.data.sequences import SequenceIndex
 from lctw_megatron.data.token_dataset import TokenDataset
 from lctw_megatron.errors import InputError
 
@@ -92,11 +93,22 @@ class Sidecar(IndexedArrayReader):
                 f"{document} is {losses[wrong]}, expected a finite number or NaN: the sidecar is "
                 "damaged or its scorer overflowed; score again"
             )
-        # Only where the scorer's windows begin with the piece has its first window been scored on
-        # purpose; elsewhere those values come from windows of text before the piece.
-        begins_with_windows = offset == 0 or self.manifest.sequence_length is not None
-        keep_first_window = self.manifest.score_first_window and begins_with_windows
+        keep_first_window = bool(self._keeps_first_window(np.asarray(offset)))
         return usable_scores(losses, self.manifest.window, keep_first_window)
+
+    def usable_share(self, index: SequenceIndex) -> float:
+        """Share of the targets of all pieces of ``index`` that ``usable`` leaves if all are scored."""
+        lengths = np.asarray(index.piece_length, dtype=np.int64)
+        left = np.maximum(lengths - (self.manifest.window - 1), 0)
+        kept = np.where(self._keeps_first_window(np.asarray(index.piece_offset)), lengths, left)
+        return int(kept.sum()) / max(int(lengths.sum()), 1)
+
+    def _keeps_first_window(self, offsets: np.ndarray) -> np.ndarray:
+        """Whether pieces that begin there keep the scores of their first window. Only where the
+        scorer's windows begin with the piece has it been scored on purpose; elsewhere those values
+        come from windows of text before the piece."""
+        begins_with_windows = (offsets == 0) | (self.manifest.sequence_length is not None)
+        return begins_with_windows & self.manifest.score_first_window
 
     def check(
         self,
