@@ -97,7 +97,7 @@ class Sidecar(IndexedArrayReader):
         return usable_scores(losses, self.manifest.window, keep_first_window)
 
     def usable_share(self, index: SequenceIndex) -> float:
-        """Share of the targets of all pieces of ``index`` that ``usable`` leaves if all are scored."""
+        """Share of the targets of ``index`` that ``usable`` leaves, were all of them scored."""
         lengths = np.asarray(index.piece_length, dtype=np.int64)
         left = np.maximum(lengths - (self.manifest.window - 1), 0)
         kept = np.where(self._keeps_first_window(np.asarray(index.piece_offset)), lengths, left)
