@@ -178,6 +178,17 @@ def _read_header(path: str) -> tuple[int, np.dtype]:
     return count, np.dtype(names[0]).newbyteorder("<")
 
 
+def stored_dtype(prefix: str) -> np.dtype | None:
+    """What PREFIX.idx says of its values, whatever else is wrong with it; None if nothing."""
+    try:
+        with open(index_path(prefix), "rb") as file:
+            magic, _, code, _, _ = HEADER.unpack(file.read(HEADER.size))
+    except (FileNotFoundError, struct.error):
+        return None
+    names = [name for name, value in DTYPE_CODES.items() if value == code and magic == MAGIC]
+    return np.dtype(names[0]) if names else None
+
+
 def _map(path: str, dtype: np.dtype, count: int, offset: int) -> np.ndarray:
     """A read-only memory map; an empty array where there is nothing to map."""
     if count == 0:

@@ -13,6 +13,7 @@ from lctw_megatron.config.layout_rules import check_model, without_gradients
 from lctw_megatron.config.model_sizes import forward_tokens
 from lctw_megatron.config.rope import longest_context
 from lctw_megatron.config.schema import LayoutConfig
+from lctw_megatron.data.indexed_array import data_path, stored_dtype
 from lctw_megatron.data.manifest import SidecarManifest, read_manifest
 from lctw_megatron.data.sidecar import Sidecar, sidecar_prefix
 from lctw_megatron.data.token_dataset import TokenDataset
@@ -56,6 +57,7 @@ class Job:
             raise InputError(
                 f"--name {self.name!r}: it becomes part of file names; use letters, digits, _ and -"
             )
+        self._check_name()
         _ = self.plan  # refuses windows that cannot be
         self._check_model()
         self._check_tokenizer()
@@ -261,6 +263,15 @@ class Job:
                     f"{json.dumps(expected)} is asked for; choose another --name, or replace it "
                     f"with --overwrite"
                 )
+
+    def _check_name(self) -> None:
+        """A corpus of tokens may have the name, with or without a manifest: never replaced."""
+        found = stored_dtype(self.prefix)
+        if found is not None and found.kind != "f":
+            raise InputError(
+                f"--name {self.name}: {data_path(self.prefix)} holds tokens, no sidecar; choose "
+                f"another --name"
+            )
 
     def _check_model(self) -> None:
         model, path = self.scorer_manifest.model, self.scorer_path

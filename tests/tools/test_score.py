@@ -105,6 +105,20 @@ def test_other_settings_need_another_name_or_overwrite(ask, copy: Scene, scene: 
     assert sidecar_bytes(copy.prefix) == scene.reference
 
 
+@pytest.mark.parametrize("flags", [[], ["--overwrite"], ["--shard", "0/1"], ["--merge"]])
+def test_a_corpus_that_has_the_sidecar_s_name_is_never_replaced(ask, copy: Scene, flags):
+    others = [Path(f"{copy.prefix}.en{end}") for end in EXTENSIONS]
+    for path in others:
+        path.write_bytes(copy.prefix.with_suffix(path.suffix).read_bytes())
+    for path in (None, others[2]):  # then without a manifest: another tool's corpus
+        if path is not None:
+            path.unlink()
+        before = {path.name: path.read_bytes() for path in copy.folder.iterdir()}
+        line = ask(*flags, data=copy.prefix, checkpoint=copy.checkpoint, name="en").error_line()
+        assert f"--name en: {copy.prefix}.en.bin holds tokens, no sidecar; choose another" in line
+        assert {path.name: path.read_bytes() for path in copy.folder.iterdir()} == before
+
+
 @pytest.mark.long
 def test_torchrun_and_its_restarts_change_no_byte(copy: Scene, scene: Scene, tmp_path: Path):
     # One rank kills itself after its first shard, once: torchrun starts all of them again.
