@@ -12,6 +12,7 @@ from lctw_megatron.data.manifest import (
     TokenizerIdentity,
     TokenManifest,
     manifest_path,
+    read_manifest,
     write_manifest,
 )
 from lctw_megatron.data.sidecar import Sidecar
@@ -64,12 +65,22 @@ def describe_sidecar(sidecar: Sidecar) -> str:
 
 
 def sidecar_names(dataset: TokenDataset) -> list[str]:
-    """Names of the sidecars that lie beside a token dataset."""
+    """Names of the sidecars that lie beside a token dataset: not of other token datasets there."""
     pattern = glob.escape(dataset.prefix) + ".*" + index_path("")
     names = (path[len(dataset.prefix) + 1 : -len(index_path(""))] for path in glob.glob(pattern))
-    return sorted(
-        name for name in names if os.path.exists(manifest_path(f"{dataset.prefix}.{name}"))
-    )
+    return sorted(name for name in names if not _is_no_sidecar(f"{dataset.prefix}.{name}"))
+
+
+def _is_no_sidecar(prefix: str) -> bool:
+    """Whether it has no manifest or that of tokens. What is damaged counts as a sidecar, so that
+    someone hears of it."""
+    try:
+        read_manifest(prefix, TokenManifest)
+    except InputError:
+        return False
+    except FileNotFoundError:
+        pass
+    return True
 
 
 def make_manifest(prefix: str, tokenizer_path: str) -> TokenManifest:

@@ -47,6 +47,17 @@ def test_it_prints_dataset_and_sidecars(ask, dataset):
     assert ask(dataset.prefix).out.count("verified") == 0
 
 
+def test_a_dataset_beside_is_no_sidecar_a_damaged_sidecar_is_one(ask, dataset):
+    write_tokens(f"{dataset.prefix}.en", count_up([4]))
+    answer = ask(dataset.prefix, "--verify")
+    assert answer.status == 0 and "corpus.en" not in answer.out
+    write_sidecar(dataset, [[NAN] * 5, [NAN, 1.0, 3.0], [NAN] * 900])
+    manifest = Path(f"{dataset.prefix}.short_loss.json")
+    for text in ("{", manifest.read_text().replace("sidecar 1", "sidecar 9")):
+        manifest.write_text(text)
+        assert "corpus.short_loss.json: not a manifest" in ask(dataset.prefix).err
+
+
 def test_verify_refuses_a_changed_token(ask, tmp_path):
     dataset = write_tokens(tmp_path / "corpus", [list(range(200_000))])
     with open(dataset.prefix + ".bin", "rb+") as file:
