@@ -110,7 +110,8 @@ class TopTargets:
 
     def add(self, targets: ScoredTargets) -> None:
         values = targets.values(self.by)
-        sizes = np.where(np.isnan(values), -np.inf, np.abs(values))
+        sizes = np.abs(values) if self.by == "difference" else values
+        sizes = np.where(np.isnan(values), -np.inf, sizes)
         if len(self._heap) == self.count:
             candidates = np.flatnonzero(sizes > self._heap[0].size)
         else:

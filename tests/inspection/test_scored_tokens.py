@@ -1,6 +1,7 @@
 """Weights from two sidecars are those of training; statistics and rankings, by plain loops."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,20 @@ def test_statistics_and_top_targets_equal_plain_loops(prefix):
     assert heavy[0].id == max(means, key=means.get) and light[0].id == min(means, key=means.get)
     expected = np.sort(np.abs(difference[known]))[::-1][:7]
     np.testing.assert_allclose([t.size for t in top.sorted()], expected)
+
+
+@pytest.mark.parametrize("by", ["score", "difference", "long_loss", "weight"])
+def test_only_differences_are_ranked_by_magnitude(prefix, by):
+    top, values = TopTargets(5, by), []
+    for targets in all_targets(ScoredTokens(TokenDataset(prefix), DENSE, SequenceSettings(None))):
+        # So that those furthest below 0 are further from it than any above.
+        targets = replace(targets, score=targets.score - 9, short_loss=targets.short_loss - 9)
+        top.add(targets)
+        values.append(targets.values(by))
+    known = np.concatenate(values)
+    known = known[~np.isnan(known)]
+    sizes = np.abs(known) if by == "difference" else known
+    np.testing.assert_array_equal([t.size for t in top.sorted()], np.sort(sizes)[::-1][:5])
 
 
 def test_the_views_name_what_they_show(prefix, tmp_path):
