@@ -102,22 +102,32 @@ def overview_table(groups: Sequence[Group]) -> Rows:
     """The baseline's values, then what each other group differs from them by, and what training
     took. Columns that no group has are left out."""
     baseline, others = groups[0], groups[1:]
+    columns = [comparison for comparison in comparisons(groups) if comparison.in_table]
     rows: Rows = [["difference to " + baseline.name, "seeds"]]
-    rows.append([f"{baseline.name} itself", str(len(baseline.runs))])
-    rows += [[group.name, str(len(group.runs))] for group in others]
-    for comparison in comparisons(groups):
-        if comparison.in_table:
-            ours = comparison.read(baseline)
-            rows[0].append(comparison.name)
-            rows[1].append("-" if ours is None else show(level(ours)))
-            for row, group in zip(rows[2:], others, strict=True):
-                theirs = comparison.read(group)
-                found = difference(theirs, ours)
-                unknown = "other samples" if ours and theirs else "-"
-                text = unknown if found is None else show(found, "+")
-                row.append(marked(text, *verdict(found, comparison)))
+    for group in groups:
+        name = f"{group.name} itself" if group is baseline else group.name
+        fewest, most = _seeds_that_count(group, columns)
+        rows.append([name, str(most) if fewest == most else f"{fewest} to {most}"])
+    for comparison in columns:
+        ours = comparison.read(baseline)
+        rows[0].append(comparison.name)
+        rows[1].append("-" if ours is None else show(level(ours)))
+        for row, group in zip(rows[2:], others, strict=True):
+            theirs = comparison.read(group)
+            found = difference(theirs, ours)
+            unknown = "other samples" if ours and theirs else "-"
+            text = unknown if found is None else show(found, "+")
+            row.append(marked(text, *verdict(found, comparison)))
     _add_cost(rows, groups)
     return rows
+
+
+def _seeds_that_count(group: Group, compared: Sequence[Comparison]) -> tuple[int, int]:
+    """The fewest and the most of a group's runs that one of its comparisons is made of: those
+    without a measurement, or with one on other samples, are left out of it."""
+    measured = [comparison.read(group) for comparison in compared]
+    counts = [len(found.seeds) for found in measured if found] or [len(group.runs)]
+    return min(counts), max(counts)
 
 
 def _add_cost(rows: Rows, groups: Sequence[Group]) -> None:
@@ -196,9 +206,16 @@ def reading_lines(groups: Sequence[Group], judged: Sequence[Judgement]) -> list[
         "answer token. Loss: nats a target of held-out text, after so many tokens of context. "
         "Cost: of one run's training steps, without what scoring a corpus takes once."
     ]
-    single = [group.name for group in groups if len(group.runs) == 1]
+    compared = comparisons(groups)
+    seeds = {group.name: _seeds_that_count(group, compared) for group in groups}
+    single = [
+        name if most == 1 else f"{name} (in part)"
+        for name, (fewest, most) in seeds.items()
+        if fewest == 1
+    ]
     if single:
-        who = "All have" if len(single) == len(groups) else f"{few(single)}: only"
+        all_have = all(most == 1 for _, most in seeds.values())
+        who = "All have" if all_have else f"{few(single)}: only"
         lines.append(
             f"{who} one seed: what another order of the data would have given is not in ±."
         )
