@@ -42,19 +42,20 @@ def loss_by_distance(groups: Sequence[Group]) -> Figure | None:
 
 def gain_by_distance(groups: Sequence[Group]) -> Figure | None:
     """What the context beyond the window is worth to each model, in the mean over a group's runs;
-    None if not measured."""
-    found = [(group, _gains(group)) for group in groups]
-    measured = [(group, gains) for group, gains in found if gains]
+    None if not measured. Groups measured on other samples or windows than the first are left out.
+    """
+    measured = [(group, found) for group in groups if (found := _gains(group))]
     if not measured:
         return None
-    evaluation = _evaluation(measured[0][0])
-    settings, bins = evaluation["settings"], evaluation["distance"]["bins"]
+    how, first = measured[0][1][0]
+    settings, bins = first["settings"], first["distance"]["bins"]
+    measured = [(group, found) for group, found in measured if found[0][0] == how]
     with new_figure(8, 3.9) as figure:
         axes = figure.add_subplot()
         axes.axhline(0, color=GUIDE, linewidth=0.8)
-        for group, gains in measured:
-            if len(gains[0]) == len(bins):
-                _line(axes, bins, np.mean(gains, axis=0), group, groups)
+        for group, found in measured:
+            gains = [_numbers(evaluation["distance"]["gain"]) for _, evaluation in found]
+            _line(axes, bins, np.mean(gains, axis=0), group, groups)
         _bucket_axis(axes, bins, settings["near"])
         axes.set_title(f"gain: loss with the last {settings['window']} tokens only − loss with all")
         axes.set_xlabel(DISTANCE)
@@ -118,15 +119,16 @@ def _losses(group: Group, probes: str, bins: int) -> list[Measured | None]:
     return [measures.loss(group, probes, [at]) for at in range(bins)]
 
 
-def _gains(group: Group) -> list[np.ndarray]:
-    """Of each run that has them, on the samples and windows of the first: float64 [bins]."""
-    runs = [(run, run.evaluation) for run in group.runs if run.evaluation is not None]
+def _gains(group: Group) -> list[tuple[Any, dict[str, Any]]]:
+    """What the gain was measured on, and the evaluation: of each run that has one, on the samples
+    and windows of the first."""
     found = [
-        ((measures.loss_samples(run), evaluation["settings"]["window"]), evaluation["distance"])
-        for run, evaluation in runs
-        if "gain" in evaluation["distance"]
+        ((measures.loss_samples(run), settings["window"], settings.get("stride")), run.evaluation)
+        for run in group.runs
+        if run.evaluation is not None and "gain" in run.evaluation["distance"]
+        for settings in [run.evaluation["settings"]]
     ]
-    return [_numbers(part["gain"]) for how, part in found if how == found[0][0]]
+    return [(how, evaluation) for how, evaluation in found if how == found[0][0]]
 
 
 def _means(found: Sequence[Difference | None]) -> np.ndarray:

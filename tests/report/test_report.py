@@ -18,7 +18,7 @@ from lctw_megatron.errors import InputError
 from lctw_megatron.report.comparisons import judge, verdict_lines
 from lctw_megatron.report.curve_plots import difference_curves, same_batches
 from lctw_megatron.report.groups import Group, group_runs
-from lctw_megatron.report.probe_plots import loss_by_position
+from lctw_megatron.report.probe_plots import gain_by_distance, loss_by_position
 from lctw_megatron.report.report import write_report
 from lctw_megatron.report.result_tables import explain, loss_table, run_table
 from lctw_megatron.report.runs import read_run, read_runs
@@ -123,6 +123,14 @@ def test_the_table_tells_near_far_and_first_seen_apart_and_ends_with_note_and_pa
     share = counts[1] / sum(counts)
     assert float(numbers[0]) == pytest.approx(-0.25 * share, abs=6e-5)
     assert NOTE in lines and lines[-1] == f"report: {folder / 'report' / 'report.html'}"
+
+
+def test_gains_on_other_windows_or_other_data_are_not_drawn_beside_the_first(tmp_path):
+    settings = {"a": {}, "b": {}, "c": {"window": 32}, "d": {"tokens_fingerprint": "g"}}
+    folders = [write_run(tmp_path / name, **changed) for name, changed in settings.items()]
+    figure = gain_by_distance(groups_of([str(folder) for folder in folders]))
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
+    assert len(figure.axes[0].containers) == 2 * 2  # numbers and first seen
 
 
 def test_differences_have_no_error_where_runs_agree_or_differ_by_a_constant(report):
