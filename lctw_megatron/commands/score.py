@@ -12,6 +12,8 @@ from lctw_megatron.training.exit_status import leaving_when_asked
 
 def _shard(text: str) -> tuple[int, int]:
     number, of = (int(part) for part in text.split("/"))
+    if of < 1:
+        raise argparse.ArgumentTypeError(f"{text}: N, the number of shards, is at least 1")
     if not 0 <= number < of:
         raise argparse.ArgumentTypeError(f"{text}: the shards of I/N are 0/{of} to {of - 1}/{of}")
     return number, of

@@ -39,6 +39,7 @@ def ask(capsys):
         ([], {"stride": 0}, "argument --stride: invalid positive integer value: '0'"),
         ([], {"data": None}, "the following arguments are required: --data"),
         (["--shard", "3/3"], {}, "argument --shard: 3/3: the shards of I/N are 0/3 to 2/3"),
+        (["--shard", "0/0"], {}, "argument --shard: 0/0: N, the number of shards, is at least 1"),
         (["--shard", "3"], {}, "argument --shard: invalid I/N value: '3'"),
         (["--shard", "0/3", "--shards", "3"], {}, "not allowed with argument"),
         (["--shard", "0/3", "--merge"], {}, "--merge joins all shards"),
