@@ -145,6 +145,11 @@ class Inspection:
         lengths = [sum(piece.length for piece in pieces) for pieces in sequences]
         ends = list(itertools.accumulate(lengths))
         total = ends[-1]
+        if total < 1:  # of a document as sequence
+            raise InputError(
+                f"{self.scored.dataset.prefix}: document {sequences[0][0].document} has "
+                f"{total + 1} tokens and so no target"
+            )
         if view.offset >= total:
             raise InputError(f"--offset {view.offset}: there are {total} targets")
         if view.top or view.statistics:

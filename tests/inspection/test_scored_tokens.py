@@ -11,7 +11,7 @@ import torch
 from lctw_megatron.config.schema import DataConfig
 from lctw_megatron.data.sequence_source import SequenceSource
 from lctw_megatron.data.sidecar import Sidecar
-from lctw_megatron.data.token_dataset import TokenDataset
+from lctw_megatron.data.token_dataset import TokenDataset, TokenWriter
 from lctw_megatron.errors import InputError
 from lctw_megatron.inspection import rank_documents as ranking
 from lctw_megatron.inspection.inspect_tokens import Inspection, View, write_page
@@ -191,6 +191,21 @@ def test_a_part_of_a_document_is_that_part_of_the_whole(prefix):
     assert len(read[1]) == len(scored.document(3))
     with pytest.raises(InputError, match="there are 776 targets"):
         inspection.show(View(document=3, offset=10**6), False)
+
+
+def test_a_sequence_without_targets_is_refused_as_its_document_is(tmp_path, prefix):
+    tokenizer = TokenDataset(prefix).manifest.tokenizer
+    with TokenWriter(tmp_path / "t", tokenizer) as writer:
+        for length in (5, 0, 1):
+            writer.add(np.full(length, 3))
+    uniform = parse_weighting({"scheme": "uniform"})
+    scored = ScoredTokens(TokenDataset(tmp_path / "t"), uniform, SequenceSettings(None))
+    for number, tokens in ((1, 0), (2, 1)):
+        for view in (View(sequence=number), View(document=number)):
+            with pytest.raises(
+                InputError, match=f"t: document {number} has {tokens} tokens and so no target"
+            ):
+                Inspection(scored).show(view, False)
 
 
 def test_ranking_equals_a_loop_over_the_documents_however_it_is_read(tmp_path, monkeypatch):
