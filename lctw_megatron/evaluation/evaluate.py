@@ -193,6 +193,13 @@ def complete(
         check_windows(window, stride, length)
     elif stride:
         raise InputError("--stride has no meaning without --window; give the short context's size")
+    else:
+        for name, usual in (("alpha", KEY_ALPHA), ("beta", KEY_BETA)):
+            if getattr(settings, name) != usual:
+                raise InputError(
+                    f"--{name} has no meaning without --window or --key-checkpoint, as no key "
+                    f"tokens are picked; give one of them"
+                )
     return replace(
         settings,
         sequence_length=length,

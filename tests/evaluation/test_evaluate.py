@@ -259,6 +259,8 @@ def test_inspect_data_looks_at_a_step_and_through_a_model(trained, capsys):
         ({"sequence_length": 5000}, "the longest document has .* tokens, but"),
         ({"window": 64}, "window 64 >= sequence length 64"),
         ({"window": None, "stride": 4}, "--stride has no meaning without --window"),
+        ({"window": None, "stride": None}, "--alpha has no meaning without --window or --key"),
+        ({"window": None, "stride": None, "alpha": 2.0}, "--beta has no meaning without --window"),
         (
             {"window": None, "stride": None, "key_checkpoint": "x"},
             "window 5120 >= sequence length 64",
@@ -282,7 +284,7 @@ def test_with_an_evaluator_the_windows_are_longppl_s_own_unless_given(trained):
 
     from lctw_megatron.evaluation.evaluate import complete
 
-    bare = replace(SETTINGS, sequence_length=8192, window=None, stride=None)
+    bare = EvaluationSettings(sequence_length=8192)
     for given, windows in (
         ({}, (None, None)),
         ({"key_checkpoint": "x"}, (5120, 1024)),
