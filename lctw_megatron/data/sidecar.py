@@ -118,7 +118,7 @@ class Sidecar(IndexedArrayReader):
         packing: str | None = None,
     ) -> None:
         """InputError unless the sidecar was scored with this window and stride (None: any) and
-        serves training with this sequence length and packing.
+        serves sequences of this length and packing.
 
         Windows that restart only at documents serve any sequence length. Windows that also
         restart at multiples of S serve S-token chunks only: elsewhere the context would differ.
@@ -135,14 +135,16 @@ class Sidecar(IndexedArrayReader):
             return
         if sequence_length is not None and sequence_length != own:
             raise InputError(
-                f"{self.prefix}: scored with --sequence-length {own}, but training has "
-                f"data.sequence_length {sequence_length}; make them equal, or score again without "
+                f"{self.prefix}: scored with --sequence-length {own}, but sequences of "
+                f"{sequence_length} tokens are asked for; make data.sequence_length (of "
+                f"tools/inspect_data.py: --sequence-length) {own}, or score again without "
                 f"--sequence-length to serve any"
             )
         if packing is not None and packing != "chunk":
             raise InputError(
-                f"{self.prefix}: scored with --sequence-length {own}, which fits data.packing "
-                f"chunk, not {packing}; use chunk, or score again without --sequence-length"
+                f"{self.prefix}: scored with --sequence-length {own}, which fits packing chunk, "
+                f"not {packing}; make data.packing (of tools/inspect_data.py: --packing) chunk, or "
+                f"score again without --sequence-length"
             )
 
     def verify(self) -> None:

@@ -113,8 +113,9 @@ class ScoredTokens:
         scheme = weighting.scheme
         self.long = None if model else self._open(long_name, scheme.needs_long_loss)
         self.short = None if windows else self._open(short_name, scheme.needs_short_loss)
-        if self.short is not None:
-            self.short.check(sequence_length=settings.sequence_length, packing=settings.packing)
+        for sidecar in (self.long, self.short):
+            if sidecar is not None:
+                sidecar.check(sequence_length=settings.sequence_length, packing=settings.packing)
         tokenizer = dataset.manifest.tokenizer
         self._bos_id = tokenizer.bos_id if tokenizer.add_bos else None
         self._index: SequenceIndex | None = None

@@ -92,6 +92,23 @@ def test_schemes_without_short_losses_need_no_sidecar(tmp_path):
             ScoredTokens(dataset, needs_long_losses, SequenceSettings(None))
 
 
+@pytest.mark.parametrize("name", ["long_loss", "short_loss"])
+def test_both_sidecars_are_of_the_sequences_that_are_weighed(tmp_path, name):
+    dataset = write_tokens(tmp_path / "t", [list(range(3, 200))])
+    for each in ("long_loss", "short_loss"):
+        write_sidecar(dataset, each, 2.0, sequence_length=64 if each == name else None)
+    ScoredTokens(dataset, DENSE, SequenceSettings(64))
+    for settings, message in (
+        (
+            SequenceSettings(32),
+            "sequences of 32 tokens are asked for; .* --sequence-length. 64",
+        ),
+        (SequenceSettings(64, "pack"), "not pack; .* --packing. chunk"),
+    ):
+        with pytest.raises(InputError, match=rf"t\.{name}: scored with .*{message}"):
+            ScoredTokens(dataset, DENSE, settings)
+
+
 def test_what_does_not_exist_is_refused(prefix):
     scored = ScoredTokens(TokenDataset(prefix), DENSE, SequenceSettings(None))
     for wrong in (lambda: scored.document(99), lambda: scored.sequence(99)):
