@@ -96,7 +96,7 @@ def _of_runs(
 def loss_samples(run: RunRecord) -> str | None:
     if run.evaluation is None:
         return None
-    keys = ("tokens_fingerprint", "sequence_length", "near")
+    keys = ("tokens_fingerprint", "sequence_length")
     settings = run.evaluation["settings"]
     return json.dumps([[settings[key] for key in keys], run.evaluation["sequences"]])
 
@@ -112,6 +112,9 @@ def _loss_block(
     chosen = list(range(losses.shape[1]) if bins is None else bins)
     if max(chosen, default=0) >= losses.shape[1]:  # bins of longer sequences
         return None
+    if bins is not None and probes == "classes" and {0, 1} & set(chosen):
+        # With another --near other targets are near and far.
+        samples = json.dumps([samples, run.evaluation["settings"]["near"]])
     return samples, [Block(losses[:, chosen].sum(1)[None], targets[:, chosen].sum(1))]
 
 

@@ -142,6 +142,16 @@ def explain(runs: Sequence[RunRecord]) -> list[str]:
             f"({shares[0]} of the targets), far: farther back ({shares[1]}), first seen: not in "
             f"the sequence before ({shares[2]})."
         )
+        nears: dict[int, list[str]] = {}
+        for run in runs:
+            if run.evaluation is not None:
+                nears.setdefault(run.evaluation["settings"]["near"], []).append(run.name)
+        if len(nears) > 1:
+            given = "; ".join(f"{near} for {few(names)}" for near, names in nears.items())
+            lines.append(
+                f"--near was {given}: losses of near and of far targets are compared only where it "
+                "was the same."
+            )
         lines.append(
             f"{evaluated['targets']:,} targets of {len(evaluated['sequences'])} sequences of "
             f"{settings['sequence_length']:,} tokens from {documents} documents of "

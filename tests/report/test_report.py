@@ -133,6 +133,16 @@ def test_gains_on_other_windows_or_other_data_are_not_drawn_beside_the_first(tmp
     assert len(figure.axes[0].containers) == 2 * 2  # numbers and first seen
 
 
+def test_with_another_near_only_near_and_far_targets_are_not_compared(tmp_path):
+    folders = [str(write_run(tmp_path / name, near=near)) for name, near in (("a", 16), ("b", 8))]
+    row = loss_table(groups_of(folders))[-1]
+    assert row == ["b - a", "+0.0000 ±0.0000", "-", "-", "+0.0000 ±0.0000"]
+    assert any(
+        line.startswith("--near was 16 for a; 8 for b: losses of near and of far targets are")
+        for line in explain(read_runs(folders)[0])
+    )
+
+
 def test_differences_have_no_error_where_runs_agree_or_differ_by_a_constant(report):
     rows = loss_table(groups_of([str(report[0] / "uniform"), str(report[0] / "dense")]))
     assert rows[-1][2:] == ["+0.0000 ±0.0000", "-0.2500 ±0.0000 ✓", "+0.0000 ±0.0000"]
