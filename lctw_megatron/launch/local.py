@@ -24,11 +24,13 @@ def run_stages(graph: StageGraph, stages: Sequence[Stage], ranks: int | None = N
     allows. Stops at the first stage that fails, with its status; start again to go on.
     """
     check_needs(graph, stages)
-    names = {stage.name for stage in stages if not graph.is_done(stage)}
+    outdated = graph.outdated(stages)
+    names = {s.name for s in stages if s.name in outdated or not graph.is_done(s)}
     for run in graph.runs:  # not after hours of scoring
         if f"train-{run.name}" in names:
             check_trackers(run.training.trackers)
     graph.folder.mkdir(parents=True, exist_ok=True)
+    graph.forget_outdated(stages)
     for number, stage in enumerate(stages, 1):
         title = f"[{number}/{len(stages)}] {stage.name}"
         if graph.is_done(stage):
@@ -68,10 +70,11 @@ def command_lines(
     graph: StageGraph, stages: Sequence[Stage], ranks: int | None = None
 ) -> list[str]:
     """What ``run_stages`` would run, as one would type it (in the checkout, if there is one)."""
-    lines = []
+    lines, outdated = [], graph.outdated(stages)
     for stage in stages:
         command = shlex.join(_shortened(local_command(graph, stage, ranks)))
-        lines.append(f"# {stage.name}{': done before' if graph.is_done(stage) else ''}\n{command}")
+        done = stage.name not in outdated and graph.is_done(stage)
+        lines.append(f"# {stage.name}{': done before' if done else ''}\n{command}")
     return lines
 
 
@@ -81,9 +84,12 @@ def check_needs(
     """Refuse stages that need others which are neither done nor among them nor in ``ahead``."""
     known = {stage.name: stage for stage in graph.stages}
     names = {stage.name for stage in stages} | ahead
+    outdated = graph.outdated(stage for stage in stages if stage.name not in ahead)
     for stage in stages:
+        if stage.name not in outdated and graph.is_done(stage):
+            continue
         for need in stage.needs:
-            if need not in names and not graph.is_done(known[need]) and not graph.is_done(stage):
+            if need not in names and (need in outdated or not graph.is_done(known[need])):
                 raise InputError(
                     f"--stages: {stage.name} needs {need}, which is not done; add it to --stages"
                 )

@@ -8,7 +8,7 @@ not needed.
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lctw_megatron.atomic import atomic_file, write_json
@@ -48,16 +48,18 @@ def submission(
     None: asked here). Each waits for the jobs it needs; if one of them fails, SLURM removes those
     that wait for it."""
     queued = _queued(graph, jobs) if queued is None else queued
+    outdated = _outdated(graph, jobs, queued)
     made = Submission(graph.recipe_path, graph.folder / "submit.sh", [job.script for job in jobs])
     for name, id in queued.items():
         made.queued(name, id)
     ahead = set(queued)
     for job in jobs:
-        if _is_done(graph, job):
+        if _is_done(graph, job, outdated):
             made.done(job.name)
         elif job.name not in queued:
             after = [name for name in job.needs if name in ahead]
-            made.submit(job.name, script_path(graph, job), after, _missing_parts(graph, job))
+            missing = _missing_parts(graph, job, outdated)
+            made.submit(job.name, script_path(graph, job), after, missing)
             ahead.add(job.name)
     return made
 
@@ -72,6 +74,7 @@ def submit(graph: StageGraph, stages: Sequence[Stage], cluster: ClusterConfig) -
 def _submit(graph: StageGraph, jobs: Sequence[Job], stages: Sequence[Stage]) -> None:
     ids, queued = _read_ids(graph), _queued(graph, jobs)
     check_needs(graph, stages, frozenset(queued))
+    outdated = _outdated(graph, jobs, queued)
     for job in jobs:
         path = script_path(graph, job)
         if job.name in queued:  # and that is what its script stays
@@ -79,7 +82,7 @@ def _submit(graph: StageGraph, jobs: Sequence[Job], stages: Sequence[Stage]) -> 
             continue
         with atomic_file(path, "w") as file:
             file.write(job.script)
-        if _is_done(graph, job):
+        if _is_done(graph, job, outdated):
             print(f"{job.name}: done before")
         # Whoever launches again has mended what failed: the retries are counted anew.
         for part in range(job.parts) if job.parts else [None]:
@@ -88,6 +91,7 @@ def _submit(graph: StageGraph, jobs: Sequence[Job], stages: Sequence[Stage]) -> 
     with atomic_file(script.path, "w") as file:
         file.write(script.text)
     _find("sbatch")
+    graph.forget_outdated(job.stage for job in jobs if job.name not in queued)
     needs = {job.name: job.needs for job in jobs}
     waiting_for = dict(queued)
     for name, id in _run(script.path):
@@ -162,14 +166,23 @@ def stage_states(graph: StageGraph, jobs: Sequence[Job], ask: bool = True) -> li
     return found
 
 
-def _is_done(graph: StageGraph, job: Job) -> bool:
-    if graph.is_done(job.stage):
+def _outdated(graph: StageGraph, jobs: Sequence[Job], queued: Mapping[str, str]) -> set[str]:
+    """The stages whose marks do not count any more once those ``jobs`` are submitted that are to
+    be; what waits or runs has taken them when it was."""
+    return graph.outdated(job.stage for job in jobs if job.name not in queued)
+
+
+def _is_done(graph: StageGraph, job: Job, outdated: Collection[str] = ()) -> bool:
+    if job.stage.name not in outdated and graph.is_done(job.stage):
         return True
-    return bool(job.parts) and not _missing_parts(graph, job)
+    return bool(job.parts) and not _missing_parts(graph, job, outdated)
 
 
-def _missing_parts(graph: StageGraph, job: Job) -> list[int]:
-    return [part for part in range(job.parts or 0) if not graph.is_done(job.stage, part)]
+def _missing_parts(graph: StageGraph, job: Job, outdated: Collection[str] = ()) -> list[int]:
+    parts = range(job.parts or 0)
+    if job.stage.name in outdated:
+        return list(parts)
+    return [part for part in parts if not graph.is_done(job.stage, part)]
 
 
 def _ids_path(graph: StageGraph) -> Path:

@@ -3,9 +3,11 @@
 A mark is a file OUTPUT_DIR/launch/STAGE.done that holds the stage's fingerprint: a digest of its
 command, its configuration and the fingerprints of the stages it needs. A stage whose recipe has
 changed since, or that comes after such a one, is therefore not done, nor is one whose output was
-removed. (The commands then find by themselves what is left to do.)
+removed. What comes after a stage that is started once more loses its mark. (The commands then find
+by themselves what is left to do.)
 """
 
+import glob
 import hashlib
 import json
 from collections.abc import Callable, Iterable
@@ -57,6 +59,24 @@ class StageGraph:
     def set_done(self, stage: Stage) -> None:
         with atomic_file(self.mark(stage), "w") as file:
             file.write(self.fingerprints[stage.name] + "\n")
+
+    def outdated(self, stages: Iterable[Stage]) -> set[str]:
+        """Names of all stages that need, directly or not, one of ``stages`` that is not done: what
+        they have made, they have made of what is now made anew."""
+        anew = {stage.name for stage in stages if not self.is_done(stage)}
+        found: set[str] = set()
+        for stage in self.stages:
+            if not (anew | found).isdisjoint(stage.needs):
+                found.add(stage.name)
+        return found
+
+    def forget_outdated(self, stages: Iterable[Stage]) -> None:
+        """Remove the marks of the stages, and of their parts, that are ``outdated``; before one of
+        ``stages`` is started."""
+        for name in self.outdated(stages):
+            (self.folder / f"{name}.done").unlink(missing_ok=True)
+            for part in self.folder.glob(f"{glob.escape(name)}.*-of-*.done"):
+                part.unlink(missing_ok=True)
 
     def check_ranks(self, stage: Stage, world: int) -> None:
         """Refuse a number of ranks that does not suit the stage's layout or batch. InputError."""

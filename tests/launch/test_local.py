@@ -48,6 +48,27 @@ def test_stages_run_in_order_and_only_once(plan, fake_tools, capfd):
     assert "[10/10] report: done before" in capfd.readouterr().out
 
 
+def test_what_comes_after_a_stage_that_runs_again_runs_again(plan, fake_tools, monkeypatch, capfd):
+    made = plan(SINGLE)
+    assert local.run_stages(made, made.stages) == 0
+    Path("out/uniform/checkpoints").rename("elsewhere")
+    lines = local.command_lines(made, made.stages)
+    again = [line.split("\n")[0][2:] for line in lines if "done before" not in line]
+    assert again == [
+        "train-uniform", "export-uniform", "evaluate-uniform", "evaluate-dense", "report",
+    ]  # fmt: skip
+    # Also if it is interrupted, or was chosen alone.
+    monkeypatch.setenv("TRAIN_STATUS", "7")
+    assert local.run_stages(made, made.select(["train-uniform"])) == 7
+    monkeypatch.delenv("TRAIN_STATUS")
+    assert local.run_stages(made, made.select(["train-uniform"])) == 0
+    capfd.readouterr()
+    assert local.run_stages(made, made.stages) == 0
+    said = capfd.readouterr().out.splitlines()
+    done = [line.split()[1].rstrip(":") for line in said if "done before" in line]
+    assert [s.name for s in made.stages if s.name not in done] == again[1:]
+
+
 def test_a_failure_stops_the_chain_and_the_next_start_goes_on(plan, fake_tools, monkeypatch):
     made = plan(SINGLE)
     monkeypatch.setenv("SCORE_STATUS", "7")

@@ -112,6 +112,20 @@ def test_submitting_again_leaves_out_what_is_done_or_queued(plan, slurm, capsys)
     assert "--dependency=afterok:5 " in lines[3]  # the one in the queue
 
 
+def test_what_comes_after_a_stage_that_is_submitted_again_is_submitted_too(plan, slurm, capsys):
+    made = plan()
+    finish(made, *(s.name for s in made.stages))
+    for part in range(4):
+        made.mark(made.select(["score"])[0], part).write_text(made.fingerprints["score"])
+    Path("out/base/checkpoints").rmdir()
+    shown = queue.submission(made, queue.plan_jobs(made, made.stages, CPU)).text
+    queue.submit(made, made.stages, CPU)
+    assert shown == (made.folder / "submit.sh").read_text()
+    assert "--array=0,1,2,3" in slurm.said()["score-parts"]
+    assert len(slurm.said()) == 10 and "prepare: done before" in capsys.readouterr().out
+    assert [s.name for s in made.stages if made.is_done(s)] == ["prepare"]
+
+
 def test_launching_again_counts_the_failures_anew(plan, slurm):
     made = plan()
     queue.submit(made, made.stages, CPU)

@@ -202,6 +202,24 @@ def test_a_mark_counts_only_while_nothing_before_it_changed(plan):
     assert done(made) == ["prepare", "train-base", "train-uniform"]
 
 
+def test_what_comes_after_a_stage_that_runs_again_loses_its_mark(plan):
+    made = plan()
+    mark_done(made, *(s.name for s in made.stages))
+    score = stage(made, "score")
+    for part in range(4):
+        made.mark(score, part).write_text(made.fingerprints["score"])
+    assert made.outdated(made.stages) == set()
+    made.mark(stage(made, "train-uniform")).unlink()
+    again = ["export-uniform", "evaluate-uniform", "evaluate-dense", "report"]
+    assert made.outdated(made.stages) == set(again)
+    made.forget_outdated(made.select(["score", "export"]))
+    assert len(done(made)) == 9
+    Path(stage(made, "train-base").output).unlink()
+    made.forget_outdated(made.select(["train-base"]))
+    assert done(made) == ["prepare"]
+    assert not any(made.is_done(score, part) for part in range(4))
+
+
 def test_a_training_whose_last_checkpoint_was_removed_is_not_done(plan):
     made = plan()
     train = stage(made, "train-base")
