@@ -1,5 +1,6 @@
 """Settings that contradict each other, apart from the parallel sizes (``layout_rules.py``)."""
 
+import os
 from pathlib import Path
 
 from lctw_megatron.config.layout_rules import check_layout
@@ -136,6 +137,17 @@ def check_source(recipe: Recipe, source: str, field: str) -> None:
     if source not in recipe.runs and "/" not in source and not Path(source).exists():
         hint = nearest(source, recipe.runs)
         raise InputError(f"{field} is {source}, neither a run nor a checkpoint folder; {hint}")
+
+
+def run_of(recipe: Recipe, source: str | None) -> str | None:
+    """The run whose name ``source`` is, or in whose folder it lies; None: it is of elsewhere."""
+    if source is None or source in recipe.runs:
+        return source
+    place = Path(os.path.abspath(source))
+    for name in recipe.runs:
+        if place.is_relative_to(os.path.abspath(f"{recipe.output_dir}/{name}")):
+            return name
+    return None
 
 
 def starts_from_a_checkpoint(recipe: Recipe, name: str) -> bool:

@@ -12,11 +12,13 @@ Exported, evaluated and reported on are the final runs: those that no other run 
 scored by.
 """
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lctw_megatron.config.load import checkpoints_of
+from lctw_megatron.config.rules import run_of
 from lctw_megatron.config.schema import (
     MOST_DOCUMENT_BYTES,
     EvaluationConfig,
@@ -113,9 +115,9 @@ def all_stages(
 
 def final_runs(recipe: Recipe, runs: Iterable[RunConfig]) -> list[RunConfig]:
     """The runs that no other run starts from or is scored by."""
-    used = {values.get("start") for values in recipe.runs.values()}
+    used = {run_of(recipe, values.get("start")) for values in recipe.runs.values()}
     if recipe.scoring:
-        used.add(recipe.scoring.scorer)
+        used.add(run_of(recipe, recipe.scoring.scorer))
     runs = list(runs)
     return [run for run in runs if run.name not in used] or runs
 
@@ -124,8 +126,9 @@ def _data_needs(recipe: Recipe, prefixes: Iterable[str]) -> list[str]:
     """`prepare`, if it makes one of the token datasets."""
     if recipe.prepare is None:
         return []
-    made = {recipe.prepare.output_prefix, f"{recipe.prepare.output_prefix}-validation"}
-    return ["prepare"] if made & set(prefixes) else []
+    prefix = os.path.abspath(recipe.prepare.output_prefix)
+    made = {prefix, f"{prefix}-validation"}
+    return [] if made.isdisjoint(map(os.path.abspath, prefixes)) else ["prepare"]
 
 
 def _reads_scores(recipe: Recipe, run: RunConfig) -> bool:
@@ -138,7 +141,7 @@ def _reads_scores(recipe: Recipe, run: RunConfig) -> bool:
 def _scored_prefixes(recipe: Recipe, runs: Iterable[RunConfig]) -> dict[str, str]:
     """Prefix of each token dataset that is to be scored -> name of its stage."""
     corpora = [corpus for run in runs if _reads_scores(recipe, run) for corpus in run.data.train]
-    prefixes = list(dict.fromkeys(corpus.prefix for corpus in corpora))
+    prefixes = list(dict.fromkeys(os.path.normpath(corpus.prefix) for corpus in corpora))
     if len(prefixes) == 1:
         return {prefixes[0]: "score"}
     names = [Path(prefix).name for prefix in prefixes]
@@ -201,13 +204,13 @@ def _score_stage(recipe: Recipe, scoring: ScoringConfig, prefix: str, name: str)
     for option, ranks in (("--tensor", scoring.tensor), ("--pipeline", scoring.pipeline)):
         if ranks > 1:
             arguments += [option, str(ranks)]
-    scorer = [f"train-{scoring.scorer}"] if scoring.scorer in recipe.runs else []
+    scorer = run_of(recipe, scoring.scorer)
     return Stage(
         name,
         "score",
         tuple(arguments),
         f"{prefix}.{scoring.name}.json",
-        needs=(*_data_needs(recipe, [prefix]), *scorer),
+        needs=(*_data_needs(recipe, [prefix]), *([f"train-{scorer}"] if scorer else [])),
         model_ranks=scoring.tensor * scoring.pipeline,
         scales=True,
         shards=scoring.shards,
@@ -227,9 +230,8 @@ def _train_stage(
         arguments += ["--set", override]
     needs = _data_needs(recipe, [c.prefix for c in (*run.data.train, *run.data.validation)])
     if _reads_scores(recipe, run):
-        needs += [scored[corpus.prefix] for corpus in run.data.train]
-    start = recipe.runs[run.name].get("start")
-    if start in recipe.runs:
+        needs += [scored[os.path.normpath(corpus.prefix)] for corpus in run.data.train]
+    if start := run_of(recipe, recipe.runs[run.name].get("start")):
         needs.append(f"train-{start}")
     return Stage(
         f"train-{run.name}",
@@ -292,8 +294,8 @@ def _evaluate_stage(recipe: Recipe, evaluation: EvaluationConfig, run: RunConfig
             arguments += [option, str(value)]
     if key := evaluation.key_checkpoint:
         arguments += ["--key-checkpoint", checkpoints_of(recipe, key)]
-        if key in recipe.runs and key != run.name:
-            needs.append(f"train-{key}")
+        if (name := run_of(recipe, key)) and name != run.name:
+            needs.append(f"train-{name}")
     return Stage(
         f"evaluate-{run.name}",
         "evaluate",

@@ -49,6 +49,24 @@ def test_stages_come_after_what_they_need(plan):
         before.add(s.name)
 
 
+def test_a_path_to_what_a_stage_makes_is_a_need_like_its_name(plan, tmp_path):
+    expected = {s.name: s.needs for s in plan().stages}
+    for override in (
+        "data.train=./data/books",
+        f"data.train={tmp_path}/data/books",
+        "evaluation.data=data//books-validation",
+        "runs.dense.start=out/base/checkpoints",
+        "runs.uniform.start=./out/base/checkpoints/step_00000050",
+        "scoring.scorer=out/../out/base",
+        f"evaluation.key_checkpoint={tmp_path}/out/uniform/checkpoints",
+    ):
+        assert {s.name: s.needs for s in plan(RECIPE, override).stages} == expected, override
+    elsewhere = plan(RECIPE, "runs.dense.start=out/base2/checkpoints")
+    assert "train-base" not in stage(elsewhere, "train-dense").needs
+    with pytest.raises(InputError, match="wait for each other: train-dense needs .*train-dense"):
+        plan(RECIPE, "runs.dense.start=out/dense/checkpoints")
+
+
 def test_commands_are_those_of_the_tools(plan):
     commands = {s.name: shlex.join(s.arguments) for s in plan(RECIPE, "training.lr=1e-4").stages}
     assert commands["prepare"] == (
