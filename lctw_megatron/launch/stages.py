@@ -59,7 +59,7 @@ class Stage:
     """Independent parts, `--shard I/N` each and then `--merge`, where an array of jobs can run."""
     restarts: bool = False
     """Whether it goes on where it stopped when it is started again after a failure."""
-    configuration: str = field(default="", repr=False)
+    configuration: str | tuple[str, ...] = field(default="", repr=False)
     """What decides the result, if it is not the arguments."""
     steps: int | None = None
     """Of training: of these steps, or more, there is a checkpoint when it is done."""
@@ -164,7 +164,7 @@ def _prepare_stage(prepare: PrepareConfig, window: int | None) -> Stage:
     if prepare.train_sentencepiece:
         arguments += ["--train-sentencepiece", str(prepare.train_sentencepiece)]
     if prepare.text_field != "text":
-        arguments += ["--text-field", prepare.text_field]
+        arguments += [f"--text-field={prepare.text_field}"]  # it may begin with -
     if prepare.skip_bad:
         arguments += ["--skip-bad"]
     if prepare.max_bytes:
@@ -173,8 +173,8 @@ def _prepare_stage(prepare: PrepareConfig, window: int | None) -> Stage:
         arguments += ["--max-document-bytes", str(prepare.max_document_bytes)]
     if prepare.validation_documents:
         arguments += ["--validation-documents", str(prepare.validation_documents)]
+    decides = tuple(arguments)
     arguments += ["--workers", str(prepare.workers)]
-    decides = " ".join(arguments)
     if window:  # for a line in the log; another window makes no other dataset
         arguments += ["--window", str(window)]
     return Stage(
@@ -197,13 +197,14 @@ def _score_stage(recipe: Recipe, scoring: ScoringConfig, prefix: str, name: str)
         arguments += ["--name", scoring.name]
     if scoring.score_first_window:
         arguments += ["--score-first-window"]
-    if scoring.tokens_per_forward is not None:
-        arguments += ["--tokens-per-forward", str(scoring.tokens_per_forward)]
     if scoring.precision:
         arguments += ["--precision", scoring.precision]
     for option, ranks in (("--tensor", scoring.tensor), ("--pipeline", scoring.pipeline)):
         if ranks > 1:
             arguments += [option, str(ranks)]
+    decides = tuple(arguments)
+    if scoring.tokens_per_forward is not None:
+        arguments += ["--tokens-per-forward", str(scoring.tokens_per_forward)]
     scorer = run_of(recipe, scoring.scorer)
     return Stage(
         name,
@@ -215,6 +216,7 @@ def _score_stage(recipe: Recipe, scoring: ScoringConfig, prefix: str, name: str)
         scales=True,
         shards=scoring.shards,
         restarts=True,
+        configuration=decides,
     )
 
 
@@ -340,7 +342,7 @@ def _report_stage(recipe: Recipe, runs: list[RunConfig]) -> Stage:
     output = f"{recipe.output_dir}/report"
     arguments += ["--output", output]
     if recipe.evaluation and recipe.evaluation.note:
-        arguments += ["--note", recipe.evaluation.note]
+        arguments += [f"--note={recipe.evaluation.note}"]
     last = ["train"]
     if recipe.evaluation:
         last = ["evaluate", "recall"] if recipe.evaluation.recall else ["evaluate"]

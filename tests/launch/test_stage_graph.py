@@ -90,7 +90,7 @@ def test_commands_are_those_of_the_tools(plan):
     )
     assert commands["report"] == (
         "tools/report.py out/uniform out/dense --output out/report "
-        "--note 'A run this small proves the road, not the method.'"
+        "'--note=A run this small proves the road, not the method.'"
     )
 
 
@@ -148,10 +148,11 @@ def test_the_tools_accept_the_commands(plan, monkeypatch):
         "scoring.sequence_length=1024", "scoring.name=other", "scoring.score_first_window=true",
         "scoring.tensor=2", "scoring.pipeline=2", "data.scores=other", "layout.pipeline=2",
         "layout.context=2", "evaluation.stride=64", "evaluation.near=32", "prepare.max_bytes=9",
-        "prepare.skip_bad=true", "prepare.text_field=body", "runs.base.layout.sequence=false",
+        "prepare.skip_bad=true", "runs.base.layout.sequence=false",
         "runs.base.layout.tensor=1", "evaluation.recall.lengths=[64, 128]",
         "evaluation.recall.haystack=a.txt", "evaluation.recall.window=32",
-        "evaluation.compare_with=[a, b]",
+        "evaluation.compare_with=[a, b]", "evaluation.note=-hello", "prepare.text_field=-x",
+        "scoring.tokens_per_forward=512",
     ]  # fmt: skip
     for s in (*plan().stages, *plan(RECIPE, *everything).stages):
         tool, *arguments = s.arguments
@@ -216,6 +217,9 @@ def test_a_mark_counts_only_while_nothing_before_it_changed(plan):
     assert done(plan(changed)) == ["prepare", "train-base", "score"]
     assert done(plan(RECIPE.replace("layout: single", "layout: single, seed: 5"))) == ["prepare"]
     assert done(plan(RECIPE.replace("4096", "2048"))) == []
+    for changes_no_result in ("prepare.workers=3", "scoring.tokens_per_forward=512"):
+        assert done(plan(RECIPE, changes_no_result)) == done(made)
+    assert done(plan(RECIPE.replace("[corpus/*.jsonl.gz, more", "[corpus/*.jsonl.gz more"))) == []
     Path(stage(made, "score").output).unlink()
     assert done(made) == ["prepare", "train-base", "train-uniform"]
 
