@@ -83,9 +83,14 @@ def read_rope(
 def _share(rope: dict[str, Any], values: dict[str, Any], share: float | None, path: Path) -> float:
     name = "partial_rotary_factor"
     found = [fields[name] for fields in (rope, values) if fields.get(name) is not None]
+    for value in found:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= 1:
+            raise InputError(
+                f"{path}: {name} is {value!r:.80}, expected a number above 0 and up to 1"
+            )
     if any(value != found[0] for value in found):
         raise InputError(
-            f"{path}: {name} is {found[1]!r:.80}, but {found[0]!r:.80} among the rope's; keep one"
+            f"{path}: {name} is {found[1]!r}, but {found[0]!r} among the rope's; keep one"
         )
     if share is None and found and found[0] != 1:
         raise InputError(f"{path}: unsupported: {name} {found[0]!r:.80} (supported: 1)")

@@ -157,3 +157,13 @@ REFUSED = {
 @pytest.mark.parametrize("case", sorted(REFUSED))
 def test_what_cannot_be_computed_or_contradicts_itself_is_refused_by_name(case, tmp_path):
     assert_refused(tmp_path, *REFUSED[case])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "0.5", True, 0, -0.5, 2, [1], {}])
+@pytest.mark.parametrize("kind", ["llama", "phi"])
+def test_a_share_of_a_head_that_is_none_is_refused_by_name(kind, value, tmp_path):
+    named = f"partial_rotary_factor is {value!r}, expected a number above 0 and up to 1"
+    assert_refused(tmp_path, kind, {"partial_rotary_factor": value}, named)
+    if value != {}:
+        rope = {"rope_type": "default", "partial_rotary_factor": value}
+        assert_refused(tmp_path, kind, {"rope_parameters": rope}, named)
