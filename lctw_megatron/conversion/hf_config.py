@@ -79,7 +79,9 @@ def read_config(folder: Path) -> HFConfig:
     )
     dropouts = {ours: values.get(theirs) or 0.0 for theirs, ours in table.dropouts.items()}
     heads = _number(values, "num_attention_heads", path)
-    groups = _number(values, "num_key_value_heads", path, table.key_value_heads or heads)
+    # A null, unlike nothing, is as many as attention heads to transformers wherever it takes one.
+    usual = heads if "num_key_value_heads" in values else table.key_value_heads or heads
+    groups = _number(values, "num_key_value_heads", path, usual)
     if heads % groups:
         raise InputError(
             f"{path}: num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}"
@@ -178,14 +180,15 @@ _WINDOW = ("sliding_window", "use_sliding_window", "layer_types")
 
 def _has_idle_window(values: dict[str, Any], table: type[Llama]) -> bool:
     """Whether there is a sliding window that hides nothing: it is as long as the model's positions,
-    or begins (Qwen's `max_window_layers`) above the last layer."""
+    or begins (`max_window_layers` of the dense Qwens; in transformers' Qwen3MoE it begins in the
+    first, whatever that says) above the last layer."""
     option = table.options.get("sliding_window")
     window = values.get("sliding_window", option.default if option else 4096)
     if "use_sliding_window" in table.options:
         used, first = values.get("use_sliding_window"), values.get("max_window_layers", 28)
         layers = values.get("num_hidden_layers")
         above = isinstance(first, int) and isinstance(layers, int) and first >= layers
-        if used and above and not values.get("layer_types"):
+        if used and above and not table.experts and not values.get("layer_types"):
             return True
     else:
         used = window is not None and option is not None

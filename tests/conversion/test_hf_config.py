@@ -88,6 +88,12 @@ UNSUPPORTED = {
     "Qwen2's window": (
         "qwen2", {"use_sliding_window": True, "max_window_layers": 1}, "use_sliding_window True",
     ),
+    "Qwen3MoE's window, which begins in the first layer": (
+        "qwen3_moe",
+        {"use_sliding_window": True, "sliding_window": 16, "max_position_embeddings": 64,
+         "max_window_layers": 3},
+        "use_sliding_window True",
+    ),
     "a window shorter than the positions": (
         "mistral", {"sliding_window": 4095, "max_position_embeddings": 4096}, "sliding_window 4095",
     ),
@@ -189,6 +195,16 @@ def test_null_means_the_default(tmp_path):
     given = read_config(tmp_path)
     write(tmp_path, minimal("llama"))
     assert read_config(tmp_path) == given
+
+
+@pytest.mark.parametrize("kind", sorted(ARCHITECTURES))
+def test_null_key_value_heads_are_as_many_as_attention_heads(kind, tmp_path):
+    from transformers import AutoConfig
+
+    write(tmp_path, minimal(kind, num_key_value_heads=None) | {"num_attention_heads": 16})
+    assert read_config(tmp_path).model.num_query_groups == 16
+    if kind in ("llama", "qwen2", "qwen3", "phi"):  # version 5 refuses it in the others
+        assert AutoConfig.from_pretrained(tmp_path).num_key_value_heads == 16
 
 
 def test_mistral_without_a_word_on_its_window_means_4096_as_in_transformers(tmp_path):
