@@ -39,8 +39,9 @@ def take_out(checkpoint: Path, manifest: CheckpointManifest, folder: Path) -> di
     """Copy the side files of a checkpoint into a Hugging Face folder; returns the token ids for its
     config.json.
 
-    They are those of the config.json that came, else of the generation settings, else (a model
-    trained from scratch) BOS and EOS of the tokenizer. Settings that never came are these ids.
+    They are those of the config.json that came, nulls too, else of the generation settings, else
+    (a model trained from scratch) BOS and EOS of the tokenizer. Settings that never came are these
+    ids.
     """
     source = checkpoint / TOKENIZER
     copy_tokenizer_files(source, folder)
@@ -51,7 +52,7 @@ def take_out(checkpoint: Path, manifest: CheckpointManifest, folder: Path) -> di
     settings = read_json_object(path) if path.is_file() else {}
     config = read_json_object(source / CONFIG) if (source / CONFIG).is_file() else {}
     known = manifest.tokenizer or {}
-    own = {f"{kind}_token_id": known.get(f"{kind}_id") for kind in ("bos", "eos")}
+    own = {f"{k}_token_id": known[f"{k}_id"] for k in ("bos", "eos") if f"{k}_id" in known}
     ids = token_ids(config) or token_ids(settings) or token_ids(own)
     if not (folder / GENERATION_CONFIG).is_file() and (settings or ids):
         write_json(folder / GENERATION_CONFIG, settings or ids)

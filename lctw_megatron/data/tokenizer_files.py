@@ -41,11 +41,12 @@ def copy_tokenizer_files(folder: Path, target: Path) -> None:
 
 
 def token_ids(settings: dict[str, Any]) -> dict[str, Any]:
-    """What a config.json or generation_config.json says about the ids of special tokens."""
+    """What a config.json or generation_config.json says about the ids of special tokens. A null is
+    kept: without it transformers takes its own default, which is an id."""
     return {
         name: value
         for name, value in settings.items()
-        if name.endswith("_token_id") and is_token_id(value)
+        if name.endswith("_token_id") and (value is None or is_token_id(value))
     }
 
 

@@ -51,10 +51,39 @@ def test_generation_settings_are_kept_whatever_they_say(
     export_hf(tmp_path / "checkpoint", tmp_path / "back")
     assert (tmp_path / "back" / "generation_config.json").read_text() == content
     config = json.loads((tmp_path / "back" / "config.json").read_text())
-    if not ids:
+    if ids:
+        assert {name: config[name] for name in NO_IDS} == NO_IDS
+    else:
         assert config["eos_token_id"] == [4, 5]
-    elif "[4, 2]" in content:
-        assert config["eos_token_id"] == [4, 2]
+
+
+@pytest.mark.parametrize("nulls", [NO_IDS, {"bos_token_id": None}, {"eos_token_id": None}])
+def test_ids_that_are_null_are_null_to_transformers_after_the_way_there_and_back(
+    plain: Path, tmp_path: Path, nulls: dict[str, Any]
+) -> None:
+    from transformers import AutoConfig, GenerationConfig
+
+    hf = with_config(plain, tmp_path / "hf", **nulls)
+    import_hf(hf, tmp_path / "checkpoint")
+    export_hf(tmp_path / "checkpoint", tmp_path / "back")
+    came, left = (AutoConfig.from_pretrained(folder) for folder in (hf, tmp_path / "back"))
+    settings = GenerationConfig.from_pretrained(tmp_path / "back")
+    for name in NO_IDS:
+        assert getattr(left, name) == getattr(came, name) == getattr(settings, name)
+        assert name not in nulls or getattr(left, name) is None
+
+
+def test_ids_that_config_json_does_not_name_are_those_of_the_generation_settings(
+    plain: Path, tmp_path: Path
+) -> None:
+    hf = with_config(plain, tmp_path / "hf")
+    came = json.loads((hf / "config.json").read_text())
+    without = {name: value for name, value in came.items() if name not in NO_IDS}
+    (hf / "config.json").write_text(json.dumps(without))
+    (hf / "generation_config.json").write_text('{"eos_token_id": [4, 2]}')
+    import_hf(hf, tmp_path / "checkpoint")
+    export_hf(tmp_path / "checkpoint", tmp_path / "back")
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["eos_token_id"] == [4, 2]
 
 
 @pytest.mark.parametrize("content", ["[1]", "null", "", '{"a": 1', '{"a": "\\ud800"}', "[" * 999])
