@@ -13,7 +13,8 @@ from lctw_megatron.model.checkpoint_folder import MANIFEST
 from lctw_megatron.ownership import left_unfinished, sole_writer
 
 MARK = "conversion.json"
-"""In every folder that a conversion wrote: what it was made from, and the sizes of its files."""
+"""In every folder that a conversion wrote: what it was made from, and of its files the sizes of
+weights and the digests of all else (earlier versions: their sizes)."""
 
 _WEIGHTS = (".safetensors", ".distcp")
 
@@ -26,8 +27,9 @@ def conversion_into(
     from ``source`` before. What a killed conversion has left beside it is removed.
 
     A folder that was made from something else (a checkpoint of an earlier step) is replaced if it
-    holds nothing but what the conversion wrote. Raises InputError if it holds anything else, if
-    another process is writing it, or if one of the folders ``read`` is it or in it.
+    holds nothing but what the conversion wrote, as it wrote it. Raises InputError if it holds
+    anything else, if another process is writing it, or if one of the folders ``read`` is it or in
+    it.
     """
     place = output.resolve()
     for folder in (path.resolve() for path in read):
@@ -43,7 +45,7 @@ def conversion_into(
         return
     with sole_writer(output, log), atomic_directory(output) as folder:
         yield folder
-        write_json(folder / MARK, {"source": source, "files": _sizes(folder)})
+        write_json(folder / MARK, {"source": source, "files": _contents(folder)})
 
 
 def source_of(checkpoint: Path, kind: str, **settings: Any) -> dict[str, Any]:
@@ -73,25 +75,45 @@ def _is_done(output: Path, source: dict[str, Any], log: Callable[[str], None]) -
             "--output"
         ) from None
     found = _sizes(output)
-    reason = "was made from something else"
+    reason, foreign = "was made from something else", found.keys() - files.keys() - {MARK}
     if made_from == source:
-        damaged = [name for name, size in files.items() if _differs(name, found.get(name), size)]
+        damaged = [name for name, was in files.items() if _is_damaged(name, found.get(name), was)]
         if not damaged:
             log(f"{output}: is finished, nothing to do")
             return True
         reason = f"is damaged ({few(damaged)} missing or of another size)"
-    if foreign := sorted(found.keys() - files.keys() - {MARK}):
+    else:
+        ours = found.keys() & files.keys()
+        foreign |= {name for name in ours if _is_edited(output / name, name, files[name])}
+    if foreign:
         raise InputError(
-            f"{output}: {reason} and holds files of yours: {few(foreign)}; remove it or choose "
-            "another --output"
+            f"{output}: {reason} and holds files of yours: {few(sorted(foreign))}; remove it or "
+            "choose another --output"
         )
     log(f"{output}: {reason}, is replaced")
     return False
 
 
-def _differs(name: str, found: int | None, size: int) -> bool:
+def _is_damaged(name: str, found: int | None, was: int | str) -> bool:
     """What is no weight, such as config.json, may have been edited since."""
-    return found is None or (name.endswith(_WEIGHTS) and found != size)
+    return found is None or (name.endswith(_WEIGHTS) and found != was)
+
+
+def _is_edited(path: Path, name: str, was: int | str) -> bool:
+    """Whether what is no weight is another file than the conversion wrote."""
+    if name.endswith(_WEIGHTS):
+        return False
+    return was != (path.lstat().st_size if isinstance(was, int) else _digest(path))
+
+
+def _contents(folder: Path) -> dict[str, int | str]:
+    sizes = _sizes(folder)
+    return {n: size if n.endswith(_WEIGHTS) else _digest(folder / n) for n, size in sizes.items()}
+
+
+def _digest(path: Path) -> str:
+    content = path.read_bytes() if path.exists() else b""  # or a link that leads nowhere
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def _sizes(folder: Path) -> dict[str, int]:

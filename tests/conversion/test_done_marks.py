@@ -61,6 +61,30 @@ def test_output_made_from_something_else_is_replaced_unless_the_user_added_to_it
         export_hf(tmp_path / "other", tmp_path / "out")
 
 
+@pytest.mark.parametrize("mark", ["of now", "of before"])
+def test_what_the_user_edited_is_not_replaced_by_what_is_made_of_something_else(
+    made, tmp_path, mark
+):
+    output = tmp_path / "out"
+    export_hf(made / "checkpoint", output, dtype="bf16")
+    if mark == "of before":  # sizes alone
+        values = json.loads((output / "conversion.json").read_text())
+        values["files"] = {name: (output / name).stat().st_size for name in values["files"]}
+        (output / "conversion.json").write_text(json.dumps(values))
+    config = output / "config.json"
+    whole = config.read_text()
+    config.write_text(whole.replace('"use_cache": true', '"use_cache": null'))
+    if mark == "of before":
+        config.write_text(config.read_text() + "\n")
+    edited = config.read_text()
+    assert export_hf(made / "checkpoint", output, dtype="bf16").bytes == 0
+    with pytest.raises(InputError, match="made from something .* files of yours: config.json; rem"):
+        export_hf(made / "checkpoint", output)
+    assert config.read_text() == edited != whole
+    config.write_text(whole)
+    assert export_hf(made / "checkpoint", output).bytes > 0
+
+
 def test_a_folder_of_the_users_is_never_overwritten(made, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
