@@ -33,7 +33,7 @@ class LaunchRequest:
     cluster: str | None = None
     """None: here. `slurm`: the recipe's cluster section. Else a fragment or a .yaml file."""
     ranks: int | None = None
-    """Here: ranks of training and scoring."""
+    """Here: ranks of training and scoring; not with a cluster."""
 
 
 def run_request(
@@ -53,6 +53,11 @@ def run_request(
             return 0
         _keep(request, graph)
         return local.run_stages(graph, stages, request.ranks)
+    if request.ranks is not None:
+        raise InputError(
+            f"--ranks {request.ranks}: is for stages that run here; --cluster {request.cluster} "
+            "has its ranks from nodes and gpus_per_node or tasks_per_node; leave it out"
+        )
     cluster = cluster_of(graph, request.cluster)
     if dry_run:
         jobs = queue.plan_jobs(graph, stages, cluster)

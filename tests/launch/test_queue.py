@@ -182,6 +182,13 @@ def test_an_order_is_kept_for_status_and_resume(plan, slurm, capsys):
         run_request(request)
 
 
+def test_ranks_of_here_are_refused_on_a_cluster(plan):
+    plan()
+    request = LaunchRequest("recipe.yaml", cluster="slurm", ranks=4)
+    with pytest.raises(InputError, match="--ranks 4: .*--cluster slurm has its ranks from"):
+        run_request(request, dry_run=True)
+
+
 def test_a_banner_is_no_job_id_and_odd_lines_are_no_jobs(plan, slurm):
     made = plan()
     stub = Path("stubs/sbatch")
