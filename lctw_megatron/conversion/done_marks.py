@@ -82,9 +82,8 @@ def _is_done(output: Path, source: dict[str, Any], log: Callable[[str], None]) -
             log(f"{output}: is finished, nothing to do")
             return True
         reason = f"is damaged ({few(damaged)} missing or of another size)"
-    else:
-        ours = found.keys() & files.keys()
-        foreign |= {name for name in ours if _is_edited(output / name, name, files[name])}
+    ours = found.keys() & files.keys()
+    foreign |= {name for name in ours if _is_edited(output / name, name, files[name])}
     if foreign:
         raise InputError(
             f"{output}: {reason} and holds files of yours: {few(sorted(foreign))}; remove it or "
