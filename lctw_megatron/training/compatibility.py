@@ -77,9 +77,10 @@ def check_unchanged(run: RunConfig, manifest: CheckpointManifest, start: str | N
     identity of the checkpoint that ``run.start`` stands for now."""
     if manifest.run is None:
         return
-    compared = {"weighting": None, "model": None, "training": {"precision"}}
+    compared: dict[str, set[str]] = {"weighting": set(), "model": set(), "training": {"precision"}}
     if manifest.step >= run.training.steps:
-        compared |= {"megatron": None, "training": {"precision", *_DECIDES_THE_WEIGHTS}}
+        compared["training"] |= _DECIDES_THE_WEIGHTS
+        compared["megatron"] = {"optimizer"}
     changed = {
         f"{section}.{name}": (ours, theirs[name])
         for section, names in compared.items()
