@@ -28,6 +28,9 @@ from lctw_megatron.data.sequences import (
 from lctw_megatron.errors import InputError
 from lctw_megatron.work_folder import leftovers, remove_leftovers
 
+INDEX_CACHE = "index_cache"
+"""The usual folder of the indices, beside a dataset."""
+
 
 class Indexable(Protocol):
     """What ``cached_index`` needs of a TokenDataset."""
@@ -56,7 +59,7 @@ def cached_index(
     Raises InputError if the folder (default: ``index_cache`` beside the dataset) is not writable.
     """
     prefix = Path(dataset.prefix)
-    folder = Path(folder) if folder else prefix.parent / "index_cache"
+    folder = Path(folder) if folder else prefix.parent / INDEX_CACHE
     if packing == "pack":
         tails = "keep"  # no meaning there, hence not two entries
     content = [dataset.fingerprint, _checksum(dataset.lengths)]

@@ -6,6 +6,7 @@ cut over context ranks like the labels: DEAD where the mask was 0, NaN where the
 scored. ``forward_step.weighted_forward_step`` takes it out again.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 from lctw_megatron.data.sidecar import Sidecar
 from lctw_megatron.data.token_dataset import TokenDataset
 from lctw_megatron.errors import InputError
+from lctw_megatron.weighting import parse_weighting
 
 DEAD = -1.0
 """In the place of a short loss, which is at least 0: this label does not count."""
@@ -34,6 +36,9 @@ class ShortLossGPTDataset(GPTDataset):
     """
 
     sidecar_name = "short_loss"
+    window: int | None = None
+    stride: int | None = None
+    """What the sidecar must have been scored with; None: anything."""
     dataset: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -41,6 +46,7 @@ class ShortLossGPTDataset(GPTDataset):
         self.sidecar: Sidecar | None = None
         if self.index_split == Split.train:
             self.sidecar = Sidecar(TokenDataset(self.dataset_path), self.sidecar_name)
+            self.sidecar.check(self.window, self.stride)
             _check_fits(self.sidecar, self.config.sequence_length)
 
     def __getitem__(self, idx: int | None) -> dict[str, Tensor]:
@@ -58,6 +64,18 @@ class ShortLossGPTDataset(GPTDataset):
             short_loss[: len(losses)] = torch.from_numpy(losses)
         sample["loss_mask"] = short_loss.where(mask != 0, torch.full_like(short_loss, DEAD))
         return sample
+
+
+def dataset_class(weighting: Mapping[str, Any]) -> type[GPTDataset]:
+    """Whose samples training with ``weighting``, the fields of a recipe's section, takes: schemes
+    without short losses need no sidecar; for the others it is checked against the section's window
+    and stride."""
+    parsed = parse_weighting(weighting)
+    if not parsed.scheme.needs_short_loss:
+        return GPTDataset
+    ShortLossGPTDataset.window = parsed.config.window
+    ShortLossGPTDataset.stride = parsed.config.stride
+    return ShortLossGPTDataset
 
 
 class _Pieces:

@@ -18,14 +18,14 @@ from megatron.bridge.training.gpt_step import forward_step
 from megatron.bridge.training.pretrain import pretrain
 
 from lctw_megatron.config.load import load_fragment
-from lctw_megatron.plugin.dataset import ShortLossGPTDataset
+from lctw_megatron.plugin.dataset import dataset_class
 from lctw_megatron.plugin.forward_step import weighted_forward_step
 
 
 def pretrain_weighted(config: Any, weighting: Mapping[str, Any]) -> None:
     """Megatron-Bridge's pretrain of a ConfigContainer whose dataset is a GPTDatasetConfig."""
     # Its dataset provider looks the class up here, whatever the recipe.
-    bridge_datasets.GPTDataset = ShortLossGPTDataset
+    bridge_datasets.GPTDataset = dataset_class(weighting)
     config.model.calculate_per_token_loss = True
     config.ddp.average_in_collective = False  # goes with it
     pretrain(config, weighted_forward_step(forward_step, weighting))

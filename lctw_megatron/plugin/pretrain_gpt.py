@@ -5,14 +5,14 @@
 
 In a pretrain_gpt.py of your own two lines do it, before `pretrain` is called:
 
-    GPTDataset = ShortLossGPTDataset
-    forward_step = weighted_forward_step(forward_step, {"scheme": "dense", "interpolation": 0.75})
+    GPTDataset = dataset_class(weighting)
+    forward_step = weighted_forward_step(forward_step, weighting)
 
 ``pretrain`` below is that of megatron-core 0.19, from a checkout of Megatron-LM on PYTHONPATH (the
 wheel has megatron.training too, but not the Makefile of its dataset helpers, which it runs first).
 """
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -33,7 +33,7 @@ from torch import Tensor
 
 from lctw_megatron.config.load import load_fragment
 from lctw_megatron.data import zigzag
-from lctw_megatron.plugin.dataset import ShortLossGPTDataset
+from lctw_megatron.plugin.dataset import dataset_class
 from lctw_megatron.plugin.forward_step import weighted_forward_step
 
 
@@ -56,7 +56,7 @@ def datasets(num_samples: list[int], vp_stage: int | None = None) -> Any:
         create_attention_mask=False,
     )
     return BlendedMegatronDatasetBuilder(
-        ShortLossGPTDataset, num_samples, lambda: True, config
+        dataset_class(weighting(args)), num_samples, lambda: True, config
     ).build()
 
 
@@ -93,14 +93,17 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     return parser
 
 
+def weighting(args: Namespace) -> dict[str, Any]:
+    return load_fragment("weighting", args.token_weighting, "--token-weighting")
+
+
 def main() -> None:
     args = parse_and_validate_args(extra_args_provider=add_arguments)
-    weighting = load_fragment("weighting", args.token_weighting, "--token-weighting")
     pretrain(
         pretrain_cfg_container_from_args(args, gpt_config_from_args(args)),
         datasets,
         ModelType.encoder_or_decoder,
-        weighted_forward_step(forward_step, weighting),
+        weighted_forward_step(forward_step, weighting(args)),
     )
 
 

@@ -1,3 +1,4 @@
+import json
 import pickle
 
 import numpy as np
@@ -5,7 +6,7 @@ import pytest
 from megatron.core.datasets.gpt_dataset import GPTDataset
 
 from lctw_megatron.errors import InputError
-from lctw_megatron.plugin.dataset import DEAD, ShortLossGPTDataset
+from lctw_megatron.plugin.dataset import DEAD, ShortLossGPTDataset, dataset_class
 from tests.data.small_data import count_up, write_sidecar, write_tokens
 from tests.plugin.scene import SEQUENCE, build, expected_losses, write_corpus
 
@@ -84,3 +85,18 @@ def test_sidecars_that_do_not_fit_the_samples(tmp_path, made_with, named):
     write_sidecar(dataset, [[NAN] * 100, [NAN] * 90], **made_with)
     with pytest.raises(InputError, match=named):
         build(ShortLossGPTDataset, [str(tmp_path / "a")], tmp_path, 4, split="1,0,0")
+
+
+def test_the_class_is_that_of_the_scheme_and_checks_the_sections_window(tmp_path, monkeypatch):
+    for name in ("window", "stride"):
+        monkeypatch.setattr(ShortLossGPTDataset, name, None)
+    for without in ({"scheme": "uniform"}, {"scheme": "eslm", "keep_fraction": 0.5}):
+        assert dataset_class(without) is GPTDataset
+    write_corpus(tmp_path / "a", [40, 90, 33, 70, 61, 20], 1000)
+    made = json.loads((tmp_path / "a.short_loss.json").read_text())
+    scored = {name: made[name] for name in ("window", "stride")}
+    for right in ({"scheme": "dense"}, {"scheme": "dense", **scored}):
+        build(dataset_class(right), [str(tmp_path / "a")], tmp_path, 4, split="1,0,0")
+    wrong = dataset_class({"scheme": "dense", **scored, "window": made["window"] + 1})
+    with pytest.raises(InputError, match=f"scored with window {made['window']}, but window"):
+        build(wrong, [str(tmp_path / "a")], tmp_path, 4, split="1,0,0")

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
+from lctw_megatron.data.sequence_cache import INDEX_CACHE
 from lctw_megatron.errors import InputError, few
 
 KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".txt": "txt", ".parquet": "parquet"}
@@ -222,11 +223,16 @@ def _endings() -> str:
 
 
 def _is_own(path: str, output_prefix: str) -> bool:
-    """Whether ``path`` is written for ``output_prefix``: a manifest, held-out text or shards."""
+    """Whether ``path`` is written for ``output_prefix`` or its held-out part: a manifest, that of a
+    sidecar too, held-out text, something in shards, or an index of the sequences beside it."""
     path, prefix = os.path.abspath(path), os.path.abspath(output_prefix)
+    if path.startswith(os.path.join(os.path.dirname(prefix), INDEX_CACHE, "")):
+        return True
     rest = path.removeprefix(prefix) if path.startswith(prefix) else ""
-    manifest = rest.startswith(".") and rest.endswith(".json") and "/" not in rest
-    return manifest or rest.startswith((".shards/", "-validation.json"))
+    name, _, inside = rest.removeprefix("-validation").partition("/")
+    if inside:
+        return name.startswith(".") and name.endswith(".shards")
+    return (name.startswith(".") and name.endswith(".json")) or rest == "-validation.jsonl"
 
 
 def _stdlib_packages() -> Iterator[CorpusFile]:

@@ -29,9 +29,18 @@ def train_sentencepiece(
     InputError if the corpus is too small or too varied for ``vocab_size``.
     """
     model = io.BytesIO()
+    unread: list[Exception] = []
+
+    def sample() -> Iterator[str]:
+        try:
+            yield from _sample(shards, vocab_size, settings, scratch)
+        except (InputError, OSError) as error:  # of which the library would make its own
+            unread.append(error)
+            raise
+
     try:
         SentencePieceTrainer.train(
-            sentence_iterator=_sample(shards, vocab_size, settings, scratch),
+            sentence_iterator=sample(),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -48,9 +57,9 @@ def train_sentencepiece(
             num_threads=4,  # it is saved in the model, so it must not depend on the machine
             minloglevel=2,
         )
-    except InputError:
-        raise
     except Exception as error:  # RuntimeError or ValueError, as the version has it
+        if unread:
+            raise unread[0] from None
         reason = str(error).rsplit("] ", 1)[-1].rstrip(". ")
         raise InputError(
             f"--train-sentencepiece {vocab_size}: training failed ({reason}); the corpus may be "

@@ -59,8 +59,10 @@ def test_what_an_earlier_run_wrote_beside_the_corpus_is_no_corpus(folder):
     prefix = folder / "out"
     for name in ("out.json", "out.short_loss.json", "out-validation.jsonl", "out-validation.json"):
         (folder / name).write_text("{}")
-    (folder / "out.shards").mkdir()
-    (folder / "out.shards" / "shard.json").write_text("{}")
+    (folder / "out-validation.short_loss.json").write_text("{}")
+    for inside in ("out.shards", "out.short_loss.shards", "index_cache/out-chunk-keep-128-0"):
+        (folder / inside).mkdir(parents=True)
+        (folder / inside / "index.json").write_text("{}")
     (folder / "output.jsonl").write_text("{}")
     assert names([folder], str(prefix)) == [
         "a.jsonl.gz", "b.jsonl", "output.jsonl", "c.txt", "e.txt.zst", "d.parquet"
