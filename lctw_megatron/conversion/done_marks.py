@@ -14,9 +14,10 @@ from lctw_megatron.ownership import left_unfinished, sole_writer
 
 MARK = "conversion.json"
 """In every folder that a conversion wrote: what it was made from, and of its files the sizes of
-weights and the digests of all else (earlier versions: their sizes)."""
+those that nobody edits and the digests of all else (earlier versions: their sizes)."""
 
-_WEIGHTS = (".safetensors", ".distcp")
+_NOT_EDITED = (".safetensors", ".distcp", ".metadata", MANIFEST)
+"""Weights, and a checkpoint's index and manifest, in which an identifier is new each time."""
 
 
 @contextmanager
@@ -94,20 +95,22 @@ def _is_done(output: Path, source: dict[str, Any], log: Callable[[str], None]) -
 
 
 def _is_damaged(name: str, found: int | None, was: int | str) -> bool:
-    """What is no weight, such as config.json, may have been edited since."""
-    return found is None or (name.endswith(_WEIGHTS) and found != was)
+    """Such files as config.json may have been edited since."""
+    return found is None or (name.endswith(_NOT_EDITED) and found != was)
 
 
 def _is_edited(path: Path, name: str, was: int | str) -> bool:
-    """Whether what is no weight is another file than the conversion wrote."""
-    if name.endswith(_WEIGHTS):
+    """Whether it is a file to edit, and another than the conversion wrote."""
+    if name.endswith(_NOT_EDITED):
         return False
     return was != (path.lstat().st_size if isinstance(was, int) else _digest(path))
 
 
 def _contents(folder: Path) -> dict[str, int | str]:
     sizes = _sizes(folder)
-    return {n: size if n.endswith(_WEIGHTS) else _digest(folder / n) for n, size in sizes.items()}
+    return {
+        n: size if n.endswith(_NOT_EDITED) else _digest(folder / n) for n, size in sizes.items()
+    }
 
 
 def _digest(path: Path) -> str:

@@ -61,11 +61,12 @@ def started_together() -> bool:
     """Whether this process is one of several ranks that a launcher started, or alone.
 
     InputError for tasks of a plain srun, which would all take themselves for the only one, and for
-    a rank that is not told of the others.
+    a rank that is not told of the others and has not joined them.
     """
     if "RANK" in os.environ:
         needed = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        if missing := [name for name in needed if name not in os.environ]:
+        missing = [name for name in needed if name not in os.environ]
+        if missing and not dist.is_initialized():
             raise InputError(
                 f"RANK is set, but {', '.join(missing)} not; export them too, or unset RANK to run "
                 "alone"

@@ -77,7 +77,7 @@ def test_scores_that_are_not_there(tmp_path) -> None:
     [
         ({}, {"window": 4}, "c.short_loss: scored with window 3, but window 4"),
         ({}, {"stride": 1}, "c.short_loss: scored with stride 2, but stride 1"),
-        ({"sequence_length": 16}, {}, "sequence.length 8, .*sequence_length 16"),
+        ({"sequence_length": 16}, {}, "sequence-length 8, but sequences of 16 tokens"),
         ({"packing": "pack"}, {}, "sequence.length 8, .*chunk, not pack"),
     ],
 )

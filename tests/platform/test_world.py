@@ -25,6 +25,7 @@ def test_tasks_of_a_plain_srun_do_not_take_themselves_for_the_only_rank(monkeypa
     for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
     with pytest.raises(InputError, match="RANK is set, but WORLD_SIZE, MASTER_ADDR not"):
         started_together()
     monkeypatch.setenv("WORLD_SIZE", "4")
