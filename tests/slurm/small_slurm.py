@@ -162,7 +162,7 @@ class SmallSlurm:
         found = {}
         for pid, environment in _processes():
             own = environment.get("SLURM_CONF") == self.environment["SLURM_CONF"]
-            if own and "RANK" in environment and _is_child(pid):
+            if own and "RANK" in environment and _is_of_a_task(pid):
                 found[int(environment["RANK"])] = pid
         return found
 
@@ -281,9 +281,9 @@ def _seconds(elapsed: str) -> int:
     return total
 
 
-def _is_child(pid: int) -> bool:
-    """Whether a slurmstepd started the process itself."""
-    return _parent(pid) in _steps_above(pid)
+def _is_of_a_task(pid: int) -> bool:
+    """Whether the shell that is a task of a job step started the process."""
+    return _parent(_parent(pid)) in _steps_above(pid)
 
 
 def _steps_above(pid: int) -> list[int]:
