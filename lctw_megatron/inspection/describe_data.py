@@ -68,19 +68,19 @@ def sidecar_names(dataset: TokenDataset) -> list[str]:
     """Names of the sidecars that lie beside a token dataset: not of other token datasets there."""
     pattern = glob.escape(dataset.prefix) + ".*" + index_path("")
     names = (path[len(dataset.prefix) + 1 : -len(index_path(""))] for path in glob.glob(pattern))
-    return sorted(name for name in names if not _is_no_sidecar(f"{dataset.prefix}.{name}"))
+    return sorted(name for name in names if _is_sidecar(f"{dataset.prefix}.{name}"))
 
 
-def _is_no_sidecar(prefix: str) -> bool:
-    """Whether it has no manifest or that of tokens. What is damaged counts as a sidecar, so that
-    someone hears of it."""
+def _is_sidecar(prefix: str) -> bool:
+    """Whether it has a manifest that is not of tokens; also a damaged one, so that someone hears of
+    it."""
     try:
         read_manifest(prefix, TokenManifest)
     except InputError:
-        return False
+        return True
     except FileNotFoundError:
         pass
-    return True
+    return False
 
 
 def make_manifest(prefix: str, tokenizer_path: str) -> TokenManifest:

@@ -155,7 +155,12 @@ class SmallSlurm:
         slurmd dies reaches the job's next start there.
         """
         self.run("scancel", "--signal=STOP", job)
-        _wait_for(lambda: all(map(_is_stopped, self.ranks().values())), "the ranks' stop", 60)
+
+        def stopped() -> bool:
+            ranks = self.ranks().values()
+            return bool(ranks) and all(map(_is_stopped, ranks))
+
+        _wait_for(stopped, "the ranks' stop", 60)
 
     def ranks(self) -> dict[int, int]:
         """Rank -> process id of the Python processes of running jobs."""
