@@ -45,11 +45,16 @@ def test_every_scheme_has_the_same_orders_of_the_data_and_differs_in_nothing_els
     for run in runs:
         scheme = run.name.rpartition("-seed")[0]
         own = {"name": None, "run_dir": None, "weighting": None}
-        if scheme.endswith("_more") or "_lr" in scheme:
+        if "_more" in scheme or "_lr" in scheme:
             own["training"] = None
         like = plain[run.seed]
         assert run.model_copy(update=own) == like.model_copy(update=own), run.name
-    assert all(len([r for r in runs if r.seed == seed]) == len(runs) / 3 for seed in plain)
+    # The learning rates that are only looked at have one order.
+    tried = {"uniform_lr1e-4-seed1", "uniform_lr3e-3-seed1", "dense75_lr3e-3-seed1"}
+    names = {run.name for run in runs}
+    assert tried <= names
+    schemes = {name.rpartition("-seed")[0] for name in names - tried}
+    assert names - tried == {f"{scheme}-seed{seed}" for scheme in schemes for seed in plain}
 
 
 def test_all_runs_are_measured_and_none_exported():
