@@ -97,9 +97,13 @@ def legend(figure: Figure, shown: Sequence[Named], runs: Sequence[Named]) -> Non
         )
         for run in shown
     ]
-    made = figure.legend(handles=handles, loc="outside upper left", ncols=min(len(handles), 5))
-    for text, run in zip(made.get_texts(), shown, strict=True):
-        text.set_text(run.name)  # now, since a label that begins with _ would be left out
+    for columns in range(min(len(handles), 5), 0, -1):
+        made = figure.legend(handles=handles, loc="outside upper left", ncols=columns)
+        for text, run in zip(made.get_texts(), shown, strict=True):
+            text.set_text(run.name)  # now, since a label that begins with _ would be left out
+        if columns == 1 or made.get_window_extent().width <= figure.bbox.width:
+            return
+        made.remove()  # too wide
 
 
 def write_png(path: str | Path, figure: Figure) -> bytes:

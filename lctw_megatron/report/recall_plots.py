@@ -53,7 +53,7 @@ def recall_difference(groups: Sequence[Group]) -> Figure | None:
             better = "below" if kind == "nats" else "above"
             panel.set_title(f"{name} ({better} 0: better)")
         figure.supxlabel(_text_axis(others), fontsize="medium")
-        figure.supylabel(f"difference to {groups[0].name}, ±{BEYOND:g} standard errors",
+        figure.supylabel(f"difference to {groups[0].name},\n±{BEYOND:g} standard errors",
                          fontsize="medium")  # fmt: skip
         legend(figure, measured, groups)
         return figure

@@ -249,6 +249,16 @@ def test_the_legend_has_every_name_as_it_is(tmp_path):
     assert [text.get_text() for text in figure.legends[0].get_texts()] == names
 
 
+def test_many_long_names_stay_inside_the_figure(tmp_path):
+    names = [f"a_scheme_of_a_long_name_lr1e-{number}" for number in range(12)]
+    groups = group_runs(*read_runs([write_run(tmp_path / name) for name in names]))
+    figure = loss_by_position(groups)
+    figure.draw_without_rendering()
+    (made,) = figure.legends
+    assert [text.get_text() for text in made.get_texts()] == names
+    assert made.get_window_extent().width <= figure.bbox.width
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
