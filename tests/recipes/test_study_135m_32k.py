@@ -80,7 +80,7 @@ OWN = {
 @pytest.mark.parametrize("path", FURTHER, ids=lambda path: path.stem)
 def test_a_further_recipe_runs_and_differs_from_uniform_in_its_question_alone(path):
     first = build_stage_graph(RECIPE, (), lambda _: MODEL)
-    plain = {run.seed: run for run in first.runs if run.name.startswith("uniform-")}
+    plain = {run.seed: run for run in first.runs if run.name.startswith("uniform_lr1e-3-")}
     graph = build_stage_graph(str(path), (), lambda _: MODEL)
     scorers = {run.name for run in graph.runs if run.start != MODEL_FOLDER}
     assert scorers == ({"small"} if path.stem == "scorer" else set())
@@ -200,11 +200,22 @@ def test_nothing_long_enough_is_one_line_and_leaves_nothing(corpus, tmp_path, ca
     assert "no.tar" in capsys.readouterr().err
 
 
-def test_the_table_of_the_readme_is_that_of_the_results_beside_it():
-    runs, first = read_runs(sorted(RESULTS.glob("*/")), RESULTS / "uniform-seed1")
-    groups, _ = with_shared_depths(group_runs(runs, first))
-    table = to_markdown(overview_table(groups))
-    assert table in (FOLDER / "README.md").read_text()
+def test_the_tables_of_the_readme_are_those_of_the_results_beside_it():
+    text = (FOLDER / "README.md").read_text()
+    blocks = [block for block in text.split("```")[1::2] if "--markdown" in block]
+    commands = "".join(blocks).replace("\\\n", "").split("python tools/report.py ")[1:]
+    assert len(commands) == 2
+    shown = set()
+    for command in commands:
+        words = command.split()
+        globs = [word for word in words[: words.index("--markdown")]]
+        folders = sorted({path for glob in globs for path in FOLDER.parents[1].glob(glob)})
+        shown |= set(folders)
+        baseline = FOLDER.parents[1] / words[words.index("--baseline") + 1]
+        runs, first = read_runs(folders, baseline)
+        groups, _ = with_shared_depths(group_runs(runs, first))
+        assert to_markdown(overview_table(groups)) in text
+    assert shown == set(RESULTS.glob("*/"))
 
 
 def test_finished_runs_are_kept_without_texts_and_others_are_named(tmp_path, capsys):
