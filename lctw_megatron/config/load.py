@@ -109,12 +109,14 @@ def checkpoints_of(recipe: Recipe, source: str) -> str:
 def resolve_run(
     recipe: Recipe,
     run_name: str | None = None,
-    checkpoint_model: Callable[[str], ModelConfig] | None = None,
+    checkpoint_model: Callable[..., ModelConfig] | None = None,
 ) -> RunConfig:
     """One run with every value in place; ``run_name`` may be None when there is only one.
 
     A run whose model section lacks required fields takes the rest from what it starts from: from
-    the run of that name, or from ``checkpoint_model(folder)``. Raises InputError.
+    the run of that name, or from ``checkpoint_model(folder, ...)``, whose further folders are those
+    of the runs that begin there, this one's last: they have the model if the start is gone, and
+    need no start to go on. Raises InputError.
     """
     if run_name is None:
         if len(recipe.runs) > 1:
@@ -320,26 +322,26 @@ def _check_scores(recipe: Recipe, run: RunConfig) -> None:
         check_scores_fit(run, scoring)
 
 
-def _missing_model_fields(recipe: Recipe, name: str) -> list[str]:
-    model = recipe.runs[name].get("model") or {}
-    fields = ModelConfig.model_fields.items()
-    return [key for key, field in fields if field.is_required() and key not in model]
-
-
 def _model_values(
-    recipe: Recipe, name: str, checkpoint_model: Callable[[str], ModelConfig] | None
+    recipe: Recipe,
+    name: str,
+    checkpoint_model: Callable[..., ModelConfig] | None,
+    after: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """The run's model section, completed from what the run starts from."""
+    """The run's model section, completed from what the run starts from. after: the folders of the
+    runs that start from it."""
     values = recipe.runs[name].get("model") or {}
-    missing = _missing_model_fields(recipe, name)
+    fields = ModelConfig.model_fields.items()
+    missing = [key for key, field in fields if field.is_required() and key not in values]
     start = recipe.runs[name].get("start")
     if not missing:
         return values
+    own = (run_dir(recipe, name), *after)
     if start in recipe.runs:
-        return _merge(_model_values(recipe, start, checkpoint_model), values)
+        return _merge(_model_values(recipe, start, checkpoint_model, own), values)
     if start and checkpoint_model:
         # The positions are the checkpoint's own affair; this run's default is its sequence length.
-        inherited = checkpoint_model(start).model_dump(exclude={"max_position_embeddings"})
+        inherited = checkpoint_model(start, *own).model_dump(exclude={"max_position_embeddings"})
         return _merge(inherited, values)
     raise InputError(
         f"run {name}: model.{missing[0]} is missing; name a model (`model: llama3_8b`), give its "

@@ -122,11 +122,14 @@ def check_evaluation(evaluation: EvaluationConfig) -> None:
 
 
 def check_start(recipe: Recipe, name: str) -> None:
-    """Refuse a start that is neither a run nor a path, and runs that start from each other."""
+    """Refuse runs that start from each other and, of a run that has not begun, a start that is
+    neither a run nor a path."""
     chain = [name]
     while start := recipe.runs[chain[-1]].get("start"):
-        check_source(recipe, start, f"run {chain[-1]}: start")
         if start not in recipe.runs:
+            # A run that has begun may have been begun with a folder that is gone.
+            if not Path(recipe.output_dir, chain[-1], "checkpoints").is_dir():
+                check_source(recipe, start, f"run {chain[-1]}: start")
             return
         if start in chain:
             raise InputError(f"runs start from each other: {' <- '.join([*chain, start])}")

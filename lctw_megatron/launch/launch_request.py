@@ -129,11 +129,11 @@ def stage_graph(request: LaunchRequest, output_dir: str | None = None) -> StageG
     """The stages that ``request`` chooses among. InputError for a wrong recipe, and if it does not
     write to ``output_dir``, where the request was kept: that is a copy, or was moved."""
 
-    def checkpoint_model(path: str):  # type: ignore[no-untyped-def]
+    def checkpoint_model(*places: str):  # type: ignore[no-untyped-def]
         # Only a run whose model comes from a checkpoint pays for importing torch's checkpoints.
         from lctw_megatron.model.checkpoint import checkpoint_model
 
-        return checkpoint_model(path)
+        return checkpoint_model(*places)
 
     graph = build_stage_graph(request.recipe, request.overrides, checkpoint_model)
     theirs = graph.recipe.output_dir

@@ -102,7 +102,7 @@ class StageGraph:
 def build_stage_graph(
     recipe_path: str,
     overrides: Iterable[str] = (),
-    checkpoint_model: Callable[[str], ModelConfig] | None = None,
+    checkpoint_model: Callable[..., ModelConfig] | None = None,
 ) -> StageGraph:
     """The stages of the recipe in ``recipe_path``; ``checkpoint_model`` as in ``resolve_run``.
 

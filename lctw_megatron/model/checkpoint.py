@@ -19,6 +19,7 @@ import math
 import pickle
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -333,6 +334,13 @@ def checkpoint_digest(checkpoint: str | Path) -> str:
     return digest.hexdigest()
 
 
-def checkpoint_model(path: str) -> ModelConfig:
-    """The model of the checkpoint at ``path`` (see ``find_checkpoint``)."""
-    return read_manifest(find_checkpoint(path)).model
+def checkpoint_model(*places: str) -> ModelConfig:
+    """The model of the checkpoint at the first of ``places`` that has one (see
+    ``find_checkpoint``). Raises what is wrong with the first, an InputError, if none has."""
+    try:
+        return read_manifest(find_checkpoint(places[0])).model
+    except InputError:
+        for place in places[1:]:
+            with suppress(InputError):
+                return read_manifest(find_checkpoint(place)).model
+        raise

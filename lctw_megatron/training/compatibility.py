@@ -29,18 +29,21 @@ _DECIDES_THE_WEIGHTS = {
 
 
 def complete_run(
-    run: RunConfig, tokenizer: TokenizerIdentity, prefix: str
+    run: RunConfig,
+    tokenizer: TokenizerIdentity,
+    prefix: str,
+    own: tuple[Path, CheckpointManifest] | None,
 ) -> tuple[RunConfig, Path | None, str | None]:
     """``run`` with what the tokenizer of its data (``prefix``) and its sequence length decide, and
-    the checkpoint that it begins with, if any, and its identity.
+    the checkpoint that it begins with, if any, and its identity. own: its own newest checkpoint
+    and what that holds, which takes the place of a start that is gone, and has its identity.
 
-    Raises InputError if `start` has another model or was trained with another tokenizer.
+    Raises InputError if `start` has another model or was trained with another tokenizer, or is gone
+    where the run has no checkpoint of its own that began with it.
     """
-    manifest = None
     positions = run.data.sequence_length
-    start = find_checkpoint(run.start) if run.start else None
-    if start is not None:
-        manifest = read_manifest(start)
+    start, manifest, identity = _begun_with(run, own) if run.start else (None, None, None)
+    if manifest is not None:
         # Training on shorter sequences takes no position from a model.
         positions = max(positions, manifest.model.max_position_embeddings or 0)
     model = run.model.model_copy(
@@ -68,7 +71,28 @@ def complete_run(
                 f"{prefix} was tokenised with tokenizer {tokenizer.digest}, but {start} was "
                 f"trained with {theirs}; preprocess with the checkpoint's"
             )
-    return run.model_copy(update={"model": model}), start, manifest.identity if manifest else None
+    return run.model_copy(update={"model": model}), start, identity
+
+
+def _begun_with(
+    run: RunConfig, own: tuple[Path, CheckpointManifest] | None
+) -> tuple[Path, CheckpointManifest, str | None]:
+    """The start, what it holds and its identity. Once the run has a checkpoint of its own the start
+    says nothing that this does not, so it may be gone."""
+    assert run.start
+    try:
+        start = find_checkpoint(run.start)
+        manifest = read_manifest(start)
+        return start, manifest, manifest.identity
+    except InputError as error:
+        if own is None or (before := own[1].run) is None:
+            raise
+        path, held = own
+        if _moved(run, before):
+            began = before.start or "random weights"
+            raise InputError(f"{error}; {path} began with {began}, which may be gone") from None
+        print(f"start {run.start} is gone or damaged, and not needed to go on from {path}")
+        return path, held, held.start
 
 
 def check_unchanged(run: RunConfig, manifest: CheckpointManifest, start: str | None) -> None:
@@ -88,7 +112,7 @@ def check_unchanged(run: RunConfig, manifest: CheckpointManifest, start: str | N
         for name, ours in _filled_in(getattr(run, section)).items()
         if ours != theirs[name] and (name in names if names else name not in _FREE_ON_RESUME)
     }
-    moved = _place(run) != _place(manifest.run) and run.start != manifest.run.start
+    moved = _moved(run, manifest.run)
     known = bool(start and manifest.start)
     # Weights that are known decide, wherever they lie: after more training the same folder holds
     # others.
@@ -113,6 +137,11 @@ def _filled_in(section: Section) -> dict[str, Any]:
         if section.num_moe_experts:
             values["moe_ffn_hidden_size"] = expert_width(section)
     return values
+
+
+def _moved(run: RunConfig, before: RunConfig) -> bool:
+    """Whether the start lies elsewhere than it did."""
+    return _place(run) != _place(before) and run.start != before.start
 
 
 def _place(run: RunConfig) -> str | None:

@@ -92,12 +92,12 @@ class Trainer:
         self.loader = self._open_data(run)
         source = self.loader.sources[0]
         asked, tokenizer = run, source.tokenizer
-        run, start, self.begun_with = first_rank_decides(
-            lambda: complete_run(asked, tokenizer, source.prefix)
-        )
-        self.start = start
         folder = Path(run.run_dir) / "checkpoints"
         own = newest_checkpoint(folder, self.print_rank_0)
+        run, start, self.begun_with = first_rank_decides(
+            lambda: complete_run(asked, tokenizer, source.prefix, own)
+        )
+        self.start = start
         memory = 0 if run.training.micro_batch_size else least_usable_memory(self.world.device)
         device = self.world.device.type
         size = choose_micro_batch(run, self.world.size, memory, own and own[1], device)

@@ -281,8 +281,8 @@ def test_a_run_without_a_model_takes_the_checkpoints_and_changes_it(recipe):
     loaded = recipe(text)
     asked = []
 
-    def checkpoint_model(path: str) -> ModelConfig:
-        asked.append(path)
+    def checkpoint_model(*places: str) -> ModelConfig:
+        asked.append(places)
         return ModelConfig(
             num_layers=2,
             hidden_size=8,
@@ -294,7 +294,9 @@ def test_a_run_without_a_model_takes_the_checkpoints_and_changes_it(recipe):
 
     base = resolve_run(loaded, "base", checkpoint_model)
     dense = resolve_run(loaded, "dense", checkpoint_model)
-    assert asked == ["im/ported", "im/ported"]
+    # Where the start is gone, a run that goes on has its model, and the run that began with it.
+    own = [f"{loaded.output_dir}/{name}" for name in ("base", "dense")]
+    assert asked == [("im/ported", own[0]), ("im/ported", *own)]
     assert (base.model.num_layers, base.model.rope_theta) == (2, 3.0)
     assert base.model.max_position_embeddings is None
     assert (dense.model.num_layers, dense.model.rope_theta) == (2, 15.3e6)

@@ -25,7 +25,7 @@ def started(run, monkeypatch, **theirs):
     monkeypatch.setattr(compatibility, "find_checkpoint", lambda path: path)
     monkeypatch.setattr(compatibility, "read_manifest", lambda path: manifest)
     run = run.model_copy(update={"start": "models/start"})
-    return compatibility.complete_run(run, TOKENIZER, "data")[0]
+    return compatibility.complete_run(run, TOKENIZER, "data", None)[0]
 
 
 @pytest.fixture
