@@ -35,6 +35,7 @@ from lctw_megatron.model.checkpoint_folder import MANIFEST, complete_checkpoints
 from lctw_megatron.model.checkpoint_metadata import read_index
 from lctw_megatron.model.checksums import check_sums_together, folder_names, sum_files
 from lctw_megatron.model.initialize import sharded_parameters, sharding
+from lctw_megatron.model.not_taken import check_weights_taken
 from lctw_megatron.platform.world import first_rank_decides
 
 TOKENIZER = "tokenizer"
@@ -223,7 +224,9 @@ def load_weights(chunks: list[Any], checkpoint: str | Path) -> None:
     sums = first_rank_decides(lambda: read_manifest(checkpoint).checksums or {})
     check_sums_together(checkpoint, sums)
     index = agreed_index(checkpoint)
-    load_shards([shard for _, shard in sharded_parameters(chunks)], checkpoint, index)
+    shards = [shard for _, shard in sharded_parameters(chunks)]
+    check_weights_taken(shards, checkpoint, index)
+    load_shards(shards, checkpoint, index)
 
 
 def load_shards(shards: list[Any], checkpoint: Path, index: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint import CheckpointException
 
 from lctw_megatron.atomic import sync_directory
-from lctw_megatron.errors import InputError
+from lctw_megatron.errors import InputError, few
 from lctw_megatron.model.checkpoint import (
     TOKENIZER,
     CheckpointManifest,
@@ -32,7 +32,8 @@ from lctw_megatron.model.checkpoint import (
 from lctw_megatron.model.checkpoint_folder import MANIFEST, complete_checkpoints, step_name
 from lctw_megatron.model.checksums import check_sums_together
 from lctw_megatron.model.initialize import sharded_parameters
-from lctw_megatron.platform.world import first_rank_decides
+from lctw_megatron.model.not_taken import not_taken
+from lctw_megatron.platform.world import first_rank_decides, on_first_rank
 from lctw_megatron.training.exit_status import serve_until_parent_ends
 from lctw_megatron.training.optimizer_state import keep_own_settings, optimizer_shards
 from lctw_megatron.training.shared_writing import collect_sums, sharing_strategy
@@ -314,10 +315,17 @@ def newest_checkpoint(
 
 
 def resume(
-    checkpoint: Path, manifest: CheckpointManifest, chunks: list[Any], optimizer: Any
+    checkpoint: Path,
+    manifest: CheckpointManifest,
+    chunks: list[Any],
+    optimizer: Any,
+    allow_changes: bool = False,
 ) -> None:
-    """Load weights and optimizer of what ``newest_checkpoint`` gave. All ranks call it. InputError
-    if they do not fit."""
+    """Load weights and optimizer of what ``newest_checkpoint`` gave. All ranks call it.
+
+    allow_changes: leave tensors out that the model has no place for, with a line. Raises InputError
+    if the two do not fit.
+    """
     if not manifest.optimizer:
         raise InputError(
             f"{checkpoint}: holds no state of an optimizer; to begin from its weights name it as "
@@ -326,6 +334,13 @@ def resume(
     index = agreed_index(checkpoint)
     weights = [shard for _, shard in sharded_parameters(chunks)]
     own = optimizer_shards(chunks, optimizer, index.state_dict_metadata)
+    if left_out := not_taken(weights + own, index):
+        line = f"{checkpoint}: holds {few(left_out)}, for which the model has no place"
+        if not allow_changes:
+            raise InputError(
+                f"{line}; restore the model, or pass --allow-changes to leave them out"
+            )
+        on_first_rank(lambda: print(f"{line}: left out of this run from now on", flush=True))
     loaded = load_shards(weights + own, checkpoint, index)
     keep_own_settings(optimizer, loaded["optimizer"])
     optimizer.load_state_dict(loaded["optimizer"])

@@ -95,11 +95,22 @@ def _begun_with(
         return path, held, held.start
 
 
-def check_unchanged(run: RunConfig, manifest: CheckpointManifest, start: str | None) -> None:
+def check_unchanged(
+    run: RunConfig, manifest: CheckpointManifest, start: str | None, allow_changes: bool = False
+) -> None:
     """Raise InputError unless ``run`` has the start, model, weighting and precision of the
     checkpoint it resumes and, if no step is left, all else that decides the weights. start: the
-    identity of the checkpoint that ``run.start`` stands for now."""
-    if manifest.run is None:
+    identity of the checkpoint that ``run.start`` stands for now. allow_changes: its vocabulary
+    only."""
+    ours, theirs = run.model.vocab_size, manifest.model.vocab_size
+    if ours != theirs:
+        # The loader takes tables of any length, as layouts pad them differently: rows would be cut
+        # off, or be what was in the memory before.
+        raise InputError(
+            f"model.vocab_size is {ours}, but {run.run_dir} was trained with {theirs}, which "
+            "cannot change in a run; restore it, or choose another run_dir"
+        )
+    if manifest.run is None or allow_changes:
         return
     compared: dict[str, set[str]] = {"weighting": set(), "model": set(), "training": {"precision"}}
     if manifest.step >= run.training.steps:

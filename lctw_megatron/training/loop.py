@@ -131,9 +131,9 @@ class Trainer:
             path, manifest = own
             if manifest.loader is not None:
                 self.loader.load_state_dict(manifest.loader, allow_changes)
-            if not allow_changes:
-                on_first_rank(lambda: check_unchanged(run, manifest, self.begun_with))
-            resume(path, manifest, self.chunks, self.optimizer)
+            begun = self.begun_with
+            on_first_rank(lambda: check_unchanged(run, manifest, begun, allow_changes))
+            resume(path, manifest, self.chunks, self.optimizer, allow_changes)
             self.first_step = manifest.step
         clock.end("optimizer")
         self.log = on_first_rank(self._open_log)

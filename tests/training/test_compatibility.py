@@ -59,7 +59,8 @@ def test_what_a_recipe_leaves_out_is_no_other_model_than_what_it_stands_for(run,
         asked = run.model_copy(update={"model": run.model.model_copy(update=ours)})
         started(asked, monkeypatch, **theirs)
         trained = run.model_copy(update={"model": run.model.model_copy(update=theirs)})
-        compatibility.check_unchanged(asked, SimpleNamespace(run=trained, step=1, start=None), None)
+        manifest = SimpleNamespace(run=trained, model=trained.model, step=1, start=None)
+        compatibility.check_unchanged(asked, manifest, None)
     asked = run.model_copy(update={"model": run.model.model_copy(update=left_out)})
     with pytest.raises(InputError, match=f"num_query_groups is {heads}, but .* has {heads // 2}"):
         started(asked, monkeypatch, num_query_groups=heads // 2)
