@@ -1,6 +1,5 @@
 """Measure a checkpoint on held-out sequences and write evaluation.json."""
 
-import hashlib
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -19,8 +18,13 @@ from lctw_megatron.errors import InputError
 from lctw_megatron.evaluation.longppl import STRIDE, WINDOW, key_tokens, summary
 from lctw_megatron.evaluation.probes import Probes, context_of, distance_of
 from lctw_megatron.evaluation.result_file import FORMAT, read_evaluation
-from lctw_megatron.evaluation.saved_result import still_holds
-from lctw_megatron.model.checkpoint import CheckpointManifest, find_checkpoint, read_manifest
+from lctw_megatron.evaluation.saved_result import still_holds, weights_identity
+from lctw_megatron.model.checkpoint import (
+    CheckpointManifest,
+    agreed_checkpoint,
+    find_checkpoint,
+    read_manifest,
+)
 from lctw_megatron.ownership import sole_writer
 from lctw_megatron.platform.capabilities import capabilities
 from lctw_megatron.platform.world import first_rank_decides, join, on_first_rank
@@ -60,8 +64,8 @@ def evaluate_to_file(
     settings: EvaluationSettings,
     layout: LayoutConfig | None = None,
 ) -> str | None:
-    """``evaluate``, written to ``output`` unless it is there already; a line that says so, on the
-    first rank. All ranks call it."""
+    """``evaluate``, written to ``output`` unless it is there already, weights that it lacked
+    included; a line that says so, on the first rank. All ranks call it."""
     first = join(layout or LayoutConfig())
     with ExitStack() as held:
 
@@ -81,7 +85,41 @@ def evaluate_to_file(
             result = evaluate(checkpoint, prefix, settings, layout)
             measured = result
             on_first_rank(lambda: write_json(output, measured))
+        elif isinstance(result.get("weights"), str):
+            result = _with_weights(result, checkpoint, output, layout, settings.tokens_per_forward)
     return summary_line(output, result) if first else None
+
+
+def _with_weights(
+    result: dict[str, Any],
+    checkpoint: str | Path,
+    output: str | Path,
+    layout: LayoutConfig | None,
+    tokens_per_forward: int | None,
+) -> dict[str, Any]:
+    """``result``, which says why it has no weights, with weights or what is the reason now; written
+    to ``output`` if that is another."""
+    from lctw_megatron.evaluation.model_losses import ModelLosses
+    from lctw_megatron.evaluation.weight_sample import sample_or_reason
+
+    place, manifest = agreed_checkpoint(checkpoint)
+    asked = result["settings"]
+
+    def load() -> ModelLosses:
+        length = asked["sequence_length"]
+        return ModelLosses(place, layout or LayoutConfig(), length, tokens_per_forward)
+
+    weights = sample_or_reason(place, manifest, asked["near"], asked["max_sequences"], load)
+    if weights == result["weights"]:
+        return result
+    changed = result | {"weights": weights}
+
+    def write() -> None:
+        with sole_writer(Path(output), print):
+            write_json(output, changed)
+
+    on_first_rank(write)
+    return changed
 
 
 def summary_line(output: str | Path, result: dict[str, Any]) -> str:
@@ -162,7 +200,9 @@ def evaluate(
         result["longppl"] = summary(losses, keys) | {
             "evaluator": settings.key_checkpoint or "the measured model itself"
         }
-    result["weights"] = sample_or_reason(model, settings.near, settings.max_sequences)
+    result["weights"] = sample_or_reason(
+        place, model.manifest, settings.near, settings.max_sequences, lambda: model
+    )
     model.free()
     return result
 
@@ -221,18 +261,8 @@ def describe(
         **asdict(settings),
     }
     del described["tokens_per_forward"]
-    if settings.key_checkpoint:
-        described["key_weights"] = weights_identity(find_checkpoint(settings.key_checkpoint))
-    return described
-
-
-def weights_identity(checkpoint: Path) -> str:
-    """Changes whenever the checkpoint is written anew; reads its manifest and file dates only."""
-    digest = hashlib.blake2b((checkpoint / "checkpoint.json").read_bytes(), digest_size=16)
-    for path in sorted(checkpoint.glob("*.distcp")):
-        status = path.stat()
-        digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
+    key = settings.key_checkpoint
+    return described | {"key_weights": weights_identity(find_checkpoint(key)) if key else None}
 
 
 def open_held_out(prefix: str, sequence_length: int) -> SequenceSource:

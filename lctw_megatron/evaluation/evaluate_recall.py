@@ -16,7 +16,6 @@ from lctw_megatron.config.rope import longest_context
 from lctw_megatron.config.schema import LayoutConfig
 from lctw_megatron.data.manifest import files_of
 from lctw_megatron.errors import InputError
-from lctw_megatron.evaluation.evaluate import weights_identity
 from lctw_megatron.evaluation.recall import Cell, measure
 from lctw_megatron.evaluation.recall_result import FORMAT, digest_of, read_recall, with_means
 from lctw_megatron.evaluation.recall_samples import (
@@ -25,7 +24,7 @@ from lctw_megatron.evaluation.recall_samples import (
     depths_of,
     samples_of,
 )
-from lctw_megatron.evaluation.saved_result import still_holds
+from lctw_megatron.evaluation.saved_result import still_holds, weights_identity
 from lctw_megatron.model.checkpoint import CheckpointManifest, agreed_checkpoint
 from lctw_megatron.ownership import sole_writer
 from lctw_megatron.platform.capabilities import capabilities

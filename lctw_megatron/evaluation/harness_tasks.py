@@ -4,6 +4,7 @@ A call is one task; one of RULER at one length, since `limit` counts over all le
 since a sample depends on what was drawn for the tasks and lengths before it.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -72,8 +73,8 @@ def calls_for(names: Sequence[str], lengths: Sequence[int], offline: bool) -> li
             found += [Call(task, fewshot=shots) for task, shots in SHORT.items()]
         elif name in RULER:
             found += [Call(name, n) for n in lengths]
-        else:
-            found.append(Call(name))
+        else:  # a file is one task, whatever its path is called
+            found.append(Call(os.path.relpath(name) if Path(name).is_file() else name))
     asked = [name for name in names if name == "ruler" or name in RULER]
     if asked and not lengths:
         raise InputError(

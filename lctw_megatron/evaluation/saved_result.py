@@ -1,5 +1,6 @@
 """A result that is there already: reading it, and whether it is what is asked for now."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lctw_megatron.data.json_object import read_json
 from lctw_megatron.errors import InputError, few
+from lctw_megatron.model.checkpoint_folder import MANIFEST
 
 
 class Shape(BaseModel):
@@ -49,12 +51,28 @@ def read_result(
     return value
 
 
+_PLACES = {"checkpoint", "key_checkpoint", "data", "haystack", "folder"}
+"""Settings that say where something lies. What it is, whatever its path is called, its identity
+says, which stands beside each of them."""
+
+
 def still_holds(
     output: str | Path, before: dict[str, Any] | None, settings: dict[str, Any]
 ) -> bool:
-    """Whether the settings of the result in ``output`` are ``settings``; None: there is none. One
-    that was measured in another way is going to be replaced, which is said."""
-    changed = [name for name, value in settings.items() if (before or {}).get(name) != value]
+    """Whether the settings of the result in ``output`` are ``settings``, wherever lies what they
+    name; None: there is none. One that was measured in another way is going to be replaced, which
+    is said."""
+    compared = [name for name in settings if name not in _PLACES]
+    changed = [name for name in compared if (before or {}).get(name) != settings[name]]
     if before is not None and changed:
         print(f"{output}: was measured with another {few(changed)}, is replaced", flush=True)
     return before is not None and not changed
+
+
+def weights_identity(checkpoint: Path) -> str:
+    """Changes whenever the checkpoint is written anew; reads its manifest and file dates only."""
+    digest = hashlib.blake2b((checkpoint / MANIFEST).read_bytes(), digest_size=16)
+    for path in sorted(checkpoint.glob("*.distcp")):
+        status = path.stat()
+        digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()

@@ -15,6 +15,7 @@ step's sequences, because they are the last that were weighted; the model has tr
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from lctw_megatron.evaluation.sequence_weights import (
     weight_by_class,
     weight_histogram,
 )
+from lctw_megatron.model.checkpoint import CheckpointManifest
 from lctw_megatron.platform.world import first_rank_decides
 from lctw_megatron.weighting.parse import Weighting, parse_weighting
 from lctw_megatron.weighting.schemes import Uniform
@@ -41,10 +43,19 @@ from lctw_megatron.weighting.statistics import weight_statistics
 PAGE_TARGETS = 700
 
 
-def sample_or_reason(model: ModelLosses, near: int, most: int) -> dict[str, Any] | str | None:
+def sample_or_reason(
+    checkpoint: Path,
+    manifest: CheckpointManifest,
+    near: int,
+    most: int,
+    load: Callable[[], ModelLosses],
+) -> dict[str, Any] | str | None:
     """The sample, None for uniform weights, or one line that says why there is none: an imported
-    checkpoint, or training data that is no longer there. A collective call."""
-    run = model.manifest.run
+    checkpoint, or training data that is no longer there. A collective call.
+
+    load: gives the model of ``checkpoint``, and is called only if there is a sample.
+    """
+    run = manifest.run
     if run is None:
         return "the checkpoint is not from a training run"
     if run.weighting.scheme == "custom":  # a checkpoint from elsewhere would name what is imported
@@ -56,9 +67,9 @@ def sample_or_reason(model: ModelLosses, near: int, most: int) -> dict[str, Any]
 
     def read() -> tuple[list[Sample], list[TracedSample]] | str:
         try:
-            place = tokenizer_place(model.checkpoint, model.manifest)
+            place = tokenizer_place(checkpoint, manifest)
             first_ranks.append(TokenTexts(load_tokenizer(place)))
-            return _last_step(model, run, weighting, most)
+            return _last_step(manifest, run, weighting, most)
         except InputError as error:
             return str(error)
 
@@ -68,7 +79,7 @@ def sample_or_reason(model: ModelLosses, near: int, most: int) -> dict[str, Any]
     found = first_rank_decides(read)
     if isinstance(found, str):
         return found
-    return weight_sample(model, weighting, *found, near, texts)
+    return weight_sample(load(), weighting, *found, near, texts)
 
 
 def weight_sample(
@@ -114,7 +125,7 @@ def weight_sample(
 
 
 def _last_step(
-    model: ModelLosses, run: RunConfig, weighting: Weighting, most: int
+    manifest: CheckpointManifest, run: RunConfig, weighting: Weighting, most: int
 ) -> tuple[list[Sample], list[TracedSample]]:
     frozen = weighting.scheme.needs_short_loss and run.weighting.mode == "frozen"
     loader = TokenLoader(
@@ -125,12 +136,12 @@ def _last_step(
         scores=frozen,
         window=run.weighting.window,
         stride=run.weighting.stride,
-        vocab_size=model.manifest.model.vocab_size,
+        vocab_size=manifest.model.vocab_size,
     )
     try:
-        if model.manifest.loader is not None:
-            loader.load_state_dict(model.manifest.loader)
-        traced = loader.documents(max(model.manifest.step - 1, 0))[:most]
+        if manifest.loader is not None:
+            loader.load_state_dict(manifest.loader)
+        traced = loader.documents(max(manifest.step - 1, 0))[:most]
         sources = {source.prefix: source for source in loader.sources}
         return [sources[item.prefix].read(item.sequence) for item in traced], traced
     finally:

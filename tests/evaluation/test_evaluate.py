@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -18,7 +19,12 @@ from lctw_megatron.data.token_dataset import TokenDataset
 from lctw_megatron.data.tokenizers import load_tokenizer
 from lctw_megatron.errors import InputError
 from lctw_megatron.evaluation import model_losses
-from lctw_megatron.evaluation.evaluate import EvaluationSettings, evaluate, open_held_out
+from lctw_megatron.evaluation.evaluate import (
+    EvaluationSettings,
+    evaluate,
+    evaluate_to_file,
+    open_held_out,
+)
 from lctw_megatron.evaluation.model_losses import ModelLosses
 from lctw_megatron.inspection.step_documents import describe_step, step_documents
 from lctw_megatron.model.checkpoint import agreed_checkpoint, find_checkpoint, read_manifest
@@ -192,7 +198,8 @@ def test_the_page_is_the_end_of_a_sequence_with_its_own_weights(trained, monkeyp
     whole = results[0][0]["weights"]["page"]
     monkeypatch.setattr(weight_sample, "PAGE_TARGETS", 10)
     model = ModelLosses(folder / "run", LayoutConfig(), SEQUENCE)
-    page = weight_sample.sample_or_reason(model, WINDOW, 4)["page"]
+    place = model.checkpoint, model.manifest
+    page = weight_sample.sample_or_reason(*place, WINDOW, 4, lambda: model)["page"]
     assert page["text"] == whole["text"][-10:]
     close(page["weight"], whole["weight"][-10:])
     assert page["first_target"] == whole["first_target"] + len(whole["text"]) - 10
@@ -209,8 +216,9 @@ def test_a_function_that_a_checkpoint_names_is_shown_and_not_imported(trained):
         update={"scheme": "custom", "function": "antigravity:fly"}
     )
     run = trained_run.model_copy(update={"weighting": custom})
-    model = SimpleNamespace(manifest=SimpleNamespace(run=run))
-    assert "antigravity:fly" in sample_or_reason(model, WINDOW, 4)
+    manifest = SimpleNamespace(run=run)
+    reason = sample_or_reason(Path("none"), manifest, WINDOW, 4, pytest.fail)
+    assert "antigravity:fly" in reason
     assert "antigravity" not in sys.modules
 
 
@@ -271,8 +279,6 @@ def test_inspect_data_looks_at_a_step_and_through_a_model(trained, capsys):
     ],
 )
 def test_bad_settings_are_named_in_one_line(trained, changes, message):
-    from dataclasses import replace
-
     folder, validation, _ = trained
     with pytest.raises(InputError, match=message) as error:
         evaluate(folder / "run", validation, replace(SETTINGS, **changes))
@@ -280,8 +286,6 @@ def test_bad_settings_are_named_in_one_line(trained, changes, message):
 
 
 def test_with_an_evaluator_the_windows_are_longppl_s_own_unless_given(trained):
-    from dataclasses import replace
-
     from lctw_megatron.evaluation.evaluate import complete
 
     bare = EvaluationSettings(sequence_length=8192)
@@ -306,7 +310,6 @@ def test_a_loss_that_is_not_finite_is_no_missing_target(trained):
 
 
 def test_data_of_another_tokenizer_and_damaged_output_are_refused(trained, tmp_path):
-    from lctw_megatron.evaluation.evaluate import evaluate_to_file
     from tests.data.small_data import write_tokens
 
     folder, validation, _ = trained

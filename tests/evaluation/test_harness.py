@@ -232,6 +232,9 @@ def test_samples_are_logged_when_asked_for_and_are_of_what_is_shown(folder, tmp_
     assert measure() == (1, False)
     assert measure(log_samples=True) == (1, True)  # measured before, but not logged
     assert measure(log_samples=True) == measure() == (0, True)
+    (tmp_path / "the same folder").symlink_to(folder)
+    folder = tmp_path / "the same folder"
+    assert measure() == (0, True)
     assert measure(limit=2) == (1, False)  # those were another measurement's
 
 
@@ -240,8 +243,9 @@ def test_a_task_of_a_file_is_measured_again_for_the_file_may_have_changed(
 ):
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text("task: mine")
-    for _ in range(2):
-        harness.harness_to_file(folder, "harness.json", HarnessSettings(["mine.yaml", "arc_easy"]))
+    for name in ("mine.yaml", tmp_path / "mine.yaml"):  # the same, so in the place of the other
+        tasks = [str(name), "arc_easy"]
+        harness.harness_to_file(folder, "harness.json", HarnessSettings(tasks))
     assert [c.task for c in library] == ["mine.yaml", "arc_easy", "mine.yaml"]
     assert len(read_harness("harness.json")["results"]) == 2
 

@@ -147,7 +147,11 @@ def test_the_command_writes_what_each_sample_gave_and_says_it(
     assert table and f"{both.mean().mean:.3f}" in table.group(1)
 
     written = output.stat().st_mtime_ns
-    assert call(evaluate_model.main, capsys, *arguments, *files).status == 0
+    again = [
+        str(each) if each is not imported else f"{imported}/../{imported.name}"
+        for each in arguments
+    ]
+    assert call(evaluate_model.main, capsys, *again, *files).status == 0
     assert output.stat().st_mtime_ns == written  # finished work is not done again
     answer = call(evaluate_model.main, capsys, *arguments, *files[:2], "--seed", 1)
     assert answer.status == 0
