@@ -283,18 +283,12 @@ def test_a_run_without_a_model_takes_the_checkpoints_and_changes_it(recipe):
 
     def checkpoint_model(*places: str) -> ModelConfig:
         asked.append(places)
-        return ModelConfig(
-            num_layers=2,
-            hidden_size=8,
-            ffn_hidden_size=8,
-            num_attention_heads=1,
-            rope_theta=3,
-            max_position_embeddings=16,
-        )
+        sizes = {"num_layers": 2, "hidden_size": 8, "ffn_hidden_size": 8, "num_attention_heads": 1}
+        return ModelConfig(**sizes, rope_theta=3, max_position_embeddings=16)
 
     base = resolve_run(loaded, "base", checkpoint_model)
     dense = resolve_run(loaded, "dense", checkpoint_model)
-    # Where the start is gone, a run that goes on has its model, and the run that began with it.
+    # Also where the model is if the start is gone.
     own = [f"{loaded.output_dir}/{name}" for name in ("base", "dense")]
     assert asked == [("im/ported", own[0]), ("im/ported", *own)]
     assert (base.model.num_layers, base.model.rope_theta) == (2, 3.0)
