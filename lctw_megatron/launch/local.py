@@ -89,9 +89,10 @@ def check_needs(
         if stage.name not in outdated and graph.is_done(stage):
             continue
         for need in stage.needs:
-            if need not in names and (need in outdated or not graph.is_done(known[need])):
+            why = graph.why_not_done(known[need], outdated)
+            if why and need not in names:
                 raise InputError(
-                    f"--stages: {stage.name} needs {need}, which is not done; add it to --stages"
+                    f"--stages: {stage.name} needs {need}, which is {why}; add it to --stages"
                 )
 
 

@@ -3,15 +3,16 @@
 A mark is a file OUTPUT_DIR/launch/STAGE.done that holds the stage's fingerprint: a digest of its
 command, its configuration and the fingerprints of the stages it needs. A stage whose recipe has
 changed since, or that comes after such a one, is therefore not done, nor is one whose output was
-removed. What comes after a stage that is started once more loses its mark. (The commands then find
-by themselves what is left to do.)
+removed, nor `prepare` after its corpus has changed. What comes after a stage that is started once
+more loses its mark. (The commands then find by themselves what is left to do.)
 """
 
 import glob
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from lctw_megatron.atomic import atomic_file
@@ -19,10 +20,14 @@ from lctw_megatron.config.layout_rules import check_layout
 from lctw_megatron.config.load import load_recipe, resolve_run
 from lctw_megatron.config.schema import ModelConfig, Recipe, RunConfig
 from lctw_megatron.config.validation_errors import nearest
+from lctw_megatron.data.manifest import TokenManifest, manifest_path, read_manifest
 from lctw_megatron.errors import InputError
 from lctw_megatron.launch.stages import KINDS, Stage, all_stages
 from lctw_megatron.model.checkpoint_folder import complete_checkpoints
 from lctw_megatron.model.megatron_fields import check_megatron_fields
+
+_CLOCKS_APART = 60.0
+"""Seconds by which the clocks of two file systems may differ."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +55,57 @@ class StageGraph:
         return self.folder / f"{stage.name}{array}.done"
 
     def is_done(self, stage: Stage, part: int | None = None) -> bool:
+        if part is not None:
+            return bool(self._marked(stage, part))
+        return self.why_not_done(stage) is None
+
+    def why_not_done(self, stage: Stage, outdated: Collection[str] = ()) -> str | None:
+        """None if ``stage`` is done and not ``outdated``; `not done`, or what came after it was."""
+        marked = self._marked(stage)
+        if marked is None:
+            return "not done"
+        if not marked:
+            return "done with other settings, its own or of what it needs"
+        if not _is_there(stage):
+            return "done, but its output is not there any more"
+        if stage.kind == "prepare" and self._of_another_corpus(self.mark(stage)):
+            return "done, but its corpus or tokenizer has changed"
+        if stage.name in outdated:
+            return "done, but what it needs is to run again"
+        return None
+
+    def _marked(self, stage: Stage, part: int | None = None) -> bool | None:
+        """Whether the mark is of these settings; None if there is none."""
         try:
             found = self.mark(stage, part).read_text(errors="replace").strip()
         except FileNotFoundError:
+            return None
+        return found == self.fingerprints[stage.name]
+
+    def _of_another_corpus(self, mark: Path) -> bool:
+        """Whether the prepared dataset was made of other files than are there now, or was made
+        again, by hand or for another recipe, after it got its ``mark``."""
+        assert self.recipe.prepare is not None
+        wanted, prefix = self._request, self.recipe.prepare.output_prefix
+        if wanted is None:
             return False
-        return (part is not None or _is_there(stage)) and found == self.fingerprints[stage.name]
+        try:
+            made = Path(manifest_path(prefix)).stat().st_mtime
+            found = read_manifest(prefix, TokenManifest).source.get("request")
+        except (InputError, OSError):
+            return True
+        return found != wanted or made > mark.stat().st_mtime + _CLOCKS_APART
+
+    @cached_property
+    def _request(self) -> str | None:
+        """See ``request_now``. Kept, since a corpus may be many files."""
+        from lctw_megatron.data.preprocessing.preprocess import request_now  # tokenizers' libraries
+
+        assert self.recipe.prepare is not None
+        try:
+            return request_now(self.recipe.prepare)
+        except InputError as error:  # which the stage will say
+            return str(error)
 
     def set_done(self, stage: Stage) -> None:
         with atomic_file(self.mark(stage), "w") as file:

@@ -9,6 +9,9 @@ import pytest
 
 from lctw_megatron.launch.slurm import stage_jobs
 from lctw_megatron.launch.stage_graph import StageGraph, build_stage_graph
+from tests.tokenizer_files import sentencepiece_model
+
+__all__ = ["sentencepiece_model"]
 
 RECIPE = """\
 name: demo

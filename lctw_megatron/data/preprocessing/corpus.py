@@ -106,6 +106,11 @@ def find_files(
     return list(files.values())
 
 
+def is_there(name: str) -> bool:
+    """Whether there is a file or folder that an input names, or one that its glob matches."""
+    return os.path.exists(name) or next(_matches(name), None) is not None
+
+
 def _find(name: str, output_prefix: str, passed_over: PassedOver) -> Iterator[CorpusFile]:
     if os.path.exists(name) and not os.path.isdir(name):
         if _is_own(name, output_prefix):

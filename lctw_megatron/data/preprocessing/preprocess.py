@@ -30,10 +30,12 @@ from lctw_megatron.data.manifest import (
     read_manifest,
 )
 from lctw_megatron.data.preprocessing.corpus import (
+    STDLIB,
     CorpusFile,
     PassedOver,
     Shard,
     find_files,
+    is_there,
     plan_shards,
 )
 from lctw_megatron.data.preprocessing.merge_shards import VALIDATION, merge_shards, publish
@@ -101,6 +103,26 @@ def preprocess(config: PrepareConfig, window: int | None = None) -> TokenManifes
     print(_summary(prefix, manifest, held_out, time.monotonic() - start))
     _say_if_all_shorter(prefix, window)
     return manifest
+
+
+def request_now(config: PrepareConfig) -> str | None:
+    """What a result made now has as `source.request` in its manifest, for who wants to know whether
+    the one that is there is of this corpus, tokenizer and settings, from names, sizes and times.
+
+    None if that cannot be told from here: nothing of the corpus, or no tokenizer, is there any more
+    or may be read; or it is `stdlib`, which is another in the container of a job. Raises InputError
+    for what ``preprocess`` refuses.
+    """
+    if STDLIB in config.inputs or not any(map(is_there, config.inputs)):
+        return None
+    if config.tokenizer and not os.path.exists(config.tokenizer):
+        return None
+    try:
+        files = find_files(config.inputs, config.output_prefix)
+        given = load_tokenizer(config.tokenizer).identity if config.tokenizer else None
+    except OSError:
+        return None
+    return _request(config, files, given)
 
 
 def _say_if_all_shorter(prefix: str, window: int | None) -> None:
