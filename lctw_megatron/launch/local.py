@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lctw_megatron.config.shipped import PROJECT
 from lctw_megatron.errors import InputError
-from lctw_megatron.launch.stage_graph import StageGraph
+from lctw_megatron.launch.stage_graph import NOT_DONE, StageGraph
 from lctw_megatron.launch.stages import Stage, StageState, runnable
 from lctw_megatron.ownership import holder, owned
 from lctw_megatron.training.trackers import check_trackers
@@ -25,17 +25,19 @@ def run_stages(graph: StageGraph, stages: Sequence[Stage], ranks: int | None = N
     """
     check_needs(graph, stages)
     outdated = graph.outdated(stages)
-    names = {s.name for s in stages if s.name in outdated or not graph.is_done(s)}
+    why = {s.name: graph.why_not_done(s, outdated) for s in stages}
     for run in graph.runs:  # not after hours of scoring
-        if f"train-{run.name}" in names:
+        if why.get(f"train-{run.name}"):
             check_trackers(run.training.trackers)
     graph.folder.mkdir(parents=True, exist_ok=True)
-    graph.forget_outdated(stages)
+    graph.forget_undone(stages)
     for number, stage in enumerate(stages, 1):
         title = f"[{number}/{len(stages)}] {stage.name}"
         if graph.is_done(stage):
             print(f"{title}: done before", flush=True)
             continue
+        if why[stage.name] not in (None, NOT_DONE):
+            print(f"{title}: {why[stage.name]}", flush=True)
         command = local_command(graph, stage, ranks)
         print(f"{title}: {shlex.join(_shortened(command))}", flush=True)
         started = time.monotonic()
@@ -55,14 +57,15 @@ def running_mark(graph: StageGraph, stage: Stage) -> Path:
 
 
 def stage_states(graph: StageGraph, stages: Sequence[Stage]) -> list[StageState]:
-    """Where each of ``stages`` stands that was started here."""
-    states = []
+    """Where each of ``stages`` stands that was started here: done is what the next start of all of
+    them would leave out."""
+    states, outdated = [], graph.outdated(stages)
     for stage in stages:
         found = holder(running_mark(graph, stage))
         runs = found is not None and not found[1]
-        done = graph.is_done(stage)
-        text = "done" if done else f"running, {found[0]}" if found and runs else "not done"
-        states.append(StageState(stage.name, text, done, runs and not done))
+        why = graph.why_not_done(stage, outdated)
+        text = f"running, {found[0]}" if why and found and runs else why or "done"
+        states.append(StageState(stage.name, text, not why, bool(runs and why)))
     return states
 
 
@@ -73,8 +76,8 @@ def command_lines(
     lines, outdated = [], graph.outdated(stages)
     for stage in stages:
         command = shlex.join(_shortened(local_command(graph, stage, ranks)))
-        done = stage.name not in outdated and graph.is_done(stage)
-        lines.append(f"# {stage.name}{': done before' if done else ''}\n{command}")
+        why = graph.why_not_done(stage, outdated)
+        lines.append(f"# {stage.name}: {why or 'done before'}\n{command}")
     return lines
 
 
@@ -86,7 +89,7 @@ def check_needs(
     names = {stage.name for stage in stages} | ahead
     outdated = graph.outdated(stage for stage in stages if stage.name not in ahead)
     for stage in stages:
-        if stage.name not in outdated and graph.is_done(stage):
+        if graph.why_not_done(stage, outdated) is None:
             continue
         for need in stage.needs:
             why = graph.why_not_done(known[need], outdated)

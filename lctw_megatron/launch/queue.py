@@ -17,7 +17,7 @@ from lctw_megatron.data.json_object import read_json_object
 from lctw_megatron.errors import InputError
 from lctw_megatron.launch.local import check_needs
 from lctw_megatron.launch.slurm import Job, stage_jobs
-from lctw_megatron.launch.stage_graph import StageGraph
+from lctw_megatron.launch.stage_graph import NOT_DONE, StageGraph
 from lctw_megatron.launch.stages import Stage, StageState
 from lctw_megatron.launch.submission import Submission
 from lctw_megatron.ownership import sole_writer
@@ -82,8 +82,11 @@ def _submit(graph: StageGraph, jobs: Sequence[Job], stages: Sequence[Stage]) -> 
             continue
         with atomic_file(path, "w") as file:
             file.write(job.script)
+        why = graph.why_not_done(job.stage, outdated)
         if _is_done(graph, job, outdated):
             print(f"{job.name}: done before")
+        elif why != NOT_DONE:
+            print(f"{job.name}: {why}")
         # Whoever launches again has mended what failed: the retries are counted anew.
         for part in range(job.parts) if job.parts else [None]:
             graph.mark(job.stage, part).with_suffix(".failures").unlink(missing_ok=True)
@@ -91,7 +94,7 @@ def _submit(graph: StageGraph, jobs: Sequence[Job], stages: Sequence[Stage]) -> 
     with atomic_file(script.path, "w") as file:
         file.write(script.text)
     _find("sbatch")
-    graph.forget_outdated(job.stage for job in jobs if job.name not in queued)
+    graph.forget_undone(job.stage for job in jobs if job.name not in queued)
     needs = {job.name: job.needs for job in jobs}
     waiting_for = dict(queued)
     for name, id in _run(script.path):
@@ -137,18 +140,23 @@ def _queued(graph: StageGraph, jobs: Sequence[Job]) -> dict[str, str]:
 
 
 def stage_states(graph: StageGraph, jobs: Sequence[Job], ask: bool = True) -> list[StageState]:
-    """Where each job stands. NoQueue if SLURM is not there or does not answer; not ``ask``: without
-    it."""
+    """Where each job stands: done is what submitting all of them would leave out. NoQueue if SLURM
+    is not there or does not answer; not ``ask``: without it."""
     ids = _read_ids(graph)
     states = _queue(list(ids.values()), jobs) if ask else {}
+    outdated = _outdated(graph, jobs, {name for name, id in ids.items() if id in states})
     found = []
     for job in jobs:
         id = ids.get(job.name)
-        missing, done = _missing_parts(graph, job), _is_done(graph, job)
+        done = _is_done(graph, job, outdated)
+        missing = _missing_parts(graph, job, () if id in states else outdated)
+        why = graph.why_not_done(job.stage, outdated)
         if done:
             state = "done"
         elif id in states:
             state = f"{' and '.join(states[id])}, job {id}"
+        elif why and why != NOT_DONE:
+            state = f"{why}, job {id}" if id else why
         elif id:
             state = f"{'failed or cancelled' if ask else 'submitted'}, job {id}"
         else:
@@ -166,19 +174,19 @@ def stage_states(graph: StageGraph, jobs: Sequence[Job], ask: bool = True) -> li
     return found
 
 
-def _outdated(graph: StageGraph, jobs: Sequence[Job], queued: Mapping[str, str]) -> set[str]:
+def _outdated(graph: StageGraph, jobs: Sequence[Job], queued: Collection[str]) -> set[str]:
     """The stages whose marks do not count any more once those ``jobs`` are submitted that are to
     be; what waits or runs has taken them when it was."""
     return graph.outdated(job.stage for job in jobs if job.name not in queued)
 
 
-def _is_done(graph: StageGraph, job: Job, outdated: Collection[str] = ()) -> bool:
-    if job.stage.name not in outdated and graph.is_done(job.stage):
+def _is_done(graph: StageGraph, job: Job, outdated: Collection[str]) -> bool:
+    if graph.why_not_done(job.stage, outdated) is None:
         return True
     return bool(job.parts) and not _missing_parts(graph, job, outdated)
 
 
-def _missing_parts(graph: StageGraph, job: Job, outdated: Collection[str] = ()) -> list[int]:
+def _missing_parts(graph: StageGraph, job: Job, outdated: Collection[str]) -> list[int]:
     parts = range(job.parts or 0)
     if job.stage.name in outdated:
         return list(parts)

@@ -3,8 +3,8 @@
 A mark is a file OUTPUT_DIR/launch/STAGE.done that holds the stage's fingerprint: a digest of its
 command, its configuration and the fingerprints of the stages it needs. A stage whose recipe has
 changed since, or that comes after such a one, is therefore not done, nor is one whose output was
-removed, nor `prepare` after its corpus has changed. What comes after a stage that is started once
-more loses its mark. (The commands then find by themselves what is left to do.)
+removed, nor `prepare` after its corpus has changed. A stage that is started once more loses its
+mark, and so does what comes after it. (The commands then find by themselves what is left to do.)
 """
 
 import glob
@@ -26,6 +26,7 @@ from lctw_megatron.launch.stages import KINDS, Stage, all_stages
 from lctw_megatron.model.checkpoint_folder import complete_checkpoints
 from lctw_megatron.model.megatron_fields import check_megatron_fields
 
+NOT_DONE = "not done"
 _CLOCKS_APART = 60.0
 """Seconds by which the clocks of two file systems may differ."""
 
@@ -60,10 +61,10 @@ class StageGraph:
         return self.why_not_done(stage) is None
 
     def why_not_done(self, stage: Stage, outdated: Collection[str] = ()) -> str | None:
-        """None if ``stage`` is done and not ``outdated``; `not done`, or what came after it was."""
+        """None if ``stage`` is done and not ``outdated``; NOT_DONE, or what came after it was."""
         marked = self._marked(stage)
         if marked is None:
-            return "not done"
+            return NOT_DONE
         if not marked:
             return "done with other settings, its own or of what it needs"
         if not _is_there(stage):
@@ -121,10 +122,15 @@ class StageGraph:
                 found.add(stage.name)
         return found
 
-    def forget_outdated(self, stages: Iterable[Stage]) -> None:
-        """Remove the marks of the stages, and of their parts, that are ``outdated``; before one of
-        ``stages`` is started."""
-        for name in self.outdated(stages):
+    def forget_undone(self, stages: Iterable[Stage]) -> None:
+        """Remove the marks that do not count any more once those of ``stages`` are started that are
+        not done: their own, of other settings, since they write over what these made, and of all
+        that is ``outdated``, parts too."""
+        anew = [stage for stage in stages if not self.is_done(stage)]
+        outdated = self.outdated(anew)
+        for stage in anew:
+            self.mark(stage).unlink(missing_ok=True)
+        for name in outdated:
             (self.folder / f"{name}.done").unlink(missing_ok=True)
             for part in self.folder.glob(f"{glob.escape(name)}.*-of-*.done"):
                 part.unlink(missing_ok=True)

@@ -53,10 +53,18 @@ def test_what_comes_after_a_stage_that_runs_again_runs_again(plan, fake_tools, m
     assert local.run_stages(made, made.stages) == 0
     Path("out/uniform/checkpoints").rename("elsewhere")
     lines = local.command_lines(made, made.stages)
-    again = [line.split("\n")[0][2:] for line in lines if "done before" not in line]
+    again = [line[2:].split(":")[0] for line in lines if "done before" not in line]
     assert again == [
         "train-uniform", "export-uniform", "evaluate-uniform", "evaluate-dense", "report",
     ]  # fmt: skip
+    states = local.stage_states(made, made.stages)
+    assert [state.name for state in states if not state.done] == again
+    reasons = (
+        "done, but its output is not there any more",
+        "done, but what it needs is to run again",
+    )
+    assert tuple(state.text for state in states if not state.done)[:2] == reasons
+    assert f"# export-uniform: {reasons[1]}\npython" in "\n".join(lines)
     # Also if it is interrupted, or was chosen alone.
     monkeypatch.setenv("TRAIN_STATUS", "7")
     assert local.run_stages(made, made.select(["train-uniform"])) == 7
@@ -67,6 +75,17 @@ def test_what_comes_after_a_stage_that_runs_again_runs_again(plan, fake_tools, m
     said = capfd.readouterr().out.splitlines()
     done = [line.split()[1].rstrip(":") for line in said if "done before" in line]
     assert [s.name for s in made.stages if s.name not in done] == again[1:]
+
+
+def test_a_stage_that_is_started_again_loses_its_own_mark(plan, fake_tools, monkeypatch, capfd):
+    made = plan(SINGLE)
+    assert local.run_stages(made, made.stages) == 0
+    monkeypatch.setenv("REPORT_STATUS", "7")
+    changed = plan(SINGLE, "evaluation.note=another")
+    assert local.run_stages(changed, changed.stages) == 7
+    assert "report: done with other settings" in capfd.readouterr().out
+    # What is there now may be half of the other settings'.
+    assert [s.name for s in made.stages if not made.is_done(s)] == ["report"]
 
 
 def test_a_failure_stops_the_chain_and_the_next_start_goes_on(plan, fake_tools, monkeypatch):
@@ -165,6 +184,6 @@ def test_dry_run_shows_the_commands(plan):
     made: StageGraph = plan()
     lines = local.command_lines(made, made.select(["train-dense"]))
     assert lines == [
-        "# train-dense\npython -m torch.distributed.run --standalone --nproc-per-node=2 "
+        "# train-dense: not done\npython -m torch.distributed.run --standalone --nproc-per-node=2 "
         "-- tools/train.py recipe.yaml --run dense"
     ]

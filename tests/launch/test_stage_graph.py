@@ -234,10 +234,10 @@ def test_what_comes_after_a_stage_that_runs_again_loses_its_mark(plan):
     made.mark(stage(made, "train-uniform")).unlink()
     again = ["export-uniform", "evaluate-uniform", "evaluate-dense", "report"]
     assert made.outdated(made.stages) == set(again)
-    made.forget_outdated(made.select(["score", "export"]))
+    made.forget_undone(made.select(["score", "export"]))
     assert len(done(made)) == 9
     Path(stage(made, "train-base").output).unlink()
-    made.forget_outdated(made.select(["train-base"]))
+    made.forget_undone(made.select(["train-base"]))
     assert done(made) == ["prepare"]
     assert not any(made.is_done(score, part) for part in range(4))
 
