@@ -192,7 +192,7 @@ class TokenLoader:
             raise InputError(
                 f"the checkpoint was trained on other data than {prefixes} now give: "
                 f"{'; '.join(changed)}; restore them, start a new run, or pass "
-                "--allow-changes"
+                "--allow-changes to tools/train.py"
             )
         self.consumed_samples = state["consumed_samples"]
         self._batch_sizes = [list(span) for span in state["batch_sizes"]]

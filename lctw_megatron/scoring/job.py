@@ -176,7 +176,7 @@ class Job:
         """
         try:
             manifest = read_manifest(self.prefix, SidecarManifest)
-            self._compare(f"{self.prefix}.json", _settings_of(manifest))
+            self._compare(Path(f"{self.prefix}.json"), _settings_of(manifest))
         except FileNotFoundError:
             return None
         except InputError:
@@ -204,7 +204,8 @@ class Job:
             raise InputError(
                 f"{self.folder}: holds finished shards of {_listed(begun)}, but "
                 f"{asked or 'a new number of'} shards are asked for; go on with --shards "
-                f"{max(begun)}, or begin anew with --overwrite"
+                f"{max(begun)} (in a recipe scoring.shards), or begin anew with --overwrite "
+                f"(in a recipe remove {self.folder} and launch again)"
             )
         for path, (_, number) in shard_files(self.folder).items():
             if number != asked:
@@ -225,7 +226,7 @@ class Job:
             path.unlink(missing_ok=True)
             return False
         try:
-            self._compare(str(path), found)
+            self._compare(path, found)
         except InputError:
             if not overwrite:
                 raise
@@ -244,7 +245,7 @@ class Job:
             )
         readers = [ShardReader(path) for path in paths]
         for reader in readers:
-            self._compare(str(reader.path), reader.settings)
+            self._compare(reader.path, reader.settings)
         return readers
 
     def remove_shards(self) -> None:
@@ -255,13 +256,15 @@ class Job:
                     return
         remove_work_folder(self.folder)
 
-    def _compare(self, path: str, found: Settings) -> None:
+    def _compare(self, path: Path, found: Settings) -> None:
+        made = self.folder if path.parent == self.folder else path
         for key, expected in self.settings.items():
             if found.get(key) != expected:
                 raise InputError(
                     f"{path}: made with {key} {json.dumps(found.get(key))}, but {key} "
-                    f"{json.dumps(expected)} is asked for; choose another --name, or replace it "
-                    f"with --overwrite"
+                    f"{json.dumps(expected)} is asked for; choose another --name (in a recipe "
+                    f"scoring.name and data.scores), or replace it with --overwrite (in a recipe "
+                    f"remove {made} and launch again)"
                 )
 
     def _check_name(self) -> None:

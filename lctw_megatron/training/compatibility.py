@@ -134,7 +134,8 @@ def check_unchanged(
         found = few([f"{name} is {ours}, was {theirs}" for name, (ours, theirs) in changed.items()])
         raise InputError(
             f"{run.run_dir} was trained to step {manifest.step} with other settings ({found}); "
-            "restore them, choose another run_dir, or pass --allow-changes"
+            "restore them, name the run or its output_dir anew, or pass --allow-changes to "
+            "tools/train.py"
         )
 
 

@@ -217,6 +217,7 @@ def test_resuming_on_other_data_is_refused(folder, fields, options, named) -> No
     with pytest.raises(InputError, match=named) as error:
         changed.load_state_dict(state)
     assert "\n" not in str(error.value)
+    assert "pass --allow-changes to tools/train.py" in str(error.value)  # launch.py has no such
     changed.load_state_dict(state, allow_changes=True)
 
 

@@ -177,6 +177,7 @@ def test_a_shard_of_another_scorer_is_refused_or_replaced(
     assert mine in line
     assert others in line
     assert "00001-of-00002.losses" in line
+    assert line.endswith(f"(in a recipe remove {job_of(copy).folder} and launch again)")
 
     outcome = score(output, [*copy.arguments, "--overwrite"])
     assert outcome.status == 0, outcome.output
@@ -188,8 +189,12 @@ def test_shards_of_another_split_are_refused_or_replaced(copy: Scene) -> None:
     job = job_of(copy)
     write_shards(job, 4)
     assert job.shards(None, ranks=1) == 4
-    with pytest.raises(InputError, match="a run in 4 shards, but 8 shards are asked for"):
+    refused = (
+        "a run in 4 shards, but 8 shards are asked for; .* --shards 4 .in a recipe scoring.shard"
+    )
+    with pytest.raises(InputError, match=refused) as refusal:
         job.shards(8, ranks=1)
+    assert str(refusal.value).endswith(f"(in a recipe remove {job.folder} and launch again)")
     write_shard(job.folder, 0, 8, job.settings, [])
     with pytest.raises(InputError, match="a run in 4 shards and a run in 8 shards"):
         job.shards(None, ranks=1)

@@ -103,6 +103,9 @@ def test_other_settings_need_another_name_or_overwrite(ask, copy: Scene, scene: 
     line = answer.error_line()
     assert "corpus.short_loss.json: made with window 64, but window 48 is asked for" in line
     assert "--name" in line and "--overwrite" in line
+    # Who launched a recipe has neither option.
+    assert "(in a recipe scoring.name and data.scores)" in line
+    assert line.endswith(f"(in a recipe remove {copy.prefix}.short_loss.json and launch again)")
     assert sidecar_bytes(copy.prefix) == scene.reference
 
 
