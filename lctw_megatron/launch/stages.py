@@ -2,7 +2,8 @@
 
 prepare                    the corpus to a token dataset
 train-RUN                  after the run it starts from, and after score if it needs the sidecar
-score                      after the run that is the scorer (score-PREFIX for several datasets)
+score                      after the run that is the scorer (score-PREFIX for several datasets,
+                           score-NUMBER where their names clash)
 export-RUN evaluate-RUN    after train-RUN
 recall-RUN                 after train-RUN, with evaluation.recall
 verify-RUN                 after export-RUN, with evaluation.verify_exports
@@ -29,9 +30,9 @@ from lctw_megatron.config.schema import (
     RunConfig,
     ScoringConfig,
 )
-from lctw_megatron.config.schemes import needs_short_loss
 from lctw_megatron.conversion.architectures import architecture
 from lctw_megatron.errors import InputError
+from lctw_megatron.launch.scored_datasets import reads_scores, scored_prefixes
 
 KINDS = ("prepare", "score", "train", "export", "verify", "evaluate", "recall", "report")
 
@@ -92,7 +93,7 @@ def all_stages(
     recipe: Recipe, runs: list[RunConfig], recipe_path: str, overrides: Iterable[str]
 ) -> list[Stage]:
     """The stages of ``recipe``, whose runs are resolved in ``runs``, kind by kind."""
-    scored = _scored_prefixes(recipe, runs)
+    scored = scored_prefixes(recipe, runs)
     stages = (
         [_prepare_stage(recipe.prepare, _smallest_window(recipe, runs))] if recipe.prepare else []
     )
@@ -129,25 +130,6 @@ def _data_needs(recipe: Recipe, prefixes: Iterable[str]) -> list[str]:
     prefix = os.path.abspath(recipe.prepare.output_prefix)
     made = {prefix, f"{prefix}-validation"}
     return [] if made.isdisjoint(map(os.path.abspath, prefixes)) else ["prepare"]
-
-
-def _reads_scores(recipe: Recipe, run: RunConfig) -> bool:
-    """Whether the run reads the sidecar that the recipe's scoring section makes."""
-    needs = needs_short_loss(run.weighting.scheme)
-    frozen = run.weighting.mode == "frozen"
-    return bool(needs and frozen and recipe.scoring and run.data.scores == recipe.scoring.name)
-
-
-def _scored_prefixes(recipe: Recipe, runs: Iterable[RunConfig]) -> dict[str, str]:
-    """Prefix of each token dataset that is to be scored -> name of its stage."""
-    corpora = [corpus for run in runs if _reads_scores(recipe, run) for corpus in run.data.train]
-    prefixes = list(dict.fromkeys(os.path.normpath(corpus.prefix) for corpus in corpora))
-    if len(prefixes) == 1:
-        return {prefixes[0]: "score"}
-    names = [Path(prefix).name for prefix in prefixes]
-    if len(set(names)) < len(names):
-        names = [str(number) for number in range(len(prefixes))]
-    return {prefix: f"score-{name}" for prefix, name in zip(prefixes, names, strict=True)}
 
 
 def _smallest_window(recipe: Recipe, runs: Iterable[RunConfig]) -> int | None:
@@ -231,7 +213,7 @@ def _train_stage(
     for override in overrides:
         arguments += ["--set", override]
     needs = _data_needs(recipe, [c.prefix for c in (*run.data.train, *run.data.validation)])
-    if _reads_scores(recipe, run):
+    if reads_scores(recipe, run):
         needs += [scored[os.path.normpath(corpus.prefix)] for corpus in run.data.train]
     if start := run_of(recipe, recipe.runs[run.name].get("start")):
         needs.append(f"train-{start}")

@@ -7,6 +7,7 @@ import pytest
 
 from lctw_megatron.atomic import write_json
 from lctw_megatron.errors import InputError
+from lctw_megatron.launch.slurm import stage_jobs
 from lctw_megatron.launch.stages import Stage
 from lctw_megatron.model.checkpoint_folder import MANIFEST, step_name
 from tests.launch.conftest import RECIPE
@@ -170,6 +171,22 @@ def test_uniform_and_self_scoring_runs_do_not_wait_for_scores(plan):
     assert "score" not in {s.name for s in made.stages}
     other = plan(RECIPE, "runs.dense.data.scores=made_elsewhere")
     assert "score" not in {s.name for s in other.stages}
+
+
+@pytest.mark.parametrize(
+    "other", ["c-parts", "c-parts-0", "c.0-of-4", "c.best-of-two"]
+)  # names that the parts of c have for their jobs, logs and marks
+def test_datasets_named_like_the_parts_of_another_are_numbered(plan, other):
+    for names in (["data/c", f"data/{other}"], [f"data/{other}", "data/c"]):
+        made = plan(RECIPE, f"data.train={names}".replace("'", ""))
+        scores = [s for s in made.stages if s.kind == "score"]
+        assert [s.name for s in scores] == ["score-0", "score-1"]
+        assert [s.arguments[2] for s in scores] == names
+        found = [job.name for s in scores for job in stage_jobs(made, s, made.recipe.cluster)]
+        assert found == ["score-0-parts", "score-0", "score-1-parts", "score-1"]
+    made = plan(RECIPE, "data.train=[data/c, data/c.v2, data/c-part]")
+    scores = [s.name for s in made.stages if s.kind == "score"]
+    assert scores == ["score-c", "score-c.v2", "score-c-part"]
 
 
 def test_several_datasets_are_scored_one_by_one(plan):

@@ -1,0 +1,39 @@
+"""Which token datasets a recipe scores, and the names of the stages that do it."""
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from itertools import permutations
+from pathlib import Path
+
+from lctw_megatron.config.schema import Recipe, RunConfig
+from lctw_megatron.config.schemes import needs_short_loss
+
+
+def reads_scores(recipe: Recipe, run: RunConfig) -> bool:
+    """Whether the run reads the sidecar that the recipe's scoring section makes."""
+    needs = needs_short_loss(run.weighting.scheme)
+    frozen = run.weighting.mode == "frozen"
+    return bool(needs and frozen and recipe.scoring and run.data.scores == recipe.scoring.name)
+
+
+def scored_prefixes(recipe: Recipe, runs: Iterable[RunConfig]) -> dict[str, str]:
+    """Prefix of each token dataset that is to be scored -> name of its stage."""
+    corpora = [corpus for run in runs if reads_scores(recipe, run) for corpus in run.data.train]
+    prefixes = list(dict.fromkeys(os.path.normpath(corpus.prefix) for corpus in corpora))
+    if len(prefixes) == 1:
+        return {prefixes[0]: "score"}
+    names = [Path(prefix).name for prefix in prefixes]
+    if _clash(names):
+        names = [str(number) for number in range(len(prefixes))]
+    return {prefix: f"score-{name}" for prefix, name in zip(prefixes, names, strict=True)}
+
+
+def _clash(names: Sequence[str]) -> bool:
+    """Whether two datasets have one name, or one has a name that the parts of another take for
+    their job (NAME-parts), their logs (NAME-parts-0) or their marks (NAME.0-of-4, which a glob
+    finds)."""
+    return len(set(names)) < len(names) or any(
+        re.fullmatch(rf"{re.escape(one)}(-parts(-\d+)?|\..*-of-.*)", other)
+        for one, other in permutations(names, 2)
+    )
