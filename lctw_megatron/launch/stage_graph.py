@@ -70,7 +70,7 @@ class StageGraph:
         if not _is_there(stage):
             return "done, but its output is not there any more"
         if stage.kind == "prepare" and self._of_another_corpus(self.mark(stage)):
-            return "done, but its corpus or tokenizer has changed"
+            return "done, but its corpus, tokenizer or dataset has changed"
         if stage.name in outdated:
             return "done, but what it needs is to run again"
         return None
@@ -93,9 +93,9 @@ class StageGraph:
         try:
             made = Path(manifest_path(prefix)).stat().st_mtime
             found = read_manifest(prefix, TokenManifest).source.get("request")
-        except (InputError, OSError):
+            return found != wanted or made > mark.stat().st_mtime + _CLOCKS_APART
+        except (InputError, OSError):  # damaged, or removed at this moment
             return True
-        return found != wanted or made > mark.stat().st_mtime + _CLOCKS_APART
 
     @cached_property
     def _request(self) -> str | None:

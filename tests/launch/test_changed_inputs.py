@@ -60,7 +60,7 @@ def test_a_changed_corpus_is_prepared_again_and_all_after_it(prepared, change):
     lines = local.command_lines(made, made.stages)
     assert not [line for line in lines if "done before" in line]
     made.mark(made.stages[1]).unlink()
-    with pytest.raises(InputError, match="needs prepare, which is done, but its corpus or t"):
+    with pytest.raises(InputError, match="needs prepare, which is done, but its corpus, tok"):
         local.check_needs(made, made.select(["train-base"]))
 
 
