@@ -13,14 +13,17 @@ inputs give the same bytes.
 import argparse
 import gzip
 import json
+import lzma
 import re
-import sys
 import tarfile
+import zlib
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
 from lctw_megatron.atomic import atomic_file
+from lctw_megatron.cli import run_command
+from lctw_megatron.errors import InputError
 
 SHORTEST, LONGEST = 110_000, 1_500_000
 """Characters of a document."""
@@ -41,15 +44,17 @@ def main(arguments: list[str]) -> int:
         parser.error("--held-out goes with trained")
     if options.kind == "trained" and options.characters is not None:
         parser.error("--characters goes with code and prose")
+    if options.characters is not None and options.characters < 1:
+        parser.error(f"--characters {options.characters}: must be at least 1")
+    if options.output.is_dir():
+        raise InputError(f"{options.output}: is a folder; name a file for --output")
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    if options.held_out is not None:
+        return trained(options.inputs, options.held_out, options.output)
     read = code if options.kind == "code" else prose
-    try:
-        if options.held_out is not None:
-            return trained(options.inputs, options.held_out, options.output)
-        found = [document for path in options.inputs for document in read(path)]
-    except (OSError, tarfile.TarError) as error:
-        return refuse(str(error))
+    found = [document for path in options.inputs for document in read(path)]
     if not found:
-        return refuse(f"no document of {SHORTEST:,} to {LONGEST:,} characters in the inputs")
+        raise InputError(f"no document of {SHORTEST:,} to {LONGEST:,} characters in the inputs")
     chosen = evenly(found, options.characters)
     with atomic_file(options.output) as file:
         for name, text in chosen:
@@ -62,40 +67,68 @@ def main(arguments: list[str]) -> int:
 
 def trained(inputs: list[Path], held_out: Path, output: Path) -> int:
     """Copy the lines of ``inputs`` whose text is none of ``held_out``."""
-    with open(held_out, "rb") as file:
-        known = {json.loads(line)["text"] for line in file}
-    lines = [line for path in inputs for line in path.read_bytes().splitlines(keepends=True)]
-    kept = [line for line in lines if json.loads(line)["text"] not in known]
+    known = {text for _, text in documents(held_out)}
+    lines = [document for path in inputs for document in documents(path)]
+    kept = [line for line, text in lines if text not in known]
     if len(kept) == len(lines):
-        return refuse(f"{held_out}: no document of the inputs is held out; is it of this corpus?")
+        raise InputError(f"{held_out}: no document of the inputs is held out; is it of them?")
+    if not kept:
+        raise InputError(f"{held_out}: holds all documents of the inputs; none is left to train on")
     with atomic_file(output) as file:
         file.writelines(kept)
     print(f"{output}: {len(kept)} of {len(lines)} documents")
     return 0
 
 
-def refuse(line: str) -> int:
-    print(f"corpus.py: {line}", file=sys.stderr)
-    return 1
+def documents(path: Path) -> list[tuple[bytes, str]]:
+    """The lines of a jsonl file, each with its text."""
+    found = []
+    for number, line in enumerate(content(path).splitlines(keepends=True), 1):
+        try:
+            value = json.loads(line)
+        except ValueError:
+            value = None
+        if not isinstance(value, dict) or not isinstance(value.get("text"), str):
+            raise InputError(f'{path}: line {number} is no JSON object with a "text"')
+        found.append((line, value["text"]))
+    return found
+
+
+def content(path: Path) -> bytes:
+    """What is in a file, .gz unpacked."""
+    try:
+        packed = path.read_bytes()
+        return gzip.decompress(packed) if path.suffix == ".gz" else packed
+    except (OSError, EOFError, zlib.error) as error:
+        why = getattr(error, "strerror", None) or "is no complete gzip file; get it anew"
+        raise InputError(f"{path}: {why}") from None
 
 
 def code(tarball: Path) -> list[tuple[str, str]]:
     """The C sources of each directory, joined in the order of their names."""
     directories: dict[str, dict[str, str]] = {}
-    with tarfile.open(tarball) as tar:
-        for member in tar:
-            if not member.isfile() or not member.name.endswith((".c", ".h")):
-                continue
-            stream = tar.extractfile(member)
-            text = stream.read().decode("utf-8", "replace") if stream else ""
+    try:
+        for path, text in sources(tarball):
             if not is_table(text):
-                folder, _, name = member.name.rpartition("/")
+                folder, _, name = path.rpartition("/")
                 directories.setdefault(folder, {})[name] = text
+    except (OSError, EOFError, tarfile.TarError, lzma.LZMAError, zlib.error) as error:
+        why = getattr(error, "strerror", None) or "is no complete tar file; get it anew"
+        raise InputError(f"{tarball}: {why}") from None
     joined = [
         (folder, "\n".join(f"// {folder}/{name}\n{files[name]}" for name in sorted(files)))
         for folder, files in sorted(directories.items())
     ]
     return [(name, text) for name, text in joined if SHORTEST <= len(text) <= LONGEST]
+
+
+def sources(tarball: Path) -> Iterator[tuple[str, str]]:
+    """Path and text of each C source."""
+    with tarfile.open(tarball) as tar:
+        for member in tar:
+            if member.isfile() and member.name.endswith((".c", ".h")):
+                stream = tar.extractfile(member)
+                yield member.name, stream.read().decode("utf-8", "replace") if stream else ""
 
 
 def is_table(text: str) -> bool:
@@ -107,17 +140,19 @@ def is_table(text: str) -> bool:
 def prose(folder: Path) -> list[tuple[str, str]]:
     """The texts of a folder in the order of their names, joined until a document is long enough;
     a shorter rest is added to the last."""
-    documents: list[str] = []
+    if not folder.is_dir():
+        raise InputError(f"{folder}: is no folder; prose takes folders of .txt, .md or .html files")
+    joined: list[str] = []
     rest = ""
     for path in sorted(folder.rglob("*"), key=in_order):
         rest += "".join(f"{text.strip()}\n\n" for text in texts(path))
         if len(rest) >= SHORTEST:
-            documents.append(rest)
+            joined.append(rest)
             rest = ""
-    if documents:
-        documents[-1] += rest
-    names = [f"{folder.name}-{number}" for number in range(len(documents))]
-    kept = zip(names, documents, strict=True)
+    if joined:
+        joined[-1] += rest
+    names = [f"{folder.name}-{number}" for number in range(len(joined))]
+    kept = zip(names, joined, strict=True)
     return [(name, text) for name, text in kept if SHORTEST <= len(text) <= LONGEST]
 
 
@@ -134,8 +169,7 @@ def texts(path: Path) -> Iterator[str]:
     name = path.name.removesuffix(".gz")
     if not path.is_file() or not name.endswith((".txt", ".md", ".html")):
         return
-    content = path.read_bytes()
-    text = (gzip.decompress(content) if name != path.name else content).decode("utf-8", "replace")
+    text = content(path).decode("utf-8", "replace")
     if not name.endswith(".html"):
         yield text
         return
@@ -167,14 +201,14 @@ class Page(HTMLParser):
             self.parts.append(data)
 
 
-def evenly(documents: list[tuple[str, str]], characters: int | None) -> list[tuple[str, str]]:
-    """``documents``, or as many of them as hold about ``characters``, spread over the list."""
-    total = sum(len(text) for _, text in documents)
+def evenly(found: list[tuple[str, str]], characters: int | None) -> list[tuple[str, str]]:
+    """``found``, or as many of them as hold about ``characters``, spread over the list."""
+    total = sum(len(text) for _, text in found)
     if characters is None or characters >= total:
-        return documents
-    number = max(1, round(len(documents) * characters / total))
-    return [documents[len(documents) * place // number] for place in range(number)]
+        return found
+    number = max(1, round(len(found) * characters / total))
+    return [found[len(found) * place // number] for place in range(number)]
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_command(main)

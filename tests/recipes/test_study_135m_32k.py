@@ -1,8 +1,10 @@
 """The study's recipe compares like with like, and its corpus is the same each time."""
 
+import gzip
 import importlib.util
 import io
 import json
+import lzma
 import shutil
 import tarfile
 from pathlib import Path
@@ -178,8 +180,16 @@ def test_what_was_held_out_is_trained_on_in_no_part_of_the_corpus(corpus, tmp_pa
     assert output.read_text() == "".join(lines[:3] + lines[4:])
     output.unlink()
     held_out.write_text(json.dumps({"text": "another"}))
-    assert corpus.main([*arguments, "--held-out", str(held_out)]) == 1
-    assert capsys.readouterr().err.count("\n") == 1 and not output.exists()
+    with pytest.raises(InputError, match="no document of the inputs is held out"):
+        corpus.main([*arguments, "--held-out", str(held_out)])
+    held_out.write_text("".join(lines))
+    with pytest.raises(InputError, match="none is left to train on"):
+        corpus.main([*arguments, "--held-out", str(held_out)])
+    for damaged in ('{"text": 1}', "{"):
+        held_out.write_text(lines[0] + damaged)
+        with pytest.raises(InputError, match=r'held.jsonl: line 2 is no JSON object with a "text"'):
+            corpus.main([*arguments, "--held-out", str(held_out)])
+    assert not output.exists()
     with pytest.raises(SystemExit):  # which would do nothing
         corpus.main([*arguments, "--held-out", str(held_out), "--characters", "9"])
     assert "--characters goes with code and prose" in capsys.readouterr().err
@@ -191,13 +201,37 @@ def test_a_part_of_the_documents_is_spread_over_all(corpus):
     assert corpus.evenly(documents, None) == corpus.evenly(documents, 10**9) == documents
 
 
-def test_nothing_long_enough_is_one_line_and_leaves_nothing(corpus, tmp_path, capsys):
-    (tmp_path / "a.txt").write_text("short")
-    output = tmp_path / "prose.jsonl"
-    assert corpus.main(["prose", str(tmp_path), "--output", str(output)]) == 1
-    assert capsys.readouterr().err.count("\n") == 1 and not output.exists()
-    assert corpus.main(["code", str(tmp_path / "no.tar"), "--output", str(output)]) == 1
-    assert "no.tar" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("kind", "name", "content", "message"),
+    [
+        ("prose", "a.txt", b"short", "no document of 110,000 to 1,500,000 characters"),
+        ("prose", "a.txt.gz", gzip.compress(b"word " * 99)[:-9], "a.txt.gz: is no complete gzip"),
+        ("prose", "a.txt.gz", b"plain", "a.txt.gz: is no complete gzip file"),
+        ("code", "no.tar", b"plain", "no.tar: is no complete tar file"),
+        ("code", "no.tar.xz", lzma.compress(b"0" * 9999)[:-40], "no.tar.xz: is no complete tar"),
+        ("code", None, None, "nowhere: No such file"),
+        ("prose", None, None, "nowhere: is no folder"),
+    ],
+)
+def test_what_cannot_be_read_is_named_and_leaves_nothing(
+    corpus, tmp_path, kind, name, content, message
+):
+    output, place = tmp_path / "out.jsonl", tmp_path / "nowhere"
+    if name:
+        place = tmp_path / "in"
+        place.mkdir()
+        (place / name).write_bytes(content)
+    given = place / name if name and kind == "code" else place
+    with pytest.raises(InputError, match=message):
+        corpus.main([kind, str(given), "--output", str(output)])
+    assert not output.exists()
+
+
+def test_the_output_of_the_corpus_is_a_file(corpus, tmp_path):
+    with pytest.raises(InputError, match="is a folder; name a file for --output"):
+        corpus.main(["prose", str(tmp_path), "--output", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        corpus.main(["prose", str(tmp_path), "--output", "a.jsonl", "--characters", "0"])
 
 
 def test_the_tables_of_the_readme_are_those_of_the_results_beside_it():
