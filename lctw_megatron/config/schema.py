@@ -34,7 +34,6 @@ Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 MOST_DOCUMENT_BYTES = 1 << 28
 """Of one document, unless another limit is given: a broken file may be one line of terabytes."""
 
-
 _OF_SEVERAL_LINES = {"note", "setup"}
 
 
@@ -58,12 +57,13 @@ class Section(BaseModel):
     def _is_text_of_one_line(cls, value: Any, info: ValidationInfo) -> Any:
         """Names and paths become lines of batch scripts, where a line break would begin a command
         of its own, and C strings, which a NUL would end."""
-        texts = [value] if isinstance(value, str) else value
-        if isinstance(value, dict):
-            texts = [*value, *value.values()]
-        for text in texts if isinstance(texts, list) else []:
+        allowed = "\n\t" if info.field_name in _OF_SEVERAL_LINES else ""
+        if "" in (value if isinstance(value, list) else [value]) and not allowed:
+            raise ValueError("a text that is not empty")  # as of a shell variable that is not set
+        texts = [*value, *value.values()] if isinstance(value, dict) else value
+        for text in texts if isinstance(texts, list) else [texts]:
             if isinstance(text, str):
-                check_text(text, "\n\t" if info.field_name in _OF_SEVERAL_LINES else "")
+                check_text(text, allowed)
         return value
 
 
@@ -339,7 +339,7 @@ class TrainingConfig(Section):
     warmup_steps: Annotated[int, Field(ge=0, le=2**31 - 1)] = 20
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    adam_eps: Annotated[float, Field(ge=0, le=1e3)] = 1e-8
+    adam_eps: Annotated[float, Field(gt=0, le=1e3)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0, le=1e3)] = 0.1
     clip_grad: Annotated[float, Field(ge=0, le=1e30)] = 1.0
     """Largest global gradient norm; 0 turns clipping off."""

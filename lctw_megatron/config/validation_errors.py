@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -70,15 +70,18 @@ def _one_line(
 
 def _section_at(section: type[BaseModel], path: Sequence[str]) -> type[BaseModel] | None:
     """The section class that the dotted ``path`` (with list indices, dict keys) leads to."""
-    current: Any = section
+    current, inside = section, False
     for part in path:
-        if isinstance(current, type) and issubclass(current, BaseModel):
-            field = current.model_fields.get(part)
-            if field is None:
-                return None
-            current = field.annotation
-        current = _inner_section(current) or current
-    return current if isinstance(current, type) and issubclass(current, BaseModel) else None
+        if inside:  # a list or dict: this is an index or a key
+            inside = False
+            continue
+        field = current.model_fields.get(part)
+        found = _inner_section(field.annotation) if field else None
+        if field is None or found is None:
+            return None
+        annotations = (field.annotation, *get_args(field.annotation))
+        current, inside = found, any(get_origin(one) in (list, dict) for one in annotations)
+    return current
 
 
 def _inner_section(annotation: Any) -> type[BaseModel] | None:

@@ -32,7 +32,18 @@ _RESOLVERS = [
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._flat: set[int] = set()
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Write what ``node`` merges into it, after which a key may be there twice."""
+        if id(node) not in self._flat:
+            self._flat.add(id(node))
+            self._check_keys(node)
+        super().flatten_mapping(node)
+
+    def _check_keys(self, node: yaml.MappingNode) -> None:
         seen: dict[Any, int] = {}
         for key_node, _ in node.value:
             if key_node.tag == "tag:yaml.org,2002:merge":
@@ -44,7 +55,6 @@ class _Loader(yaml.SafeLoader):
             if key in seen:
                 raise InputError(f"line {line}: {key} was already given on line {seen[key]}")
             seen[key] = line
-        return super().construct_mapping(node, deep)
 
 
 class _Dumper(yaml.SafeDumper):

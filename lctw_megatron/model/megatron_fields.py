@@ -137,6 +137,11 @@ def check_megatron_fields(run: RunConfig) -> None:
                 )
             if name not in FREE[section]:
                 raise InputError(f"{where} cannot be set: {_why(section, name)}")
+            if name == "deallocate_pipeline_outputs" and value and run.layout.virtual_pipeline:
+                raise InputError(
+                    f"{where} cannot be set with layout.virtual_pipeline: an output is still being "
+                    "sent when it is freed, and the next stage trains on what is there then"
+                )
             try:
                 TypeAdapter(FREE[section][name] or hints[name]).validate_python(value, strict=True)
             except ValidationError as error:

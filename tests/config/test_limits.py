@@ -38,6 +38,7 @@ def recipe(tmp_path):
         ("training.adam_beta1", "1"),
         ("training.adam_beta2", "-0.1"),
         ("training.adam_eps", "-1e-8"),
+        ("training.adam_eps", "0"),  # 0 / 0 for a token's row before its first gradient
         ("training.lr", "1e300"),
         ("training.weight_decay", "1e39"),
         ("training.steps", str(2**62)),
@@ -64,6 +65,29 @@ def test_a_number_beyond_its_limits_is_refused_by_name(recipe, field, value):
 
 
 @pytest.mark.parametrize(
+    "override",
+    ['output_dir=""', 'start=""', 'cluster.time_limit=""', 'prepare.inputs=[a, ""]'],
+)
+def test_nothing_is_no_name_and_no_path(recipe, override):
+    """As of a shell variable that is not set: a run in /main, or from random weights."""
+    field = override.partition("=")[0]
+    with pytest.raises(InputError, match=f"{field} is .*, expected a text that is not empty"):
+        load_recipe(recipe, [override])
+
+
+def test_a_field_of_a_list_is_looked_for_among_its_own(recipe):
+    with pytest.raises(InputError, match="data.train.0.wieght: no such field; did you mean weight"):
+        resolve_run(load_recipe(recipe, ["data.train=[{prefix: x, wieght: 2}]"]))
+
+
+def test_what_is_merged_may_override_what_it_merged_itself():
+    text = "a: {b: &b {<<: {steps: 9, lr: 1}, steps: 3}}\nc: {<<: *b, lr: 2}\n"
+    assert parse_yaml(text, "r")["c"] == {"steps": 3, "lr": 2}
+    with pytest.raises(InputError, match="line 2: steps was already given on line 1"):
+        parse_yaml("a: {b: &b {steps: 1,\n steps: 3}}\nc: {<<: *b, lr: 2}\n", "r")
+
+
+@pytest.mark.parametrize(
     ("limit", "seconds"),
     [
         ("5", 300), ("4:59", 299), ("00:10:00", 600), ("1-0", 86400), ("1-00:01", 86460),
@@ -85,7 +109,7 @@ def test_a_signal_comes_after_the_start_of_a_job(limit, seconds):
             ClusterConfig.model_validate(values)
 
 
-@pytest.mark.parametrize("limit", ["", "soon", "1:2:3:4", "-5", "1-", "12h", "1_0"])
+@pytest.mark.parametrize("limit", ["soon", "1:2:3:4", "-5", "1-", "12h", "1_0"])
 def test_a_time_limit_that_sbatch_does_not_take_is_refused_by_name(recipe, limit):
     with pytest.raises(InputError, match="cluster.time_limit is .* such as 24:00:00"):
         load_recipe(recipe, [f"cluster.time_limit='{limit}'"])

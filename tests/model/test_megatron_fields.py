@@ -35,6 +35,13 @@ def test_free_fields_pass_and_stay_in_the_saved_run() -> None:
     assert saved.megatron == run.megatron and saved.megatron.ddp["bucket_size"] == 1000
 
 
+def test_an_output_is_not_freed_while_it_is_sent() -> None:
+    run = run_with(transformer={"deallocate_pipeline_outputs": True})
+    layout = run.layout.model_copy(update={"pipeline": 2, "virtual_pipeline": 2})
+    with pytest.raises(InputError, match="cannot be set with layout.virtual_pipeline"):
+        check_megatron_fields(run.model_copy(update={"layout": layout}))
+
+
 def test_a_megatron_core_without_hybridmodel_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(megatron_fields, "MEGATRON", (0, 17))
     check_megatron_fields(run_with(model="gpt"))
