@@ -41,7 +41,7 @@ def corpus():
 
 
 def test_every_scheme_has_the_same_orders_of_the_data_and_differs_in_nothing_else():
-    runs = build_stage_graph(RECIPE, (), lambda _: MODEL).runs
+    runs = build_stage_graph(RECIPE, (), lambda *_: MODEL).runs
     plain = {run.seed: run for run in runs if run.name.startswith("uniform-")}
     assert sorted(plain) == [1, 2, 3]
     for run in runs:
@@ -60,7 +60,7 @@ def test_every_scheme_has_the_same_orders_of_the_data_and_differs_in_nothing_els
 
 
 def test_all_runs_are_measured_and_none_exported():
-    graph = build_stage_graph(RECIPE, (), lambda _: MODEL)
+    graph = build_stage_graph(RECIPE, (), lambda *_: MODEL)
     kinds = {stage.kind for stage in graph.stages}
     assert kinds == {"prepare", "score", "train", "evaluate", "recall", "report"}
     for kind in ("train", "evaluate", "recall"):
@@ -81,9 +81,9 @@ OWN = {
 
 @pytest.mark.parametrize("path", FURTHER, ids=lambda path: path.stem)
 def test_a_further_recipe_runs_and_differs_from_uniform_in_its_question_alone(path):
-    first = build_stage_graph(RECIPE, (), lambda _: MODEL)
+    first = build_stage_graph(RECIPE, (), lambda *_: MODEL)
     plain = {run.seed: run for run in first.runs if run.name.startswith("uniform_lr1e-3-")}
-    graph = build_stage_graph(str(path), (), lambda _: MODEL)
+    graph = build_stage_graph(str(path), (), lambda *_: MODEL)
     scorers = {run.name for run in graph.runs if run.start != MODEL_FOLDER}
     assert scorers == ({"small"} if path.stem == "scorer" else set())
     compared = [run for run in graph.runs if run.name not in scorers]
@@ -106,7 +106,7 @@ def test_a_further_recipe_runs_and_differs_from_uniform_in_its_question_alone(pa
 
 
 def test_no_two_recipes_write_into_one_run_or_one_sidecar():
-    graphs = [build_stage_graph(str(path), (), lambda _: MODEL) for path in [RECIPE, *FURTHER]]
+    graphs = [build_stage_graph(str(path), (), lambda *_: MODEL) for path in [RECIPE, *FURTHER]]
     folders = [run.run_dir for graph in graphs for run in graph.runs]
     assert len(set(folders)) == len(folders)
     names = [run.name for graph in graphs for run in graph.runs]
