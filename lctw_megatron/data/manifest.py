@@ -12,6 +12,10 @@ from lctw_megatron.data.json_object import parse_json
 from lctw_megatron.errors import InputError
 
 
+MADE_ELSEWHERE = ["a corpus in Megatron format"]
+"""The inputs that the source of a manifest names if it was made for tokens that were there."""
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -23,7 +27,8 @@ class TokenizerIdentity(_Strict):
     path: str
     """Where it was. Not compared: the digest is the identity."""
     digest: str
-    """blake2b-128 of the content of the tokenizer's files."""
+    """blake2b-128 of the content of the tokenizer's files; of a SentencePiece model without
+    ``add_bos``, which no file of it decides."""
     vocab_size: int
     """One more than the largest id."""
     bos_id: int | None
@@ -51,6 +56,15 @@ class TokenManifest(_Strict):
     tokenizer: TokenizerIdentity
     source: dict[str, Any]
     """Where the text came from."""
+
+    @property
+    def made_elsewhere(self) -> bool:
+        """Whether other tools made the tokens, or those that these were chosen from: then BOS and
+        EOS are as the documents have them, whatever the tokenizer adds."""
+        source = self.source
+        while isinstance(source.get("original"), dict):
+            source = source["original"]
+        return source.get("inputs") == MADE_ELSEWHERE
 
 
 class SidecarManifest(_Strict):

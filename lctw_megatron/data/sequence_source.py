@@ -10,7 +10,7 @@ from lctw_megatron.data.batch import PieceData, Sample, assemble
 from lctw_megatron.data.sequence_cache import cached_index
 from lctw_megatron.data.sequences import Piece
 from lctw_megatron.data.sidecar import Sidecar
-from lctw_megatron.data.token_dataset import TokenDataset
+from lctw_megatron.data.token_dataset import TokenDataset, bos_words
 from lctw_megatron.errors import InputError
 
 _FEW_SCORED = 0.2
@@ -139,7 +139,8 @@ def open_sources(
 
 
 def check_one_tokenizer(sources: Sequence[SequenceSource]) -> None:
-    """InputError that names both if two of them were made with different ones."""
+    """InputError that names both if two of them were made with different ones, or with and without
+    BOS, which the digest of a SentencePiece model leaves out."""
     for source in sources[1:]:
         if source.tokenizer.digest != sources[0].tokenizer.digest:
             raise InputError(
@@ -147,4 +148,12 @@ def check_one_tokenizer(sources: Sequence[SequenceSource]) -> None:
                 f"{source.tokenizer.digest}), but {sources[0].prefix} with "
                 f"{sources[0].tokenizer.path} (digest {sources[0].tokenizer.digest}); "
                 "preprocess both with one tokenizer"
+            )
+        begins = [s.tokenizer.add_bos for s in (source, sources[0])]
+        if begins[0] != begins[1]:
+            raise InputError(
+                f"the documents of {source.prefix} begin {bos_words(begins[0])} (tokenizer "
+                f"{source.tokenizer.path}), but those of {sources[0].prefix} "
+                f"{bos_words(begins[1])} (tokenizer {sources[0].tokenizer.path}); preprocess both "
+                "with one tokenizer"
             )

@@ -1,6 +1,7 @@
 """A tokenised corpus: PREFIX.bin, PREFIX.idx and its manifest PREFIX.json."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -87,6 +88,26 @@ class TokenDataset(IndexedArrayReader):
             f"{tokenizer.path}, or preprocess with the model's"
         )
 
+    def check_bos(self, known: Mapping[str, Any], model: str) -> None:
+        """InputError if ``model``, as the user calls it, was made with this dataset's tokenizer
+        (``known``: its identity there), but with BOS before a text where there is none here, or the
+        other way round.
+
+        Asked of SentencePiece models, whose digest leaves it out. What other tools have made is
+        taken as it is: there a document without BOS says nothing about the tokenizer.
+        """
+        ours, theirs = self.manifest.tokenizer, known.get("add_bos")
+        if self.manifest.made_elsewhere or ours.kind != "sentencepiece":
+            return
+        if theirs is None or theirs == ours.add_bos:
+            return
+        raise InputError(
+            f"{self.prefix}: its documents begin {bos_words(ours.add_bos)} (tokenizer "
+            f"{ours.path}), but a text of {model} {bos_words(theirs)} (tokenizer "
+            f"{known.get('path')}, the same but for BOS); preprocess with the model's tokenizer, "
+            "or take a model that has the data's"
+        )
+
     def verify(self) -> None:
         """Read everything: InputError unless index, token ids and fingerprint fit the manifest."""
         self.check_index()
@@ -115,6 +136,11 @@ class TokenDataset(IndexedArrayReader):
                     f"{manifest_path(self.prefix)} says {expected}: these files are not of one "
                     f"run, or were changed; preprocess again"
                 )
+
+
+def bos_words(added: bool) -> str:
+    """How a document begins, for people."""
+    return "with BOS" if added else "without BOS"
 
 
 def check_vocabulary(dataset: IndexedArrayReader, tokenizer: TokenizerIdentity) -> int:

@@ -133,7 +133,7 @@ def open_haystack(
                 f"{theirs}), but the checkpoint's tokenizer is {ours}; give a text file instead"
             )
         dataset.check_fits(vocab_size, "the checkpoint")
-        known = tokenizer.identity
+        known = dataset.manifest.tokenizer  # which says what lies around these documents
         around = int(known.add_bos) + int(known.add_eos)
         lengths = np.asarray(dataset.lengths, dtype=np.int64) - around
         return Stream(path, dataset.fingerprint, dataset, lengths, int(known.add_bos), encode)

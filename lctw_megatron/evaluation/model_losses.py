@@ -29,7 +29,7 @@ from lctw_megatron.platform.world import first_rank_decides, initialize, join
 
 def check_data(checkpoint: Path, manifest: CheckpointManifest, dataset: TokenDataset) -> None:
     """InputError, both sides named, if the model of ``checkpoint`` was trained with another
-    tokenizer or does not know a token of ``dataset``. To be asked before the model is loaded."""
+    tokenizer, or with BOS where the data have none, or does not know a token of ``dataset``. To be asked before the model is loaded."""
     tokenizer = dataset.manifest.tokenizer
     known = (manifest.tokenizer or {}).get("digest")
     if known and known != tokenizer.digest:
@@ -37,6 +37,7 @@ def check_data(checkpoint: Path, manifest: CheckpointManifest, dataset: TokenDat
             f"{dataset.prefix} was tokenised with {tokenizer.path} (digest {tokenizer.digest}), "
             f"but {checkpoint} was trained with tokenizer {known}; preprocess with the checkpoint's"
         )
+    dataset.check_bos(manifest.tokenizer or {}, str(checkpoint))
     dataset.check_fits(manifest.model.vocab_size or 0, str(checkpoint))
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from lctw_megatron.data.fingerprint import content_fingerprint, sample_digest
 from lctw_megatron.data.indexed_array import index_path
 from lctw_megatron.data.manifest import (
+    MADE_ELSEWHERE,
     SidecarManifest,
     TokenizerIdentity,
     TokenManifest,
@@ -107,7 +108,7 @@ def make_manifest(prefix: str, tokenizer_path: str) -> TokenManifest:
         dtype=dataset.dtype.name,
         largest_id=largest,
         tokenizer=_as_found(dataset, tokenizer),
-        source={"inputs": ["a corpus in Megatron format"]},
+        source={"inputs": MADE_ELSEWHERE},
     )
     write_manifest(prefix, manifest)
     return manifest

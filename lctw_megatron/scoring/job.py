@@ -300,6 +300,7 @@ class Job:
                 f"{self.data} was made with {data.path} (digest {data.digest}); use a scorer with "
                 f"the tokenizer of the data"
             )
+        self.dataset.check_bos(scorer, str(path))
         self.dataset.check_fits(self.scorer_manifest.model.vocab_size or 0, str(path))
 
 

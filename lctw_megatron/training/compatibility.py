@@ -9,7 +9,7 @@ import numpy as np
 from lctw_megatron.config.model_sizes import expert_width, head_width
 from lctw_megatron.config.rope import exported_maximum
 from lctw_megatron.config.schema import ModelConfig, RunConfig, Section
-from lctw_megatron.data.manifest import TokenizerIdentity
+from lctw_megatron.data.token_dataset import TokenDataset
 from lctw_megatron.errors import InputError, few
 from lctw_megatron.model.checkpoint import CheckpointManifest, find_checkpoint, read_manifest
 
@@ -29,18 +29,16 @@ _DECIDES_THE_WEIGHTS = {
 
 
 def complete_run(
-    run: RunConfig,
-    tokenizer: TokenizerIdentity,
-    prefix: str,
-    own: tuple[Path, CheckpointManifest] | None,
+    run: RunConfig, dataset: TokenDataset, own: tuple[Path, CheckpointManifest] | None
 ) -> tuple[RunConfig, Path | None, str | None]:
-    """``run`` with what the tokenizer of its data (``prefix``) and its sequence length decide, and
+    """``run`` with what the tokenizer of its data (``dataset``) and its sequence length decide, and
     the checkpoint that it begins with, if any, and its identity. own: its own newest checkpoint
     and what that holds, which takes the place of a start that is gone, and has its identity.
 
     Raises InputError if `start` has another model or was trained with another tokenizer, or is gone
     where the run has no checkpoint of its own that began with it.
     """
+    tokenizer = dataset.manifest.tokenizer
     positions = run.data.sequence_length
     start, manifest, identity = _begun_with(run, own) if run.start else (None, None, None)
     if manifest is not None:
@@ -68,9 +66,10 @@ def complete_run(
         theirs = (manifest.tokenizer or {}).get("digest")
         if theirs and theirs != tokenizer.digest:
             raise InputError(
-                f"{prefix} was tokenised with tokenizer {tokenizer.digest}, but {start} was "
+                f"{dataset.prefix} was tokenised with tokenizer {tokenizer.digest}, but {start} was "
                 f"trained with {theirs}; preprocess with the checkpoint's"
             )
+        dataset.check_bos(manifest.tokenizer or {}, str(start))
     return run.model_copy(update={"model": model}), start, identity
 
 

@@ -95,7 +95,7 @@ class Trainer:
         folder = Path(run.run_dir) / "checkpoints"
         own = newest_checkpoint(folder, self.print_rank_0)
         run, start, self.begun_with = first_rank_decides(
-            lambda: complete_run(asked, tokenizer, source.prefix, own)
+            lambda: complete_run(asked, source.dataset, own)
         )
         self.start = start
         memory = 0 if run.training.micro_batch_size else least_usable_memory(self.world.device)

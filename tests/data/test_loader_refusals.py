@@ -60,6 +60,16 @@ def test_corpora_of_two_tokenizers(folder, tmp_path) -> None:
         loader(DataConfig(train=corpora, sequence_length=8))
 
 
+def test_corpora_of_one_tokenizer_with_and_without_bos(folder, tmp_path) -> None:
+    write_tokens(tmp_path / "c", count_up([17]), bos_id=1000, add_bos=True, path="bare.model")
+    corpora = [Corpus(prefix=str(folder / "a")), Corpus(prefix=str(tmp_path / "c"))]
+    with refused(
+        r"the documents of \S+/c begin with BOS \(tokenizer bare\.model\), but those of \S+/a "
+        r"without BOS \(tokenizer a/tokenizer\); preprocess both"
+    ):
+        loader(DataConfig(train=corpora, sequence_length=8))
+
+
 def test_a_token_beyond_the_vocabulary(folder) -> None:
     with refused(r"b: holds token id 50\d+, but the model has a vocabulary of 500000"):
         loader(config(folder), vocab_size=500_000)

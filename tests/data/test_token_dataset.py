@@ -1,12 +1,13 @@
 import os
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
 
 from lctw_megatron.data import TokenDataset
 from lctw_megatron.data.indexed_array import IndexedArrayWriter
-from lctw_megatron.data.manifest import write_manifest
+from lctw_megatron.data.manifest import MADE_ELSEWHERE, TokenizerIdentity, write_manifest
 from lctw_megatron.data.token_dataset import TokenWriter
 from lctw_megatron.errors import InputError
 from tests.data.small_data import count_up, write_tokens
@@ -178,3 +179,33 @@ def test_a_broken_manifest_is_named(dataset, content, message):
         file.write(content)
     with pytest.raises(InputError, match=rf"corpus\.json: not a manifest .*{message}"):
         TokenDataset(dataset.prefix)
+
+
+def test_a_model_with_bos_is_refused_where_the_data_have_none(tmp_path) -> None:
+    """The digest of a SentencePiece model is of the file, which does not say whether BOS is added;
+    a Hugging Face tokenizer's covers it. What other tools made is as it is."""
+    theirs = {"add_bos": True, "path": "bare.model"}
+    elsewhere = {"inputs": MADE_ELSEWHERE}
+
+    def dataset(name: str, source: dict[str, Any], **identity: Any) -> TokenDataset:
+        made_with = {"digest": "0" * 32, "vocab_size": 9, "bos_id": 1, "eos_id": 2}
+        marks = {"add_bos": False, "add_eos": False, "path": "a/folder"}
+        known = TokenizerIdentity(**{"kind": "sentencepiece", **made_with, **marks, **identity})
+        with TokenWriter(str(tmp_path / name), known, source) as writer:
+            writer.add(np.array([3, 4]))
+        return TokenDataset(str(tmp_path / name))
+
+    ours = dataset("ours", {})
+    with pytest.raises(InputError) as error:
+        ours.check_bos(theirs, "a/model")
+    assert str(error.value).startswith(
+        f"{ours.prefix}: its documents begin without BOS (tokenizer a/folder), but a text of "
+        "a/model with BOS (tokenizer bare.model, the same but for BOS); "
+    )
+    with pytest.raises(InputError, match=r"begin with BOS .* a text of a/model without BOS"):
+        dataset("more", {}, add_bos=True).check_bos({"add_bos": False}, "a/model")
+    dataset("same", {}, add_bos=True).check_bos(theirs, "a/model")
+    dataset("json", {}, kind="huggingface").check_bos(theirs, "a/model")
+    for source in (elsewhere, {"choice": {}, "original": elsewhere}):
+        dataset("found", source).check_bos(theirs, "a/model")
+    ours.check_bos({}, "a checkpoint that does not say")

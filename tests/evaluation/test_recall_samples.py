@@ -165,6 +165,16 @@ def test_text_files_and_token_datasets_are_haystacks(hf_folder, tmp_path):
             assert texts[0][:100] != texts[1][:100]
 
 
+def test_of_a_haystack_only_the_bos_and_eos_that_it_has_are_left_out(hf_folder, tmp_path):
+    tokenizer = load_tokenizer(hf_folder)
+    bare = tokenizer.identity.model_copy(update={"add_bos": False, "add_eos": False})
+    (ids,) = tokenizer.encode_batch([real_text()])
+    with TokenWriter(str(tmp_path / "data"), bare) as writer:
+        writer.add(ids)
+    maker = SampleMaker(tokenizer, str(tmp_path / "data"), seed=0, vocab_size=VOCAB_SIZE)
+    assert maker.haystack._lengths.tolist() == [len(ids)]
+
+
 def test_a_mark_of_byte_order_is_no_text(hf_folder, tmp_path):
     tokenizer, made = load_tokenizer(hf_folder), []
     for mark in (b"", b"\xef\xbb\xbf"):  # as Windows puts before a text

@@ -46,6 +46,12 @@ def test_another_tokenizer_is_refused_with_both_digests(scene: Scene, tmp_path: 
         assert part in str(error.value)
 
 
+def test_a_scorer_with_bos_is_refused_for_data_without(scene: Scene, tmp_path: Path) -> None:
+    write_corpus(tmp_path / "corpus", [200], kind="sentencepiece", add_bos=True)
+    with pytest.raises(InputError, match=r"begin with.* BOS .*, but a text of .* with.* BOS "):
+        job_of(scene, data=str(tmp_path / "corpus"))
+
+
 def test_tokens_of_a_forward_are_those_asked_for_or_follow_from_model_and_device(
     scene: Scene,
 ) -> None:

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 
 from lctw_megatron.config.schema import ModelConfig
-from lctw_megatron.data.manifest import TokenizerIdentity
+from lctw_megatron.data.manifest import TokenizerIdentity, TokenManifest
+from lctw_megatron.data.token_dataset import TokenDataset
 from lctw_megatron.errors import InputError
 from lctw_megatron.training import compatibility
 from tests.training.layouts import make_run
@@ -18,14 +19,17 @@ THROUGH_FLOAT32 = 9.999999747378752e-06
 """SmolLM2's rms_norm_eps: 1e-05 that was kept in float32."""
 
 
-def started(run, monkeypatch, **theirs):
+def started(run, monkeypatch, tokenizer=None, data=TOKENIZER, **theirs):
     """``run``, completed from a start whose model has other values."""
     model = run.model.model_copy(update=theirs)
-    manifest = SimpleNamespace(model=model, tokenizer=None, identity=None)
+    manifest = SimpleNamespace(model=model, tokenizer=tokenizer, identity=None)
     monkeypatch.setattr(compatibility, "find_checkpoint", lambda path: path)
     monkeypatch.setattr(compatibility, "read_manifest", lambda path: manifest)
     run = run.model_copy(update={"start": "models/start"})
-    return compatibility.complete_run(run, TOKENIZER, "data", None)[0]
+    dataset = object.__new__(TokenDataset)
+    dataset.prefix = "data"
+    dataset._manifest = TokenManifest.model_construct(tokenizer=data, source={})
+    return compatibility.complete_run(run, dataset, None)[0]
 
 
 @pytest.fixture
@@ -64,3 +68,11 @@ def test_what_a_recipe_leaves_out_is_no_other_model_than_what_it_stands_for(run,
     asked = run.model_copy(update={"model": run.model.model_copy(update=left_out)})
     with pytest.raises(InputError, match=f"num_query_groups is {heads}, but .* has {heads // 2}"):
         started(asked, monkeypatch, num_query_groups=heads // 2)
+
+
+def test_a_start_with_bos_is_refused_for_data_without(run, monkeypatch):
+    data = TOKENIZER.model_copy(update={"kind": "sentencepiece"})
+    theirs = {**data.model_dump(), "add_bos": True}
+    with pytest.raises(InputError, match="begin without BOS .* models/start with BOS"):
+        started(run, monkeypatch, theirs, data)
+    started(run, monkeypatch, data.model_dump(), data)
