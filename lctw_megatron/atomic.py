@@ -74,12 +74,18 @@ def check_not_read(option: str, output: str | Path, inputs: Iterable[str | Path]
 
 
 @contextmanager
-def writing(path: str | Path) -> Iterator[None]:
-    """An OSError that names no file, as of a full disk, is one of ``path``."""
+def writing(path: str | Path, *own: Path) -> Iterator[None]:
+    """An OSError that names no file, as of a full disk, is one of ``path``; so is one that names
+    one of ``own``, or what lies in it: files and folders made for ``path``, under names that the
+    user has never seen."""
     try:
         yield
     except OSError as error:
         error.filename = error.filename or str(path)
+        for field in ("filename", "filename2"):
+            name = getattr(error, field)
+            if isinstance(name, str) and any(Path(name).is_relative_to(place) for place in own):
+                setattr(error, field, str(path))
         raise
 
 
@@ -95,15 +101,13 @@ def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
     try:
-        with (
-            writing(path),
-            open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file,
-        ):
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_directory(path.parent)
+        with writing(path, temporary):
+            with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync_directory(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -126,26 +130,27 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     """
     path = Path(os.path.abspath(path))
     work = temporary_name(path)
-    make_work_folder(work)
     new, old = work / path.name, work / "replaced"
-    try:
-        new.mkdir()
-        yield new
-        for root, _, names in os.walk(new):
-            for name in names:
-                with open(Path(root) / name, "r+b" if _WINDOWS else "rb") as file:
-                    os.fsync(file.fileno())
-            sync_directory(Path(root))
-        if os.path.lexists(path):
-            os.replace(path, old)
-            try:
+    with writing(path, work):
+        make_work_folder(work)
+        try:
+            new.mkdir()
+            yield new
+            for root, _, names in os.walk(new):
+                for name in names:
+                    with open(Path(root) / name, "r+b" if _WINDOWS else "rb") as file:
+                        os.fsync(file.fileno())
+                sync_directory(Path(root))
+            if os.path.lexists(path):
+                os.replace(path, old)
+                try:
+                    os.replace(new, path)
+                except OSError:
+                    if not path.exists():
+                        os.replace(old, path)
+                    raise
+            else:
                 os.replace(new, path)
-            except OSError:
-                if not path.exists():
-                    os.replace(old, path)
-                raise
-        else:
-            os.replace(new, path)
-        sync_directory(path.parent)
-    finally:
-        remove_work_folder(work)
+            sync_directory(path.parent)
+        finally:
+            remove_work_folder(work)

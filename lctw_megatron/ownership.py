@@ -55,7 +55,8 @@ def sole_writer(output: Path, log: Callable[[str], None]) -> Iterator[None]:
     """Own ``output``, a file or folder, and remove what killed writers have left beside it."""
     output = Path(os.path.abspath(output))
     output.parent.mkdir(parents=True, exist_ok=True)
-    with owned(_lock_of(output), str(output)), writing(output):
+    lock = _lock_of(output)
+    with writing(output, lock), owned(lock, str(output)):
         remove_leftovers(output, log)
         yield
 

@@ -97,6 +97,31 @@ def test_a_file_system_without_locks_lets_all_in(tmp_path, monkeypatch, number):
         assert not alone and not second  # and they know it
 
 
+def test_an_error_names_no_file_that_was_only_made_on_the_way(tmp_path, monkeypatch):
+    """Whichever call meets it first: the open, a write, the copy of a file, the rename."""
+
+    def full(*names: object, **_: object) -> None:
+        one, other = ([str(name) for name in names if isinstance(name, str | Path)] + [None])[:2]
+        raise OSError(errno.ENOSPC, "No space left on device", one, None, other)
+
+    path, source = tmp_path / "out", str(tmp_path / "source")
+    with pytest.raises(OSError, match=f"'{path}'$"), atomic.atomic_directory(path) as folder:
+        full(folder / "part")
+    with pytest.raises(OSError, match=f"'{path}'$"), atomic.atomic_directory(path) as folder:
+        full(source, folder / "copy")
+    with pytest.raises(OSError, match=f"'{source}'$"), atomic.atomic_directory(path):
+        full(source)
+    monkeypatch.setattr(atomic.os, "replace", full)
+    with pytest.raises(OSError, match=f"'{path}'$"), atomic.atomic_directory(path):
+        pass
+    with pytest.raises(OSError, match=f"'{path}'$"), atomic.atomic_file(path):
+        pass
+    monkeypatch.setattr(atomic, "make_work_folder", full)
+    with pytest.raises(OSError, match=f"'{path}'$"), atomic.atomic_directory(path):
+        pass
+    assert not path.exists()
+
+
 def test_a_full_disk_names_the_file_that_was_to_be_written(tmp_path):
     path = tmp_path / "result.json"
     with pytest.raises(OSError, match=r"No space left .*/result.json") as full:  # noqa: SIM117

@@ -69,6 +69,9 @@ def test_a_full_disk_names_what_was_to_be_written(
     with pytest.raises(OSError, match="No space") as error, owned(tmp_path / "lock", "the run"):
         pass
     assert error.value.filename == str(tmp_path / "lock")
+    with pytest.raises(OSError, match="No space") as error, sole_writer(tmp_path / "out", print):
+        pass
+    assert error.value.filename == str(tmp_path / "out"), "not that of its lock"
 
 
 def test_a_killed_owner_is_succeeded_also_while_a_process_that_it_forked_lives(

@@ -68,6 +68,17 @@ def _no_checksums() -> Iterator[None]:
         torch.serialization.set_crc32_options(before)
 
 
+def _save(value: Any, file: IO[bytes]) -> None:
+    """torch.save, whose archive ends in an error of its own when a write fails, which hides what
+    the operating system said (a full disk)."""
+    try:
+        torch.save(value, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+
+
 class CheckpointFiles(Closing):
     """``add`` every tensor and leave the context: without an error the files are complete.
 
@@ -96,7 +107,7 @@ class CheckpointFiles(Closing):
         file = self._open()
         begin = file.tell()
         with _no_checksums():
-            torch.save(value.view(stored.box), file)
+            _save(value.view(stored.box), file)
         self._wrote(MetadataIndex(stored.key, offsets, len(chunks) - 1), begin)
 
     def add_empty_states(self, tensors: list[StoredTensor]) -> None:
@@ -127,7 +138,8 @@ class CheckpointFiles(Closing):
     def close(self) -> None:
         self._close_file()
         FileSystemWriter(self._folder).finish(self._metadata, [self._results])
-        torch.save({**self._common, "content_metadata": _CONTENT}, self._folder / "common.pt")
+        with open(self._folder / "common.pt", "wb") as file:
+            _save({**self._common, "content_metadata": _CONTENT}, file)
         write_json(
             self._folder / "metadata.json",
             {
