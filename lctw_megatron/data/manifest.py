@@ -11,7 +11,6 @@ from lctw_megatron.data.indexed_array import data_path, index_path
 from lctw_megatron.data.json_object import parse_json
 from lctw_megatron.errors import InputError
 
-
 MADE_ELSEWHERE = ["a corpus in Megatron format"]
 """The inputs that the source of a manifest names if it was made for tokens that were there."""
 

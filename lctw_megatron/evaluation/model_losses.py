@@ -29,7 +29,8 @@ from lctw_megatron.platform.world import first_rank_decides, initialize, join
 
 def check_data(checkpoint: Path, manifest: CheckpointManifest, dataset: TokenDataset) -> None:
     """InputError, both sides named, if the model of ``checkpoint`` was trained with another
-    tokenizer, or with BOS where the data have none, or does not know a token of ``dataset``. To be asked before the model is loaded."""
+    tokenizer, or with BOS where the data have none, or does not know a token of ``dataset``. To be
+    asked before the model is loaded."""
     tokenizer = dataset.manifest.tokenizer
     known = (manifest.tokenizer or {}).get("digest")
     if known and known != tokenizer.digest:

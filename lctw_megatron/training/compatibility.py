@@ -66,8 +66,8 @@ def complete_run(
         theirs = (manifest.tokenizer or {}).get("digest")
         if theirs and theirs != tokenizer.digest:
             raise InputError(
-                f"{dataset.prefix} was tokenised with tokenizer {tokenizer.digest}, but {start} was "
-                f"trained with {theirs}; preprocess with the checkpoint's"
+                f"{dataset.prefix} was tokenised with tokenizer {tokenizer.digest}, but {start} "
+                f"was trained with {theirs}; preprocess with the checkpoint's"
             )
         dataset.check_bos(manifest.tokenizer or {}, str(start))
     return run.model_copy(update={"model": model}), start, identity
