@@ -21,6 +21,7 @@ from lctw_megatron.inspection.describe_data import (
     describe_sidecar,
     make_manifest,
     sidecar_names,
+    stored_files,
 )
 
 EPILOG = """\
@@ -245,7 +246,7 @@ def _check_outputs(options: argparse.Namespace) -> None:
     """InputError if what is written would replace what is looked at."""
     for prefix in options.prefix:
         sidecars = [sidecar_prefix(prefix, name) for name in (options.long, options.short)]
-        read = [file for each in (prefix, *sidecars) for file in files_of(each)]
+        read = [file for each in sidecars for file in files_of(each)] + stored_files(prefix)
         for name in ("rank_documents", "html", "png"):
             if output := getattr(options, name):
                 check_not_read(f"--{name.replace('_', '-')}", output, read)
@@ -263,6 +264,7 @@ def _unused(options: argparse.Namespace, text: bool, look: bool) -> list[str]:
         "sample": look and not text,
         "long": losses and not options.checkpoint,
         "short": losses and not options.window,
+        "tokenizer": tokens or options.write_manifest,
         **dict.fromkeys(("sequence_length", "weighting"), tokens),
         **dict.fromkeys(
             ("packing", "tails", "index_cache"),

@@ -12,11 +12,12 @@ from lctw_megatron.data.manifest import (
     SidecarManifest,
     TokenizerIdentity,
     TokenManifest,
+    files_of,
     manifest_path,
     read_manifest,
     write_manifest,
 )
-from lctw_megatron.data.sidecar import Sidecar
+from lctw_megatron.data.sidecar import Sidecar, is_sidecar_name
 from lctw_megatron.data.token_dataset import TokenDataset, check_vocabulary
 from lctw_megatron.data.tokenizers import load_tokenizer
 from lctw_megatron.errors import InputError
@@ -66,10 +67,24 @@ def describe_sidecar(sidecar: Sidecar) -> str:
 
 
 def sidecar_names(dataset: TokenDataset) -> list[str]:
-    """Names of the sidecars that lie beside a token dataset: not of other token datasets there."""
-    pattern = glob.escape(dataset.prefix) + ".*" + index_path("")
-    names = (path[len(dataset.prefix) + 1 : -len(index_path(""))] for path in glob.glob(pattern))
-    return sorted(name for name in names if _is_sidecar(f"{dataset.prefix}.{name}"))
+    """Names of the sidecars that lie beside a token dataset: not of other token datasets there, nor
+    of theirs."""
+    names = filter(is_sidecar_name, _names_beside(dataset.prefix))
+    return [name for name in names if _is_sidecar(f"{dataset.prefix}.{name}")]
+
+
+def stored_files(prefix: str) -> list[str]:
+    """All of a token dataset and of the sidecars beside it, finished or not, and of the datasets
+    whose prefixes begin with its own: nothing that a view may be written over."""
+    prefixes = (prefix, *(f"{prefix}.{name}" for name in _names_beside(prefix)))
+    return [file for each in prefixes for file in files_of(each)]
+
+
+def _names_beside(prefix: str) -> list[str]:
+    """NAME of every PREFIX.NAME that has an index."""
+    ending = index_path("")
+    paths = glob.glob(f"{glob.escape(prefix)}.*{ending}")
+    return sorted(path[len(prefix) + 1 : -len(ending)] for path in paths)
 
 
 def _is_sidecar(prefix: str) -> bool:

@@ -1,7 +1,6 @@
 """What is to be scored with what, whether the two fit, and how much of it is done already."""
 
 import json
-import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, fields
@@ -15,7 +14,7 @@ from lctw_megatron.config.rope import longest_context
 from lctw_megatron.config.schema import LayoutConfig
 from lctw_megatron.data.indexed_array import data_path, stored_dtype
 from lctw_megatron.data.manifest import SidecarManifest, read_manifest
-from lctw_megatron.data.sidecar import Sidecar, sidecar_prefix
+from lctw_megatron.data.sidecar import Sidecar, is_sidecar_name, sidecar_prefix
 from lctw_megatron.data.token_dataset import TokenDataset
 from lctw_megatron.errors import InputError, few
 from lctw_megatron.model import checkpoint as checkpoints
@@ -53,7 +52,7 @@ class Job:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
+        if not is_sidecar_name(self.name):
             raise InputError(
                 f"--name {self.name!r}: it becomes part of file names; use letters, digits, _ and -"
             )

@@ -8,6 +8,7 @@ import pytest
 from lctw_megatron.data import TokenDataset
 from lctw_megatron.data.indexed_array import HEADER, IndexedArrayWriter
 from lctw_megatron.data.tokenizers import load_tokenizer
+from lctw_megatron.inspection.describe_data import sidecar_names
 from tests.data.small_data import count_up, write_sidecar, write_tokens
 from tests.tools.command import call
 from tools import inspect_data
@@ -56,6 +57,14 @@ def test_a_dataset_beside_is_no_sidecar_a_damaged_sidecar_is_one(ask, dataset):
     for text in ("{", manifest.read_text().replace("sidecar 1", "sidecar 9")):
         manifest.write_text(text)
         assert "corpus.short_loss.json: not a manifest" in ask(dataset.prefix).err
+
+
+def test_the_sidecars_of_a_dataset_beside_are_its_own(ask, dataset):
+    beside = write_tokens(f"{dataset.prefix}.v2", count_up([4]))
+    write_sidecar(beside, [[NAN, 1.0, 2.0, 3.0]])
+    answer = ask(dataset.prefix, "--verify")
+    assert answer.status == 0 and "corpus.v2" not in answer.out
+    assert sidecar_names(dataset) == [] and sidecar_names(beside) == ["short_loss"]
 
 
 def test_verify_refuses_a_changed_token(ask, tmp_path):
@@ -137,8 +146,12 @@ def test_a_token_beyond_the_vocabulary_gets_no_manifest(ask, tmp_path, sentencep
 
 
 @pytest.mark.parametrize("option", ["--rank-documents", "--top 3 --html", "--document 0 --png"])
-@pytest.mark.parametrize("file", [".json", ".bin", ".long_loss.idx"])
+@pytest.mark.parametrize("file", [".json", ".bin", ".long_loss.idx", ".other.bin", ".v2.json"])
 def test_what_is_looked_at_is_not_written_over(ask, dataset, option, file):
+    write_sidecar(dataset, [[NAN] * 5, [NAN] * 3, [NAN] * 900])
+    for end in ("bin", "idx", "json"):
+        os.rename(f"{dataset.prefix}.short_loss.{end}", f"{dataset.prefix}.other.{end}")
+    write_tokens(f"{dataset.prefix}.v2", count_up([4]))
     path = Path(f"{dataset.prefix}{file}")
     before = path.read_bytes() if path.exists() else None
     line = ask(dataset.prefix, *option.split(), path).error_line()
@@ -161,6 +174,8 @@ def test_a_missing_prefix_and_half_of_a_request_are_refused(ask, tmp_path):
         ("--document", 1, "--checkpoint", "x", "--long", "other"): "--long: of no use",
         ("--document", 1, "--checkpoint", "x", "--stride", 8): "--stride needs --window",
         ("--statistics", "--packing", "pack"): "--packing: of no use",
+        ("--tokenizer", "x"): "--tokenizer: of no use",
+        ("--rank-documents", "x", "--tokenizer", "y"): "--tokenizer: of no use",
         ("--top", 3, "--tails", "drop"): "--tails: of no use",
         ("--document", 1, "--index-cache", "x"): "--index-cache: of no use",
     }.items():
