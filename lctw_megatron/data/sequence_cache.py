@@ -49,6 +49,7 @@ def cached_index(
     packing: Packing,
     tails: Tails,
     folder: str | Path | None = None,
+    setting: str | None = "data.index_cache",
 ) -> tuple[SequenceIndex, PackingCost]:
     """``build_index`` and ``packing_cost`` of a token dataset, kept in ``folder`` on disk.
 
@@ -56,7 +57,8 @@ def cached_index(
     the settings and the format version, and carries checksums: changed data gets a new entry, a
     damaged entry is rebuilt. Many ranks may ask at once: one builds, the others wait for it.
 
-    Raises InputError if the folder (default: ``index_cache`` beside the dataset) is not writable.
+    setting: what the user calls ``folder``; None where it cannot be set. Raises InputError if the
+    folder (default: ``index_cache`` beside the dataset) is not writable.
     """
     prefix = Path(dataset.prefix)
     folder = Path(folder) if folder else prefix.parent / INDEX_CACHE
@@ -85,9 +87,10 @@ def cached_index(
             return found
         if error.errno not in (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
             raise
+        advice = "name a folder with room that is writable" if setting else "make it so, with room"
         raise InputError(
-            f"data.index_cache: {folder} cannot be written ({error.strerror}); "
-            "name a folder with room that is writable"
+            f"{setting + ': ' if setting else ''}{folder} cannot be written ({error.strerror}); "
+            f"{advice}"
         ) from error
     return _read(entry) or (index, cost)
 

@@ -30,7 +30,8 @@ class SequenceSource:
     ``scores`` is the name of the sidecar to read, None for none; ``window`` and ``stride`` are what
     it must have been made with, None for anything. Without a sidecar ``window`` is that of a run
     which scores itself. ``vocab_size`` is the model's, which must know
-    every token; None takes the tokenizer's.
+    every token; None takes the tokenizer's. ``cache_setting`` is what the user calls
+    ``data.index_cache``, None where it cannot be set.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class SequenceSource:
         window: int | None = None,
         stride: int | None = None,
         vocab_size: int | None = None,
+        cache_setting: str | None = "data.index_cache",
     ) -> None:
         self.prefix = prefix
         self.dataset = TokenDataset(prefix)
@@ -61,7 +63,12 @@ class SequenceSource:
         self.dataset.check_fits(self._vocab_size, "the model")
         self._bos_id = self.tokenizer.bos_id if self.tokenizer.add_bos else None
         self.index, self.packing_cost = cached_index(
-            self.dataset, data.sequence_length, data.packing, data.tails, data.index_cache
+            self.dataset,
+            data.sequence_length,
+            data.packing,
+            data.tails,
+            data.index_cache,
+            cache_setting,
         )
         if not len(self.index):
             longest = int(self.dataset.lengths.max()) if len(self.dataset.lengths) else 0

@@ -277,7 +277,7 @@ def open_held_out(prefix: str, sequence_length: int) -> SequenceSource:
             f"--sequence-length {sequence_length}; evaluate shorter sequences or longer documents"
         )
     data = DataConfig(train=[], sequence_length=sequence_length, packing="chunk", tails="drop")
-    return SequenceSource(prefix, data)
+    return SequenceSource(prefix, data, cache_setting=None)
 
 
 def chosen_sequences(available: int, most: int) -> list[int]:

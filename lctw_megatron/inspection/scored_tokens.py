@@ -132,6 +132,7 @@ class ScoredTokens:
                 settings.packing,
                 settings.tails,
                 settings.index_cache,
+                "--index-cache",
             )
         return self._index
 

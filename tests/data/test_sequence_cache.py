@@ -170,4 +170,8 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch) -> None
         InputError, match=r"data.index_cache: .*/index_cache cannot be written \(No"
     ):
         cached_index(dataset, 5, "chunk", "keep")
+    with pytest.raises(InputError, match=r"^--index-cache: \S+ cannot be written .*name a folder"):
+        cached_index(dataset, 5, "chunk", "keep", tmp_path / "other", "--index-cache")
+    with pytest.raises(InputError, match=r"^/\S+/index_cache cannot be written .*; make it so"):
+        cached_index(dataset, 5, "chunk", "keep", setting=None)
     assert entries(tmp_path / "index_cache") == []
