@@ -227,7 +227,9 @@ def _check_column(table: Any, path: str, text_field: str) -> None:
         )
     kind = table.schema_arrow.field(text_field).type
     value = kind.value_type if types.is_dictionary(kind) else kind  # categories, as pandas has them
-    if not (types.is_string(value) or types.is_large_string(value)):
+    # String views came with pyarrow 16.
+    is_view = getattr(types, "is_string_view", lambda value: False)
+    if not (types.is_string(value) or types.is_large_string(value) or is_view(value)):
         raise InputError(f"{path}: column {text_field!r} holds {kind}, strings were expected")
 
 

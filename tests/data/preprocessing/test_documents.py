@@ -205,8 +205,10 @@ def test_columns_of_one_name_are_refused_unless_they_are_others(tmp_path):
     assert read(parquet_part(path), tmp_path) == ["b"]
 
 
-def test_large_strings_and_categories_are_strings_too(tmp_path):
-    for kind in (pyarrow.large_string(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string())):
+def test_large_strings_categories_and_views_are_strings_too(tmp_path):
+    kinds = [pyarrow.large_string(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string())]
+    kinds += [pyarrow.string_view()] if hasattr(pyarrow, "string_view") else []
+    for kind in kinds:
         column = pyarrow.array(["a", "b", "a"]).cast(kind)
         parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
         assert read(parquet_part(tmp_path / "a.parquet"), tmp_path) == ["a", "b", "a"]
