@@ -156,8 +156,10 @@ def check_one_tokenizer(sources: Sequence[SequenceSource]) -> None:
                 f"{sources[0].tokenizer.path} (digest {sources[0].tokenizer.digest}); "
                 "preprocess both with one tokenizer"
             )
-        begins = [s.tokenizer.add_bos for s in (source, sources[0])]
-        if begins[0] != begins[1]:
+        both = [one.dataset.manifest for one in (source, sources[0])]
+        begins = [manifest.tokenizer.add_bos for manifest in both]
+        # What other tools made is as it is: its documents may have no BOS whatever the tokenizer.
+        if begins[0] != begins[1] and not any(manifest.made_elsewhere for manifest in both):
             raise InputError(
                 f"the documents of {source.prefix} begin {bos_words(begins[0])} (tokenizer "
                 f"{source.tokenizer.path}), but those of {sources[0].prefix} "

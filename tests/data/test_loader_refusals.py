@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lctw_megatron.config.schema import Corpus, DataConfig
+from lctw_megatron.data.manifest import MADE_ELSEWHERE
 from lctw_megatron.data.sequence_source import _advice
 from lctw_megatron.data.token_dataset import TokenDataset
 from lctw_megatron.errors import InputError
@@ -68,6 +69,10 @@ def test_corpora_of_one_tokenizer_with_and_without_bos(folder, tmp_path) -> None
         r"without BOS \(tokenizer a/tokenizer\); preprocess both"
     ):
         loader(DataConfig(train=corpora, sequence_length=8))
+    found = tmp_path / "c.json"  # what other tools made is taken as it is
+    manifest = json.loads(found.read_text())
+    found.write_text(json.dumps(manifest | {"source": {"inputs": MADE_ELSEWHERE}}))
+    loader(DataConfig(train=corpora, sequence_length=8))
 
 
 def test_a_token_beyond_the_vocabulary(folder) -> None:
