@@ -206,19 +206,7 @@ def reading_lines(groups: Sequence[Group], judged: Sequence[Judgement]) -> list[
         "answer token. Loss: nats a target of held-out text, after so many tokens of context. "
         "Cost: of one run's training steps, without what scoring a corpus takes once."
     ]
-    compared = comparisons(groups)
-    seeds = {group.name: _seeds_that_count(group, compared) for group in groups}
-    single = [
-        name if most == 1 else f"{name} (in part)"
-        for name, (fewest, most) in seeds.items()
-        if fewest == 1
-    ]
-    if single:
-        all_have = all(most == 1 for _, most in seeds.values())
-        who = "All have" if all_have else f"{few(single)}: only"
-        lines.append(
-            f"{who} one seed: what another order of the data would have given is not in ±."
-        )
+    lines += _seed_lines(groups)
     runs = [run for group in groups for run in group.runs]
     questions = [len(cell["nats"]) for run in runs if run.recall for cell in run.recall["cells"]]
     sequences = [len(run.evaluation["sequences"]) for run in runs if run.evaluation]
@@ -233,3 +221,51 @@ def reading_lines(groups: Sequence[Group], judged: Sequence[Judgement]) -> list[
     if small:
         lines.append(f"From {' and from '.join(small)} ± is itself a guess: measure more of them.")
     return lines
+
+
+def _seed_lines(groups: Sequence[Group]) -> list[str]:
+    """Whose ± knows nothing of other seeds, and whose spread over seeds is not that of pairs of
+    equal seeds: see ``estimate``."""
+    baseline = groups[0]
+    compared = [(comparison, comparison.read(baseline)) for comparison in comparisons(groups)]
+    alone: dict[str, bool] = {}
+    """Group -> whether it has one seed, as the baseline, in all that it is compared in."""
+    unlike: dict[str, bool] = {}
+    """Likewise: other seeds than the baseline."""
+    sides: list[tuple[int, int]] = []
+    """Seeds of a group and of the baseline where these are unlike."""
+    for group in groups[1:]:
+        pairs = [(comparison.read(group), theirs) for comparison, theirs in compared]
+        # Without what is not compared, such as key tokens that each run picked itself.
+        made = [(a.seeds, b.seeds) for a, b in pairs if a and b and difference(a, b) is not None]
+        single = [len(ours) == len(theirs) == 1 for ours, theirs in made]
+        other = [
+            not one and sorted(ours) != sorted(theirs)
+            for one, (ours, theirs) in zip(single, made, strict=True)
+        ]
+        for found, where in ((alone, single), (unlike, other)):
+            if any(where):
+                found[group.name] = all(where)
+        sides += [(len(a), len(b)) for (a, b), differ in zip(made, other, strict=True) if differ]
+    lines = []
+    if alone:
+        everywhere = all(alone.values()) and len(alone) == len(groups) - 1
+        who = f"{_in_part(alone)}: only one seed, as {baseline.name}"
+        lines.append(
+            f"{'All have one seed' if everywhere else who}: what another order of the data would "
+            "have given is not in ±."
+        )
+    if unlike:
+        least, most = min(b for _, b in sides), max(b for _, b in sides)
+        number = str(most) if least == most else f"{least} to {most}"
+        mean = "its one" if most == 1 else f"the mean of its {number}"
+        source = "these" if all(a == 1 for a, _ in sides) else "both groups together"
+        lines.append(
+            f"{_in_part(unlike)}: not {baseline.name}'s seeds: compared with {mean}, and the "
+            f"spread over seeds in ± is taken from {source}."
+        )
+    return lines
+
+
+def _in_part(names: dict[str, bool]) -> str:
+    return few([name if whole else f"{name} (in part)" for name, whole in names.items()])

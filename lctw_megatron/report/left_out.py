@@ -12,16 +12,20 @@ from lctw_megatron.report.runs import RunRecord
 Samples = dict[Hashable, Any]
 """What was measured -> the identity of the samples it was measured on."""
 
+_KEYS = "key tokens of LongPPL"
+
 
 def left_out(groups: Sequence[Group]) -> list[str]:
-    """A line each group and kind of measurement."""
+    """A line each group and kind of measurement; one for all of key tokens that none shares."""
     kinds: dict[str, Callable[[RunRecord], Samples]] = {
         "held-out losses": lambda run: {"": loss_samples(run)} if run.evaluation else {},
-        "key tokens of LongPPL": lambda run: {"": found} if (found := key_samples(run)) else {},
+        _KEYS: lambda run: {"": found} if (found := key_samples(run)) else {},
         "recall": _recall_samples,
         "benchmarks": samples_by_name,
     }
-    lines = []
+    lines = _own_keys(groups)
+    if lines:
+        del kinds[_KEYS]
     for what, samples in kinds.items():
         for group in groups:
             known = [(run.name, found) for run in group.runs if (found := samples(run))]
@@ -39,6 +43,23 @@ def left_out(groups: Sequence[Group]) -> list[str]:
                     "it lacks is the mean of the others."
                 )
     return lines
+
+
+def _own_keys(groups: Sequence[Group]) -> list[str]:
+    """A line if no group was evaluated on the baseline's key tokens, though on its sequences."""
+    found = [next((run for run in group.runs if key_samples(run)), None) for group in groups]
+    baseline = found[0]
+    if baseline is None:
+        return []
+    # Of each group the first such run, on whose key tokens its loss is.
+    others = [run for run in found[1:] if run and loss_samples(run) == loss_samples(baseline)]
+    if not others or any(key_samples(run) == key_samples(baseline) for run in others):
+        return []
+    return [
+        f"Key tokens of LongPPL: no other group has those of {groups[0].name}, so the loss on them "
+        "is not compared, and shown on those of each group's first run; evaluate all with the same "
+        "--key-checkpoint."
+    ]
 
 
 def _agree(ours: Samples, theirs: Samples) -> bool:

@@ -122,10 +122,10 @@ def test_a_seed_that_is_left_out_is_not_counted(groups):
     assert [row[1] for row in overview_table(found)[1:]] == ["2", "1", "1 to 2"]
     lines = reading_lines(found, judge(found))
     # Of the benchmarks both seeds of dense count.
-    assert any(line.startswith("dense (in part), rho (in part): only one") for line in lines)
+    assert any(line.startswith("dense (in part), rho (in part): not uniform's") for line in lines)
     alone = [ours, Group("dense", tuple(replace(run, harness=None) for run in left.runs))]
     lines = reading_lines(alone, judge(alone))
-    assert any(line.startswith("dense: only one seed") for line in lines)
+    assert any(line.startswith("dense: not uniform's seeds") for line in lines)
 
 
 def test_hours_count_every_step_and_rank_also_those_that_were_not_logged(groups):
