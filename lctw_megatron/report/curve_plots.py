@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 from lctw_megatron.report.groups import Group
 from lctw_megatron.report.plot_style import (
     GUIDE,
-    colour_of,
     legend,
     line_of,
     marker_of,
@@ -138,7 +137,7 @@ def _curve(axes: Axes, run: RunRecord, metric: str, runs: Sequence[RunRecord]) -
     steps, values = series.steps.astype(float), series.values
     width = max(1, len(series) // 40)
     if width > 1:
-        axes.plot(steps, values, color=colour_of(run, runs), alpha=0.2, linewidth=0.8)
+        axes.plot(steps, values, **line_of(run, runs) | {"alpha": 0.2, "linewidth": 0.8})
         steps, values = running_mean(steps, width), running_mean(values, width)
     marker = marker_of(run, runs) if len(series) < 30 else None
     size = marker_size(run, runs)

@@ -1,4 +1,4 @@
-"""What all figures of a report share: the look, and one colour and marker for each line of it.
+"""What all figures of a report share: the look, and one colour, marker and dash for each line.
 
 Okabe and Ito's palette, then three of Paul Tol's, which the common kinds of colour blindness tell
 apart, and markers for print without colour. Figures are made without pyplot, so nothing is shared
@@ -21,6 +21,8 @@ COLOURS = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000",
     "#882255", "#999933", "#332288",
 )  # fmt: skip
+DASHES = ("-", "--", "-.")
+"""Of each round of colours: many figures have no markers. Dotted are short contexts."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GUIDE = "#777777"
 """Of lines and words that guide the eye."""
@@ -75,8 +77,13 @@ def marker_of(run: Named, runs: Sequence[Named]) -> str:
 
 
 def line_of(run: Named, runs: Sequence[Named]) -> dict[str, Any]:
-    """Colour and width. The first one's line is broad, so that it shows under others on it."""
-    return {"color": colour_of(run, runs), "linewidth": 1.5 if number_of(run, runs) else 3.0}
+    """Colour, dash and width. The first one's is broad, so that it shows under others on it."""
+    number = number_of(run, runs)
+    return {
+        "color": colour_of(run, runs),
+        "linestyle": DASHES[number // len(COLOURS) % len(DASHES)],
+        "linewidth": 1.5 if number else 3.0,
+    }
 
 
 def marker_size(run: Named, runs: Sequence[Named]) -> float:
@@ -98,7 +105,10 @@ def legend(figure: Figure, shown: Sequence[Named], runs: Sequence[Named]) -> Non
         for run in shown
     ]
     for columns in range(min(len(handles), 5), 0, -1):
-        made = figure.legend(handles=handles, loc="outside upper left", ncols=columns)
+        # Long enough that a dash is seen beside the marker.
+        made = figure.legend(
+            handles=handles, loc="outside upper left", ncols=columns, handlelength=3.0
+        )
         for text, run in zip(made.get_texts(), shown, strict=True):
             text.set_text(run.name)  # now, since a label that begins with _ would be left out
         if columns == 1 or made.get_window_extent().width <= figure.bbox.width:

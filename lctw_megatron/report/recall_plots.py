@@ -189,13 +189,12 @@ def _line(
         np.arange(len(found)) + 0.3 * shift_of(group, groups),
         [np.nan if x is None else x.mean for x in found],
         yerr=[np.nan if x is None else errors * (x.error or 0.0) for x in found],
-        linestyle=look,
         marker=marker_of(group, groups),
         markerfacecolor=None if look == "-" else "white",
         markersize=marker_size(group, groups),
         elinewidth=1.0,
         capsize=2,
-        **line_of(group, groups),
+        **line_of(group, groups) | ({} if look == "-" else {"linestyle": look}),
     )
 
 

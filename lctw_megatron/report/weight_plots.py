@@ -11,7 +11,7 @@ from matplotlib.font_manager import findfont, get_font
 from matplotlib.patches import Rectangle
 
 from lctw_megatron.report.coloured_text import Colour, Scale, colour, ink, visible
-from lctw_megatron.report.plot_style import GUIDE, colour_of, legend, new_figure
+from lctw_megatron.report.plot_style import GUIDE, legend, line_of, new_figure
 from lctw_megatron.report.runs import RunRecord
 
 PAGE_COLUMNS = 100
@@ -39,12 +39,21 @@ def weight_histogram(runs: Sequence[RunRecord]) -> Figure | None:
                 histogram = run.weights["histogram"]
                 shares = _shares(histogram[key])
                 edges = np.append(np.log2(histogram["starts"][1:]), 10.5)
-                tint = colour_of(run, runs)
-                axes.stairs(shares[1:], edges, color=tint, linewidth=1.8)
+                look = line_of(run, runs) | {"linewidth": 1.8}
+                tint, dash = look["color"], look["linestyle"]
+                axes.stairs(shares[1:], edges, **look)
                 if len(shown) <= 3:  # more areas on each other would be mud
                     axes.stairs(shares[1:], edges, color=tint, alpha=0.12, fill=True)
                 width = 0.8 / len(shown)
-                axes.bar(low - 1.4 + number * width, shares[0], width, color=tint)
+                ground = tint if dash == "-" else "none"
+                axes.bar(
+                    low - 1.4 + number * width,
+                    shares[0],
+                    width,
+                    facecolor=ground,
+                    edgecolor=tint,
+                    linestyle=dash,
+                )
             axes.axvline(0, color=GUIDE, linewidth=0.8, linestyle=":")
             axes.set_title(title)
             axes.set_ylabel("%")
