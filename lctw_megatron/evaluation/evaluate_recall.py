@@ -51,6 +51,11 @@ class RecallSettings:
     window: int | None = None
     """Tokens of the short context; None: what the run's weighting had, else WINDOW."""
 
+    def __post_init__(self) -> None:
+        # What is named twice is measured once: a result has one cell of each task and length.
+        for name in ("tasks", "lengths"):
+            object.__setattr__(self, name, list(dict.fromkeys(getattr(self, name))))
+
 
 def recall_to_file(
     checkpoint: str | Path,

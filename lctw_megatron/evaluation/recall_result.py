@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from lctw_megatron.evaluation.buckets import Difference, Pair, paired_difference
-from lctw_megatron.evaluation.saved_result import Shape, read_result
+from lctw_megatron.evaluation.saved_result import Count, Shape, read_result
 
 FORMAT = "lctw-megatron recall 1"
 """Of recall.json. Its keys:
@@ -113,10 +113,16 @@ class _Cell(Shape):
     samples_digest: str
     digests: list[Annotated[str, Field(pattern="^[0-9a-f]{16}$")]] | None = None
     nats: Annotated[list[float], Field(min_length=1)]
-    tokens: list[int]
+    tokens: list[Count]
     right: list[float]
     short_nats: list[float] | None
     short_right: list[float] | None
+
+    @model_validator(mode="after")
+    def _has_tokens(self) -> "_Cell":
+        if not any(self.tokens):
+            raise ValueError("answers without a token")
+        return self
 
 
 class _Recall(Shape):
@@ -132,6 +138,7 @@ class _Recall(Shape):
         if len({len(found) for found in values if found is not None}) > 1:
             raise ValueError("not a value of every sample")
         asked, depths = self.settings, {None, *self.settings.depths}
+        places = set()
         for at in self.cells:
             if (
                 at.task not in asked.tasks
@@ -139,6 +146,9 @@ class _Recall(Shape):
                 or at.depth not in depths
             ):
                 raise ValueError(f"{at.task} at {at.length}, {at.depth} is not in its settings")
+            if (place := (at.task, at.length, at.depth)) in places:
+                raise ValueError(f"{at.task} at {at.length}, {at.depth} is there twice")
+            places.add(place)
         return self
 
 

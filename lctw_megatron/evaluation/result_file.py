@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from lctw_megatron.evaluation.saved_result import Shape, read_result
+from lctw_megatron.evaluation.saved_result import Count, Shape, read_result
 from lctw_megatron.weighting.occurrence import CLASSES
 
 FORMAT = "lctw-megatron evaluation 1"
@@ -42,14 +42,16 @@ class _Settings(Shape):
 class _Group(Shape):
     bins: list[int | str]
     loss: list[float | None]
-    targets: list[int]
+    targets: list[Count]
     sequence_loss: list[list[float]]
-    sequence_targets: list[list[int]]
+    sequence_targets: list[list[Count]]
+    gain: list[float | None] = []
 
     @model_validator(mode="after")
     def _has_a_value_of_every_bin(self) -> "_Group":
         rows: list[Sized] = [*self.sequence_loss, *self.sequence_targets]
         rows += [self.loss, self.targets]
+        rows += [self.gain] if "gain" in self.model_fields_set else []
         if any(len(row) != len(self.bins) for row in rows):
             raise ValueError("not a value of every bin")
         return self
@@ -57,7 +59,7 @@ class _Group(Shape):
 
 class _WeightClasses(Shape):
     bins: list[str]
-    targets: list[int]
+    targets: list[Count]
     weight: list[float]
 
     @model_validator(mode="after")
@@ -68,7 +70,7 @@ class _WeightClasses(Shape):
 
 class _Histogram(Shape):
     starts: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=2)]
-    targets: list[int]
+    targets: list[Count]
     weight: list[float]
 
     @model_validator(mode="after")
@@ -107,10 +109,20 @@ class _Weights(Shape):
 
 
 class _LongPPL(Shape):
-    key_tokens: int
+    longppl: float | None = None
+    perplexity: float | None = None
+    key_tokens: Count
     evaluator: str
+    keys: str = ""
     sequence_loss: list[float] = []
-    sequence_targets: list[int] = []
+    sequence_targets: list[Count] = []
+
+    @model_validator(mode="after")
+    def _has_sums_of_its_keys(self) -> "_LongPPL":
+        # Files of before have neither.
+        if "keys" in self.model_fields_set and not self.sequence_loss:
+            raise ValueError("keys without sequence_loss")
+        return self
 
 
 class _Evaluation(Shape):
@@ -121,7 +133,7 @@ class _Evaluation(Shape):
         list[Annotated[list[int], Field(min_length=2, max_length=2)]], Field(min_length=1)
     ]
     loss: float
-    targets: int
+    targets: Count
     classes: _Group
     position: _Group
     distance: _Group
@@ -134,6 +146,10 @@ class _Evaluation(Shape):
         rows = [part for g in groups for part in (g.sequence_loss, g.sequence_targets)]
         if any(len(row) != len(self.sequences) for row in rows):
             raise ValueError("not a row of every sequence")
+        found = self.longppl
+        sums = [found.sequence_loss, found.sequence_targets] if found else []
+        if any(sums) and any(len(row) != len(self.sequences) for row in sums):
+            raise ValueError("longppl has not a value of every sequence")
         if tuple(self.classes.bins) != CLASSES:
             raise ValueError(f"classes are not {', '.join(CLASSES)}")
         return self

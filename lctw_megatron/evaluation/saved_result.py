@@ -2,13 +2,16 @@
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lctw_megatron.data.json_object import read_json
 from lctw_megatron.errors import InputError, few
 from lctw_megatron.model.checkpoint_folder import MANIFEST
+
+Count = Annotated[int, Field(ge=0, le=2**40)]
+"""Of targets or tokens: more would not add up in 64 bits, and no text has them."""
 
 
 class Shape(BaseModel):

@@ -272,3 +272,8 @@ def test_without_bos_a_line_says_so_and_no_sample_begins_with_one(hf_folder, tmp
     manifest = SimpleNamespace(model=model)
     (line,) = evaluate_recall._notes(RecallSettings(["one_key"], [600]), manifest, maker)
     assert line.startswith("the tokenizer puts no BOS before a text")
+
+
+def test_what_is_named_twice_is_measured_once():
+    settings = RecallSettings(["json", "one_key", "json"], (600, 600))
+    assert (settings.tasks, settings.lengths) == (["json", "one_key"], [600])

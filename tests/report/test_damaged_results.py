@@ -43,6 +43,33 @@ DAMAGES: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
     "it: one_key at 4096, 0.0 is not in its settings": (
         "recall.json", lambda v: v["settings"].update(lengths=[1024])
     ),
+    "distance.gain: Input": ("evaluation.json", lambda v: v["distance"].update(gain="much")),
+    "distance: not a value of every": (
+        "evaluation.json", lambda v: v["distance"]["gain"].pop()
+    ),
+    "longppl.longppl": ("evaluation.json", lambda v: v["longppl"].update(longppl="8")),
+    "longppl: keys without": ("evaluation.json", lambda v: v["longppl"].update(keys="k")),
+    "it: longppl has not a value of every": (
+        "evaluation.json",
+        lambda v: v["longppl"].update(keys="k", sequence_loss=[1.0], sequence_targets=[1]),
+    ),
+    "targets: Input should be greater": ("evaluation.json", lambda v: v.update(targets=-1)),
+    "position.targets.0: Input should be greater": (
+        "evaluation.json", lambda v: v["position"]["targets"].__setitem__(0, -1)
+    ),
+    "classes.sequence_targets.0.0: Input should be greater": (
+        "evaluation.json", lambda v: v["classes"]["sequence_targets"][0].__setitem__(0, -1)
+    ),
+    "it: not a row of every sequence": (
+        "evaluation.json", lambda v: v["classes"]["sequence_loss"].pop()
+    ),
+    "cells.0.tokens.0: Input should be less": (
+        "recall.json", lambda v: v["cells"][0]["tokens"].__setitem__(0, 10**30)
+    ),
+    "cells.0: answers without": ("recall.json", lambda v: v["cells"][0].update(tokens=[0] * 4)),
+    "it: one_key at 1024, 0.0 is there twice": (
+        "recall.json", lambda v: v["cells"].append(v["cells"][0])
+    ),
     "it: json at 4096, 1.0 is not in its": (
         "recall.json", lambda v: v["cells"].reverse() or v["settings"].update(depths=[0.0])
     ),
