@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lctw_megatron.errors import few
 from lctw_megatron.report.groups import Group
 from lctw_megatron.report.plot_style import (
     GUIDE,
@@ -46,16 +47,36 @@ def loss_curves(groups: Sequence[Group]) -> Figure | None:
 
 def difference_curves(groups: Sequence[Group]) -> Figure | None:
     """Training losses less those of the first group, where both trained on the same sequences: then
-    the noise of the batches, which hides the difference between the curves, is gone."""
+    the noise of the batches, which hides the difference between the curves, is gone. Of several
+    seeds those that both have, see ``difference_lines``."""
     runs, first = _merged(groups), groups[0]
-    same = [
-        run
-        for run, group in zip(runs[1:], groups[1:], strict=True)
-        if group.seeds == first.seeds and same_batches(group.first, first.first)
-    ]
     panels = [(metric, title) for metric, title in LOSSES if metric in _OF_EQUAL_TARGETS]
-    shown = [_difference(run, runs[0], [metric for metric, _ in panels]) for run in same]
+    metrics = [metric for metric, _ in panels]
+    shown = [
+        _difference(_of_seeds(group, seeds), _of_seeds(first, seeds), metrics)
+        for group in groups[1:]
+        if (seeds := _shared_seeds(group, first))
+    ]
     return _curves(runs, shown, panels, columns=2, unit=f"nats, less {runs[0].name}", zero=True)
+
+
+def difference_lines(groups: Sequence[Group]) -> list[str]:
+    """Who is drawn in ``difference_curves`` with some of the seeds, and who is not."""
+    first, trained = groups[0], [group for group in groups[1:] if _trained(group)]
+    seeds = {group.name: (_shared_seeds(group, first), _trained(group)) for group in trained}
+    some = [
+        name
+        for name, (shared, own) in seeds.items()
+        if shared and not shared == own == _trained(first)
+    ]
+    none = [name for name, (shared, _) in seeds.items() if not shared]
+    lines = [f"Of the seeds that {first.name} has too: {few(some)}."] if some else []
+    if none:
+        lines.append(
+            f"Not drawn, since trained on other batches than {first.name} or with none of its "
+            f"seeds: {few(none)}."
+        )
+    return lines
 
 
 def weight_curves(groups: Sequence[Group]) -> Figure | None:
@@ -83,6 +104,23 @@ def same_batches(run: RunRecord, first: RunRecord) -> bool:
         ours.data.model_copy(update={"scores": theirs.data.scores}) == theirs.data
         and ours.training.global_batch_size == theirs.training.global_batch_size
     )
+
+
+def _trained(group: Group) -> set[int]:
+    """Seeds of its runs whose training is known."""
+    return {run.config.seed for run in group.runs if run.config and run.metrics}
+
+
+def _shared_seeds(group: Group, first: Group) -> set[int]:
+    """With which both trained on the same sequences."""
+    same = same_batches(group.first, first.first)
+    return _trained(group) & _trained(first) if same else set()
+
+
+def _of_seeds(group: Group, seeds: set[int]) -> RunRecord:
+    """The mean over the runs with these seeds, under the group's name."""
+    runs = tuple(run for run in group.runs if run.config and run.config.seed in seeds)
+    return replace(replace(group, runs=runs).merged, name=group.name)
 
 
 def _merged(groups: Sequence[Group]) -> list[RunRecord]:

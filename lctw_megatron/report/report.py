@@ -20,6 +20,7 @@ from lctw_megatron.report.comparisons import judge, overview_table, reading_line
 from lctw_megatron.report.cost import cost_table
 from lctw_megatron.report.curve_plots import (
     difference_curves,
+    difference_lines,
     loss_curves,
     recall_curves,
     weight_curves,
@@ -178,13 +179,15 @@ def _is_something(section: Section) -> bool:
 
 
 def _drawn(figures: Figures, groups: Sequence[Group], folder: Path) -> list[Section]:
-    """A section for each figure that has something to show."""
-    drawn = [(name, title, draw(groups)) for name, title, draw in figures]
-    return [
-        Section(title, png=write_png(folder / f"{name}.png", figure))
-        for name, title, figure in drawn
-        if figure is not None
-    ]
+    """A section for each figure that has something to show, or of which something is to be said."""
+    sections = []
+    for name, title, draw in figures:
+        figure = draw(groups)
+        png = None if figure is None else write_png(folder / f"{name}.png", figure)
+        lines = difference_lines(groups) if draw is difference_curves else []
+        if png or lines:
+            sections.append(Section(title, png=png, lines=lines))
+    return sections
 
 
 def _text_section(run: RunRecord, sample: dict[str, Any], folder: Path) -> Section:
