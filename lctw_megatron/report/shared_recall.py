@@ -12,9 +12,13 @@ from lctw_megatron.errors import few
 from lctw_megatron.report.groups import Group
 from lctw_megatron.report.measures import shared_tasks, tasks_of
 from lctw_megatron.report.runs import RunRecord
+from lctw_megatron.report.table import short_number
 
 _Cells = dict[tuple[str, int], dict[Any, str]]
 """Task and length -> depth -> the identity of its samples."""
+
+_Lacking = dict[Any, dict[tuple[str, int], set[str]]]
+"""A depth that not all have -> task and length -> the runs that lack it there."""
 
 
 def with_shared_depths(groups: Sequence[Group]) -> tuple[list[Group], list[str]]:
@@ -30,18 +34,17 @@ def with_shared_depths(groups: Sequence[Group]) -> tuple[list[Group], list[str]]
         for place, found in places.items():
             common = dict(shared.setdefault(place, found).items() & found.items())
             shared[place] = common or shared[place]
-    without: dict[Any, set[str]] = {}
-    """A depth that not all have -> the runs that lack it."""
+    without: _Lacking = {}
     for place, kept in shared.items():
         alike = {name: found[place] for name, found in cells.items() if place in found}
         alike = {name: found for name, found in alike.items() if kept.items() <= found.items()}
         for depth in {depth for found in alike.values() for depth in found} - kept.keys():
             lacking = {name for name, found in alike.items() if depth not in found}
-            without.setdefault(depth, set()).update(lacking)
+            without.setdefault(depth, {})[place] = lacking
     narrowed = [
         replace(group, runs=tuple(_narrowed(run, shared) for run in group.runs)) for group in groups
     ]
-    return narrowed, [*_depth_lines(without), *_task_lines(groups)]
+    return narrowed, [*_depth_lines(without, shared), *_task_lines(groups)]
 
 
 def _cells(run: RunRecord) -> _Cells:
@@ -65,14 +68,19 @@ def _narrowed(run: RunRecord, shared: _Cells) -> RunRecord:
     return replace(run, recall=run.recall | {"cells": cells})
 
 
-def _depth_lines(without: dict[Any, set[str]]) -> list[str]:
-    by_runs: dict[str, list[Any]] = {}
+def _depth_lines(without: _Lacking, shared: _Cells) -> list[str]:
+    by_runs: dict[tuple[str, str], list[Any]] = {}
     for depth in sorted(without, key=str):
-        by_runs.setdefault(few(sorted(without[depth])), []).append(depth)
+        places = without[depth]
+        names = few(sorted(set.union(*places.values())))
+        # A depth that is compared nowhere needs no list of where.
+        kept = any(depth in found for found in shared.values())
+        where = [f"{task} at {short_number(length)}" for task, length in places]
+        by_runs.setdefault((names, f" of {few(where)}" if kept else ""), []).append(depth)
     return [
-        f"Recall is compared at the depths that all have: without {few(depths)}, at which {names} "
-        "was not asked."
-        for names, depths in by_runs.items()
+        f"Recall is compared at the depths that all have: without {few(depths)}{where}, at which "
+        f"{names} was not asked."
+        for (names, where), depths in by_runs.items()
     ]
 
 

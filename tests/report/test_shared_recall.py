@@ -65,6 +65,26 @@ def test_seeds_and_schemes_are_compared_at_the_depths_that_all_have(write) -> No
     assert left_out(groups) == []
 
 
+def test_a_depth_that_one_cell_lacks_is_said_with_its_task_and_length(write) -> None:
+    folders = [write("uniform", 1), write("dense", 1)]
+    path = Path(folders[1]) / "recall.json"
+    content = json.loads(path.read_text())
+    content["cells"].remove(select(content, "json", LENGTHS[1], DEPTHS[0])[0])
+    path.write_text(json.dumps(content))
+    _, lines = with_shared_depths(groups_of(*folders))
+    assert lines == [
+        "Recall is compared at the depths that all have: without 0.0 of json at 4k, at which "
+        "dense-seed1 was not asked."
+    ]
+    content["cells"] = [cell for cell in content["cells"] if cell["depth"] != DEPTHS[0]]
+    path.write_text(json.dumps(content))
+    _, lines = with_shared_depths(groups_of(*folders))
+    assert lines == [
+        "Recall is compared at the depths that all have: without 0.0, at which dense-seed1 was "
+        "not asked."
+    ]
+
+
 def test_a_task_that_a_seed_lacks_is_not_in_the_means_and_is_named(write) -> None:
     folders = [write("uniform", 1), write("uniform", 2, tasks=TASKS[:2]), write("dense", 1)]
     groups, lines = with_shared_depths(groups_of(*folders))
