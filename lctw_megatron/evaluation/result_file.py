@@ -147,7 +147,7 @@ class _Evaluation(Shape):
         if any(len(row) != len(self.sequences) for row in rows):
             raise ValueError("not a row of every sequence")
         found = self.longppl
-        sums = [found.sequence_loss, found.sequence_targets] if found else []
+        sums: list[Sized] = [found.sequence_loss, found.sequence_targets] if found else []
         if any(sums) and any(len(row) != len(self.sequences) for row in sums):
             raise ValueError("longppl has not a value of every sequence")
         if tuple(self.classes.bins) != CLASSES:
