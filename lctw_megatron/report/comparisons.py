@@ -261,8 +261,8 @@ def _seed_lines(groups: Sequence[Group]) -> list[str]:
         mean = "its one" if most == 1 else f"the mean of its {number}"
         source = "these" if all(a == 1 for a, _ in sides) else "both groups together"
         lines.append(
-            f"{_in_part(unlike)}: not {baseline.name}'s seeds: compared with {mean}, and the "
-            f"spread over seeds in ± is taken from {source}."
+            f"{_in_part(unlike)}: fewer or other seeds than {baseline.name}: compared with {mean}, "
+            f"and the spread over seeds in ± is taken from {source}."
         )
     return lines
 

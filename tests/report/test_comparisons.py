@@ -122,10 +122,13 @@ def test_a_seed_that_is_left_out_is_not_counted(groups):
     assert [row[1] for row in overview_table(found)[1:]] == ["2", "1", "1 to 2"]
     lines = reading_lines(found, judge(found))
     # Of the benchmarks both seeds of dense count.
-    assert any(line.startswith("dense (in part), rho (in part): not uniform's") for line in lines)
+    assert any(
+        line.startswith("dense (in part), rho (in part): fewer or other seeds than uniform")
+        for line in lines
+    )
     alone = [ours, Group("dense", tuple(replace(run, harness=None) for run in left.runs))]
     lines = reading_lines(alone, judge(alone))
-    assert any(line.startswith("dense: not uniform's seeds") for line in lines)
+    assert any(line.startswith("dense: fewer or other seeds than uniform") for line in lines)
 
 
 def test_hours_count_every_step_and_rank_also_those_that_were_not_logged(groups):
@@ -289,7 +292,7 @@ def test_the_baseline_may_be_given_beside_the_runs(folders):
 def test_runs_evaluated_at_another_length_are_shown_but_not_compared(folders, tmp_path):
     short = write_run(tmp_path / "short", sequence_length=32)
     evaluation = json.loads((short / "evaluation.json").read_text())
-    for key in ("loss", "targets", "bins"):
+    for key in ("loss", "targets", "bins", "gain"):
         evaluation["position"][key] = evaluation["position"][key][:9]
     for key in ("sequence_loss", "sequence_targets"):
         evaluation["position"][key] = [row[:9] for row in evaluation["position"][key]]
