@@ -212,6 +212,7 @@ def test_a_part_of_the_documents_is_spread_over_all(corpus):
         ("code", None, None, "nowhere: No such file"),
         ("prose", None, None, "nowhere: is no folder"),
     ],
+    ids=lambda value: "content" if isinstance(value, bytes) else None,
 )
 def test_what_cannot_be_read_is_named_and_leaves_nothing(
     corpus, tmp_path, kind, name, content, message
