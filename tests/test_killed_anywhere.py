@@ -47,7 +47,7 @@ def for_train(root: Path, ask: Callable[[str], Any]) -> list[str]:
     training = {"steps": 3, "save_interval": 1, "keep_last": 1}
     prefix = make_data(root)
     model = {"num_layers": 1}
-    run = make_run(prefix, "", {}, "pack", "dense", "frozen", training=training, model=model)
+    run = make_run(prefix, "unused", {}, "pack", "dense", "frozen", training=training, model=model)
     write_recipe(root / "recipe.yaml", run)
     return ["recipe.yaml"]
 

@@ -76,7 +76,7 @@ class Process:
 def frozen_recipe(data: str, folder: Path, **changes: Any) -> Path:
     training = {"steps": STEPS, "save_interval": 5, "schedule": "cosine", "clip_grad": 1.0}
     run = make_run(
-        data, "", {}, "pack", "dense", "frozen", training=training | changes, model=MODEL
+        data, "unused", {}, "pack", "dense", "frozen", training=training | changes, model=MODEL
     )  # fmt: skip
     folder.mkdir()
     return write_recipe(folder / "recipe.yaml", run)
@@ -122,7 +122,7 @@ def test_a_dry_run_knows_the_schemes(
 
 
 def plain_recipe(data: str, folder: Path) -> Path:
-    run = make_run(data, "", {}, "chunk", "sparse", "self", training={"steps": 5})
+    run = make_run(data, "unused", {}, "chunk", "sparse", "self", training={"steps": 5})
     folder.mkdir()
     return write_recipe(folder / "recipe.yaml", run)
 

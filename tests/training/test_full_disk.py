@@ -38,7 +38,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
 
 def recipe(data: str, folder: Path, asynchronous: bool = False) -> Path:
     training = {"steps": STEPS, "save_interval": 2, "keep_last": 1, "async_save": asynchronous}
-    run = make_run(data, "", {}, "pack", "dense", "frozen", training=training)
+    run = make_run(data, "unused", {}, "pack", "dense", "frozen", training=training)
     return write_recipe(folder / "recipe.yaml", run)
 
 

@@ -27,7 +27,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 def recipe(data: str, folder: Path, dropout: bool = True, **training: Any) -> Path:
     settings = {"save_interval": 2, "schedule": "cosine", "warmup_steps": 2, "clip_grad": 1.0}
     run = make_run(
-        data, "", {}, "pack", "dense", "frozen", training=settings | training,
+        data, "unused", {}, "pack", "dense", "frozen", training=settings | training,
         model=DROPOUT if dropout else {},
     )  # fmt: skip
     folder.mkdir()

@@ -123,7 +123,8 @@ def test_a_training_chooses_keeps_and_saves_it_and_its_losses_are_those_of_any_o
         return logged(tmp_path / folder)
 
     of_four = estimate(
-        make_run(prefix, "", {}, "pack", "dense", "frozen", training={"micro_batch_size": 4}), 1
+        make_run(prefix, "unused", {}, "pack", "dense", "frozen", training={"micro_batch_size": 4}),
+        1,
     ).largest.total
     monkeypatch.setattr(loop, "least_usable_memory", lambda device: of_four)
     train("chosen", 2, None)

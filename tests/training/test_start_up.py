@@ -38,7 +38,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def recipe(data: str, tmp_path: Path) -> Path:
-    run = make_run(data, "", {}, "pack", "dense", "frozen", training={"steps": 1000})
+    run = make_run(data, "unused", {}, "pack", "dense", "frozen", training={"steps": 1000})
     return write_recipe(tmp_path / "recipe.yaml", run)
 
 
