@@ -139,8 +139,8 @@ def check_megatron_fields(run: RunConfig) -> None:
                 raise InputError(f"{where} cannot be set: {_why(section, name)}")
             if name == "deallocate_pipeline_outputs" and value and run.layout.virtual_pipeline:
                 raise InputError(
-                    f"{where} cannot be set with layout.virtual_pipeline: an output is still being "
-                    "sent when it is freed, and the next stage trains on what is there then"
+                    f"{where} cannot be set with layout.virtual_pipeline: together they gave other "
+                    "losses in each run; leave one out"
                 )
             try:
                 TypeAdapter(FREE[section][name] or hints[name]).validate_python(value, strict=True)

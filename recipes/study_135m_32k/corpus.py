@@ -48,7 +48,6 @@ def main(arguments: list[str]) -> int:
         parser.error(f"--characters {options.characters}: must be at least 1")
     if options.output.is_dir():
         raise InputError(f"{options.output}: is a folder; name a file for --output")
-    options.output.parent.mkdir(parents=True, exist_ok=True)
     if options.held_out is not None:
         return trained(options.inputs, options.held_out, options.output)
     read = code if options.kind == "code" else prose

@@ -243,7 +243,7 @@ def test_the_tables_of_the_readme_are_those_of_the_results_beside_it():
     shown = set()
     for command in commands:
         words = command.split()
-        globs = [word for word in words[: words.index("--markdown")]]
+        globs = words[: words.index("--markdown")]
         folders = sorted({path for glob in globs for path in FOLDER.parents[1].glob(glob)})
         shown |= set(folders)
         baseline = FOLDER.parents[1] / words[words.index("--baseline") + 1]
