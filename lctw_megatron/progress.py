@@ -13,6 +13,8 @@ LOG_INTERVAL_SECONDS = 10.0
 
 def human(number: float) -> str:
     """Three digits and a thousand's letter: 1234567 -> 1.23M."""
+    if abs(number) < 0.9995:
+        return f"{number:.3g}"
     power = 0
     while abs(number) >= 999.5 and power < 4:
         number /= 1000

@@ -68,8 +68,8 @@ def test_the_end_is_said_once(time):
             time.now += 15
             progress.update()
     assert stream.getvalue().splitlines() == [
-        "train: 1/2 steps (50 %), 0.07 steps/s, 0:00:15 left",
-        "train: 2/2 steps (100 %), 0.07 steps/s, 0:00:30 elapsed",
+        "train: 1/2 steps (50 %), 0.0667 steps/s, 0:00:15 left",
+        "train: 2/2 steps (100 %), 0.0667 steps/s, 0:00:30 elapsed",
     ]
 
 

@@ -64,7 +64,7 @@ def _share(text: str) -> float:
 _share.__name__ = "share (above 0, at most 1)"
 
 
-def parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -183,42 +183,43 @@ def _add_weighting(add: Callable[..., Any]) -> None:
 
 
 def main(arguments: list[str]) -> int | None:
-    options = parser().parse_args(arguments)
+    parser = make_parser()
+    options = parser.parse_args(arguments)
     if options.write_manifest and options.tokenizer is None:
-        parser().error("--write-manifest needs --tokenizer")
+        parser.error("--write-manifest needs --tokenizer")
     look = options.top or options.statistics
     text = options.document is not None or options.sequence is not None
     if options.checkpoint and not text:
-        parser().error("--checkpoint is for --document and --sequence; score the data for the rest")
+        parser.error("--checkpoint is for --document and --sequence; score the data for the rest")
     if (options.window or options.stride) and not options.checkpoint:
-        parser().error("--window and --stride need --checkpoint")
+        parser.error("--window and --stride need --checkpoint")
     if options.stride and not options.window:
-        parser().error("--stride needs --window")
+        parser.error("--stride needs --window")
     if options.png and not text:
-        parser().error("--png is for --document and --sequence")
+        parser.error("--png is for --document and --sequence")
     if options.html and not (look or text):
-        parser().error("--html is for --document, --sequence, --top and --statistics")
+        parser.error("--html is for --document, --sequence, --top and --statistics")
     if options.document is not None and options.sequence is not None:
-        parser().error("--document or --sequence, not both")
+        parser.error("--document or --sequence, not both")
     if options.rank_documents and (look or text):
-        parser().error("--rank-documents is a view of its own")
+        parser.error("--rank-documents is a view of its own")
     if (options.keep is None) != (options.output_prefix is None):
-        parser().error("--keep and --output-prefix go together")
+        parser.error("--keep and --output-prefix go together")
     if options.keep is not None and not options.rank_documents:
-        parser().error("--keep is for --rank-documents")
+        parser.error("--keep is for --rank-documents")
     view = look or text or options.rank_documents or options.step is not None
     if view and (options.verify or options.write_manifest):
-        parser().error("--verify and --write-manifest go without a view")
+        parser.error("--verify and --write-manifest go without a view")
     if options.overrides and not (look or text):
-        parser().error("--set is for --document, --sequence, --top and --statistics")
+        parser.error("--set is for --document, --sequence, --top and --statistics")
     if view and len(options.prefix) > 1:
-        parser().error("a view takes one PREFIX")
+        parser.error("a view takes one PREFIX")
     if (options.sequence_length or 0) > MOST_TOKENS:
-        parser().error(f"--sequence-length: a sequence has at most {MOST_TOKENS} tokens")
+        parser.error(f"--sequence-length: a sequence has at most {MOST_TOKENS} tokens")
     if options.step is not None and (look or text or options.rank_documents):
-        parser().error("--step is a view of its own")
-    if unused := _unused(options, bool(text), bool(look)):
-        parser().error(f"{few(unused)}: of no use to what is asked for; leave it out")
+        parser.error("--step is a view of its own")
+    if unused := _unused(options, parser, bool(text), bool(look)):
+        parser.error(f"{few(unused)}: of no use to what is asked for; leave it out")
     _check_outputs(options)
     if options.step is not None:
         from lctw_megatron.inspection.step_documents import describe_step
@@ -252,7 +253,9 @@ def _check_outputs(options: argparse.Namespace) -> None:
                 check_not_read(f"--{name.replace('_', '-')}", output, read)
 
 
-def _unused(options: argparse.Namespace, text: bool, look: bool) -> list[str]:
+def _unused(
+    options: argparse.Namespace, parser: argparse.ArgumentParser, text: bool, look: bool
+) -> list[str]:
     """What was given and would be passed over without a word."""
     tokens = text or look
     losses = tokens or bool(options.rank_documents)
@@ -271,7 +274,7 @@ def _unused(options: argparse.Namespace, text: bool, look: bool) -> list[str]:
             tokens and bool(options.sequence_length or options.checkpoint),
         ),
     }
-    given = (name for name in used if getattr(options, name) != parser().get_default(name))
+    given = (name for name in used if getattr(options, name) != parser.get_default(name))
     return [f"--{name.replace('_', '-')}" for name in given if not used[name]]
 
 

@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> int:
         metavar="T",
         type=positive,
         help="windows are run together up to this many tokens, which decides the memory; default: "
-        "as begun, else 16384, on a GPU up to 65536 for a small scorer",
+        "as begun, else 16384, on a GPU up to 65536 for a small scorer; a CPU takes at most 2048",
     )
     add(
         "--precision",
@@ -129,7 +129,8 @@ def _score(options: argparse.Namespace) -> int:
     else:
         print(
             f"{job.prefix}: nothing scored, as no document is longer than a window and its "
-            "last target: every scheme would train as uniform; score with a smaller --window"
+            "last target: weighting that compares contexts would train as uniform; score with a "
+            "smaller --window"
         )
     return 0
 

@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
         type=float,
         metavar="GIB",
         help="with --dry-run: memory of the GPU of a rank, for which training.micro_batch_size is "
-        "chosen where the recipe leaves it out; default: this machine's",
+        "chosen where the recipe leaves it out; default: this machine's, for bf16 without a GPU 80",
     )
     parser.add_argument(
         "--write-speed",
@@ -73,6 +73,7 @@ def _train(options: argparse.Namespace) -> int:
     if options.dry_run:
         from lctw_megatron.platform.rank_memory import usable_memory
         from lctw_megatron.training.estimate import describe_layout, planned_device
+        from lctw_megatron.training.first_lines import unreached_lines
         from lctw_megatron.training.micro_batch import (
             choose_micro_batch,
             describe_micro_batch,
@@ -85,16 +86,16 @@ def _train(options: argparse.Namespace) -> int:
         if options.memory is not None and not 0 < options.memory < 1e9:
             raise InputError(f"--memory is {options.memory}, expected GiB above 0")
         ranks = options.ranks or run.layout.fewest_ranks
-        memory = usable_memory(ranks, options.memory)
-        device = planned_device(run, options.memory)
+        device, gpu_gib = planned_device(run, options.memory)
+        memory = usable_memory(ranks, gpu_gib)
         size = choose_micro_batch(run, ranks, memory, device=device)
         chosen = with_micro_batch(run, size)
         sys.stdout.write(dump_yaml(chosen))
         sys.stdout.write(describe_layout(chosen, options.ranks, device))
         if chosen != run:
             print(describe_micro_batch(chosen, ranks, memory, device))
-        run = chosen
-        print(*describe_save(run, options.ranks, options.write_speed), sep="\n")
+        lines = describe_save(chosen, options.ranks, options.write_speed)
+        print(*unreached_lines(run.training), *lines, sep="\n")
         return 0
 
     from lctw_megatron.platform.world import shut_down

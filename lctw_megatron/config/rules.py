@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from lctw_megatron.config.layout_rules import check_layout
+from lctw_megatron.config.layout_rules import check_layout, check_sequence
 from lctw_megatron.config.schema import EvaluationConfig, Recipe, RunConfig, ScoringConfig
 from lctw_megatron.config.schemes import needs_short_loss
 from lctw_megatron.config.validation_errors import nearest
@@ -119,6 +119,32 @@ def check_evaluation(evaluation: EvaluationConfig) -> None:
     for field in ("stride", "key_checkpoint"):
         if getattr(evaluation, field) is not None and evaluation.window is None:
             raise InputError(f"evaluation.{field} does nothing without evaluation.window")
+
+
+def check_probes(evaluation: EvaluationConfig, run: RunConfig) -> None:
+    """Refuse probes that ``run`` could not be measured by once it is trained. InputError.
+
+    The rules are those of evaluation.evaluate and evaluate_recall, here before hours of training.
+    """
+    if evaluation.sequence_length is None:
+        try:
+            _check_windows(
+                "evaluation", evaluation.window, evaluation.stride, run.data.sequence_length
+            )
+        except InputError as error:
+            raise InputError(f"run {run.name}: {error}") from None
+    recall = evaluation.recall
+    if recall is None:
+        return
+    layout = run.layout.model_copy(update={"sequence": False})  # which evaluation goes without
+    shared = [(length, f"{length} of evaluation.recall.lengths") for length in recall.lengths]
+    if recall.window and recall.window < max(recall.lengths):
+        shared.append((recall.window, f"evaluation.recall.window {recall.window}"))
+    for tokens, name in shared:
+        try:
+            check_sequence(tokens, name, layout)
+        except InputError as error:
+            raise InputError(f"run {run.name}: {error}") from None
 
 
 def check_start(recipe: Recipe, name: str) -> None:

@@ -404,7 +404,7 @@ class ScoringConfig(Section):
     """Windows restart at every multiple of this too; default: only at documents."""
     name: str = "short_loss"
     score_first_window: bool = False
-    """Score the first K targets too, where both contexts are the same."""
+    """Score the targets of the first window too, where both contexts are the same."""
     tokens_per_forward: Positive | None = None
     """Of one forward; default: as begun, else 16,384, on a GPU up to 65,536 for a small scorer."""
     precision: Literal["fp32", "bf16"] | None = None
@@ -445,8 +445,8 @@ class EvaluationConfig(Section):
     """Default: the run's."""
     max_sequences: Positive = 32
     window: Positive | None = None
-    """Tokens of the short context of LongPPL and of the gain from long context. Default: with
-    `key_checkpoint` LongPPL's own, 5,120 with stride 1,024; else neither is measured."""
+    """Tokens of the short context of LongPPL (5,120 in its paper) and of the gain from long
+    context; default: neither is measured."""
     stride: Positive | None = None
     """Distance between short windows; default: a quarter of the window."""
     near: Positive | None = None

@@ -181,12 +181,7 @@ class TokenLoader:
         Raises InputError, both sides named, if the data or what decides its order has changed,
         unless ``allow_changes``: then sample numbers go on counting in the new order.
         """
-        ours, theirs = self.state_dict()["data"], state["data"]
-        changed = [
-            f"{name} was {theirs.get(name)}, is {ours.get(name)}"
-            for name in {**theirs, **ours}
-            if theirs.get(name) != ours.get(name)
-        ]
+        changed = self.changed_since(state)
         if changed and not allow_changes:
             prefixes = ", ".join(source.prefix for source in self.sources)
             raise InputError(
@@ -201,6 +196,15 @@ class TokenLoader:
             step += (self.consumed_samples - sample) // size
             self._batch_sizes.append([step, self.consumed_samples, self._global_batch_size])
         self._forget_ahead()
+
+    def changed_since(self, state: dict[str, Any]) -> list[str]:
+        """What of the data, or of what decides its order, was another when ``state`` was saved."""
+        ours, theirs = self.state_dict()["data"], state["data"]
+        return [
+            f"{name} was {theirs.get(name)}, is {ours.get(name)}"
+            for name in {**theirs, **ours}
+            if theirs.get(name) != ours.get(name)
+        ]
 
     @property
     def next_step(self) -> int:

@@ -90,7 +90,7 @@ class SidecarManifest(_Strict):
     sequence_length: int | None
     """Windows restarted at every multiple of this too; null: only at documents."""
     score_first_window: bool
-    """Whether the first K targets of a document (or region) were scored as well."""
+    """Whether the targets in the first window of a document (or region) were scored as well."""
     windows_version: int = 1
     """Of the rules that cut the windows (scoring/windows.py)."""
     min_context: int | None

@@ -87,10 +87,12 @@ def cached_index(
             return found
         if error.errno not in (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
             raise
-        advice = "name a folder with room that is writable" if setting else "make it so, with room"
+        if setting is None:  # held-out data, whose index takes no time
+            index = build_index(dataset.lengths, sequence_length, packing, tails)
+            return index, packing_cost(dataset.lengths, sequence_length, index)
         raise InputError(
-            f"{setting + ': ' if setting else ''}{folder} cannot be written ({error.strerror}); "
-            f"{advice}"
+            f"{setting}: {folder} cannot be written ({error.strerror}); name a folder with room "
+            "that is writable"
         ) from error
     return _read(entry) or (index, cost)
 

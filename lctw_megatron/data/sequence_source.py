@@ -90,8 +90,8 @@ class SequenceSource:
                 return ""
             return (
                 f"{self.prefix}: no document is longer than a window and its last target "
-                f"({self._own_window + 1} tokens, the longest has {longest}): every scheme "
-                "trains as uniform; take a smaller weighting.window, or longer documents"
+                f"({self._own_window + 1} tokens, the longest has {longest}): it trains as "
+                "uniform; take a smaller weighting.window, or longer documents"
             )
         manifest = self.sidecar.manifest
         share = manifest.scored / max(self.dataset.num_tokens - len(self.dataset), 1)
@@ -100,8 +100,8 @@ class SequenceSource:
         if not manifest.scored:
             return (
                 f"{line}, as no document is longer than a window and its last target "
-                f"({manifest.window + 1} tokens): every "
-                "scheme trains as uniform; score with a smaller window, or take longer documents"
+                f"({manifest.window + 1} tokens): it "
+                "trains as uniform; score with a smaller window, or take longer documents"
             )
         if share < _FEW_SCORED:
             line += (

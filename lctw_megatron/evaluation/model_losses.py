@@ -16,7 +16,8 @@ from lctw_megatron.data.token_dataset import TokenDataset
 from lctw_megatron.data.tokenizer_files import has_tokenizer
 from lctw_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from lctw_megatron.errors import InputError
-from lctw_megatron.evaluation.sequence_losses import Batch, SequenceLosses, live
+from lctw_megatron.evaluation.sequence_losses import Batch, SequenceLosses
+from lctw_megatron.evaluation.sequence_weights import live_targets
 from lctw_megatron.model import spec
 from lctw_megatron.model.checkpoint import (
     TOKENIZER,
@@ -89,7 +90,7 @@ class ModelLosses(SequenceLosses):
         A collective call. InputError if the model's loss of a target is not finite.
         """
         (losses,) = self.gather(samples, self.forward)
-        wrong = ~np.isfinite(losses) & live(samples)
+        wrong = ~np.isfinite(losses) & live_targets(samples)
         if wrong.any():
             row, target = np.argwhere(wrong)[0]
             raise InputError(

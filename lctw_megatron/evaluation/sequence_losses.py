@@ -18,10 +18,12 @@ from torch import Tensor
 
 from lctw_megatron.config.schema import DataConfig, LayoutConfig
 from lctw_megatron.data import zigzag
-from lctw_megatron.data.batch import IGNORE, Sample, assemble
+from lctw_megatron.data.batch import Sample, assemble
 from lctw_megatron.data.microbatch import BatchSlice, make_microbatch
+from lctw_megatron.evaluation.sequence_weights import live_targets
 from lctw_megatron.model.device_batch import move
 from lctw_megatron.platform.world import World
+from lctw_megatron.scoring.forward import hand_over
 
 Batch = dict[str, Tensor]
 Compute = Callable[[list[Batch]], list[Tensor] | None]
@@ -96,7 +98,7 @@ class SequenceLosses:
                     whole[1, :, row][:, place] = values.isnan().float()
         dist.all_reduce(whole)
         values, unknown = whole[:, :, : len(samples)].numpy()
-        return np.where((unknown > 0) | ~live(samples), np.float32(np.nan), values)
+        return np.where((unknown > 0) | ~live_targets(samples), np.float32(np.nan), values)
 
     @torch.no_grad()
     def forward(self, batches: list[Batch], likeliest: bool = False) -> list[Tensor] | None:
@@ -114,7 +116,7 @@ class SequenceLosses:
                 live_rows=batch["live_rows"],
                 likeliest=likeliest,
             )
-            return output, _hand_over
+            return output, hand_over
 
         losses = get_forward_backward_func()(
             forward_step_func=forward_step,
@@ -130,12 +132,3 @@ class SequenceLosses:
         if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
             return None
         return losses if likeliest else [loss[None] for loss in losses]
-
-
-def _hand_over(output: Tensor, non_loss_data: bool = False) -> Tensor:
-    return output
-
-
-def live(samples: Sequence[Sample]) -> np.ndarray:
-    """bool [n, S]: where there is a target."""
-    return np.stack([sample.labels != IGNORE for sample in samples])

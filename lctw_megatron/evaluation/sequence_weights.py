@@ -56,7 +56,7 @@ def scores(
 
 
 def live_targets(samples: Sequence[Sample]) -> np.ndarray:
-    """bool [sequences, S]"""
+    """bool [sequences, S]: where there is a target."""
     return np.stack([sample.labels != IGNORE for sample in samples])
 
 

@@ -41,9 +41,6 @@ from lctw_megatron.report.table import Rows, to_text
 from lctw_megatron.report.weight_plots import text_page
 from lctw_megatron.weighting.occurrence import CLASSES
 
-COLUMNS = ("weight", "score", "difference", "long_loss", "short_loss")
-"""What text may be coloured, and targets ranked, by."""
-
 _SIGNED = ("score", "difference")
 _LEFT, _RIGHT = 24, 8
 """Tokens shown before and after a top target."""
@@ -58,6 +55,7 @@ class View:
     sequence: int | None = None
     """One of the two, or neither for the whole dataset (which is not shown as text)."""
     by: str = "weight"
+    """What text is coloured, and targets are ranked, by: `--by` of the command has the choices."""
     offset: int = 0
     """Targets of the selection that are not shown before the first that is."""
     tokens: int = 2000

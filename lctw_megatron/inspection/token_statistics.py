@@ -69,7 +69,7 @@ class TokenStatistics:
         self.class_weights += classes["weight"]
         np.add.at(self.type_targets, targets.id, 1)
         np.add.at(self.type_weights, targets.id, weight)
-        rows = [torch.from_numpy(x)[None] for x in (weight, np.nan_to_num(targets.long_loss))]
+        rows = [torch.from_numpy(values)[None] for values in (weight, targets.long_loss)]
         found = weight_statistics(rows[0], rows[1], torch.ones_like(rows[0]))
         self.weights = found if self.weights is None else self.weights + found
 

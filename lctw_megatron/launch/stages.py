@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lctw_megatron.config.load import checkpoints_of
-from lctw_megatron.config.rules import run_of
+from lctw_megatron.config.rules import check_probes, run_of
 from lctw_megatron.config.schema import (
     MOST_DOCUMENT_BYTES,
     EvaluationConfig,
@@ -30,6 +30,7 @@ from lctw_megatron.config.schema import (
     RunConfig,
     ScoringConfig,
 )
+from lctw_megatron.config.schemes import needs_short_loss
 from lctw_megatron.conversion.architectures import architecture
 from lctw_megatron.errors import InputError
 from lctw_megatron.launch.scored_datasets import reads_scores, scored_prefixes
@@ -108,6 +109,8 @@ def all_stages(
     if recipe.evaluation and recipe.evaluation.verify_exports:
         stages += [_verify_stage(run) for run in final]
     if recipe.evaluation:
+        for run in final:
+            check_probes(recipe.evaluation, run)
         stages += [_evaluate_stage(recipe, recipe.evaluation, run) for run in final]
         if recipe.evaluation.recall:
             stages += [_recall_stage(recipe, recipe.evaluation.recall, run) for run in final]
@@ -134,7 +137,8 @@ def _data_needs(recipe: Recipe, prefixes: Iterable[str]) -> list[str]:
 
 def _smallest_window(recipe: Recipe, runs: Iterable[RunConfig]) -> int | None:
     """Of all that the recipe compares a long context with."""
-    windows = [run.weighting.window for run in runs if run.weighting.window]
+    weightings = [run.weighting for run in runs if needs_short_loss(run.weighting.scheme)]
+    windows = [weighting.window for weighting in weightings if weighting.window]
     return min(windows + ([recipe.scoring.window] if recipe.scoring else []), default=None)
 
 
@@ -287,6 +291,7 @@ def _evaluate_stage(recipe: Recipe, evaluation: EvaluationConfig, run: RunConfig
         output,
         needs=tuple(needs),
         model_ranks=run.layout.model_ranks,
+        scales=True,
     )
 
 

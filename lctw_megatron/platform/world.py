@@ -138,7 +138,7 @@ def initialize(layout: LayoutConfig, seed: int, timeout_minutes: float = 30) -> 
         _FORMED.clear()
         _FORMED.update(sizes)
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed)
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return World(

@@ -30,9 +30,9 @@ class ShortLossGPTDataset(GPTDataset):
     Only those of the training split come from the sidecar, PREFIX.<sidecar_name>; in the others
     every live label is not scored, as validation weighs nothing.
 
-    What training by tools/train.py would not use is not scored here either: the first K targets of
-    a piece, where the long context is not longer than the short one. InputError for a sidecar that
-    is missing, made for other data, or does not fit the sequences.
+    What training by tools/train.py would not use is not scored here either: the targets of a
+    piece's first window, where the long context is not longer than the short one. InputError for a
+    sidecar that is missing, made for other data, or does not fit the sequences.
     """
 
     sidecar_name = "short_loss"

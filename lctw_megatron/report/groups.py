@@ -9,7 +9,14 @@ from typing import Any
 
 from lctw_megatron.report.runs import RunRecord
 
-_OF_ONE_RUN = {"name", "run_dir", "seed"}
+_OF_ONE_RUN: dict[str, Any] = {
+    **dict.fromkeys(("name", "run_dir", "seed"), True),
+    # What a run takes of its machine, and what it leaves on the way.
+    "training": {
+        "micro_batch_size", "log_interval", "save_interval", "async_save", "keep_last",
+        "keep_every", "tensorboard", "trackers", "distributed_timeout_minutes", "hang_minutes",
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,8 +55,9 @@ class Group:
 def group_runs(runs: Sequence[RunRecord], baseline: RunRecord) -> list[Group]:
     """The groups in the order of their first runs, the one of ``baseline`` before all.
 
-    Runs are one group if their configurations are equal but for name, folder and seed. A run whose
-    seed the group has already, and one without run.yaml, is a group of its own.
+    Runs are one group if their configurations are equal but for name, folder, seed, the micro batch
+    that their machine took and how they log and save. A run whose seed the group has already, and
+    one without run.yaml, is a group of its own.
     """
     groups: list[list[RunRecord]] = []
     for run in [baseline, *(run for run in runs if run is not baseline)]:

@@ -212,10 +212,10 @@ def _text_section(run: RunRecord, sample: dict[str, Any], folder: Path) -> Secti
         f"{page['first_target']:,} of document {page['document']} of {page['data']}."
     )
     body = f'{legend_html(scale, "weight")}\n<div class="tokens">{text}</div>'
-    return Section(title, lines=[place, *_shares(run, sample)], body=body)
+    return Section(title, lines=[place, *_weight_shares(sample)], body=body)
 
 
-def _shares(run: RunRecord, sample: dict[str, Any]) -> list[str]:
+def _weight_shares(sample: dict[str, Any]) -> list[str]:
     """Where the weight goes, in one line."""
     classes = sample["classes"]
     targets, weight = np.array(classes["targets"], float), np.array(classes["weight"], float)

@@ -52,7 +52,7 @@ def window_losses(
     def forward_step(iterator: Iterator[tuple[Tensor, ...]], model: Any) -> Any:
         inputs, targets, rows = next(iterator)
         places = positions[: len(inputs)]
-        return model(inputs, places, None, labels=targets, live_rows=rows), _hand_over
+        return model(inputs, places, None, labels=targets, live_rows=rows), hand_over
 
     plain = [getattr(chunk, "module", chunk) for chunk in chunks]
     context_ranks = plain[0].config.context_parallel_size
@@ -91,5 +91,6 @@ def divide(windows: int, room: int, multiple: int) -> tuple[int, int]:
     return forwards, -(-windows // forwards)
 
 
-def _hand_over(output: Tensor, non_loss_data: bool = False) -> Tensor:
+def hand_over(output: Tensor, non_loss_data: bool = False) -> Tensor:
+    """What megatron-core's schedules ask of a forward's output where there is no backward: it."""
     return output

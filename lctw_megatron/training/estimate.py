@@ -39,6 +39,7 @@ kernels. Leave a tenth of the GPU free.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from lctw_megatron.config.layout_rules import check_layout, loss_block_rows, padded_vocabulary
 from lctw_megatron.config.model_sizes import (
@@ -55,6 +56,8 @@ from lctw_megatron.platform.capabilities import capabilities
 from lctw_megatron.training.flops import step_flops
 
 GIB = 1024**3
+PLANNED_GIB = 80.0
+"""Memory of the GPU, an A100 or H100, that a plan is made for where there is none."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +89,15 @@ class MemoryEstimate:
         return max(self.stages, key=lambda stage: stage.total)
 
 
-def planned_device(run: RunConfig, gpu_gib: float | None = None) -> str:
-    """What a plan of ``run`` is for: `cuda`, or `cpu` in float32 on a machine without a GPU, unless
-    one of ``gpu_gib`` GiB was named."""
-    there = gpu_gib is not None or capabilities().gpu is not None
-    return "cuda" if there or run.training.precision == "bf16" else "cpu"
+def planned_device(
+    run: RunConfig, gpu_gib: float | None = None
+) -> tuple[Literal["cuda", "cpu"], float | None]:
+    """What a plan of ``run`` is for, and the GiB of its GPUs, None: this machine's memory. A CPU in
+    float32 on a machine without a GPU, unless one of ``gpu_gib`` was named; in bf16 GPUs of
+    PLANNED_GIB there."""
+    if gpu_gib is not None or capabilities().gpu:
+        return "cuda", gpu_gib
+    return ("cuda", PLANNED_GIB) if run.training.precision == "bf16" else ("cpu", None)
 
 
 def estimate(run: RunConfig, world_size: int, device: str = "cuda") -> MemoryEstimate:

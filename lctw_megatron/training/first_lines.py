@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lctw_megatron.config.rope import rope_line
-from lctw_megatron.config.schema import RunConfig
+from lctw_megatron.config.schema import RunConfig, TrainingConfig
 from lctw_megatron.config.schemes import needs_short_loss
 from lctw_megatron.data.loader import TokenLoader
 from lctw_megatron.model import spec
@@ -12,6 +12,7 @@ from lctw_megatron.model.checkpoint import read_manifest
 from lctw_megatron.platform.capabilities import capabilities
 from lctw_megatron.platform.flight_recorder import recorder_line
 from lctw_megatron.platform.world import World
+from lctw_megatron.training.optimizer import learning_rate
 
 
 def first_lines(
@@ -33,6 +34,7 @@ def first_lines(
             "model.attention te: float32 takes our layers, as TransformerEngine multiplies it in "
             "TF32"
         )
+    yield from unreached_lines(run.training)
     yield f"rope: {_rope(run, start)}"
     yield from loader.packing_cost_lines() + loader.scores_lines()
     yield (
@@ -41,6 +43,20 @@ def first_lines(
         f"{run.data.sequence_length} tokens a step and rank, weighting {run.weighting.scheme}"
         + (f" ({run.weighting.mode})" if needs_short_loss(run.weighting.scheme) else "")
     )
+
+
+def unreached_lines(training: TrainingConfig) -> Iterator[str]:
+    """What of ``training`` lies beyond its steps."""
+    steps = training.steps
+    if training.warmup_steps > steps:
+        yield (
+            f"training.warmup_steps {training.warmup_steps}: more than training.steps {steps}, so "
+            f"the rate ends at {learning_rate(training, steps - 1):.3g} and never reaches "
+            f"training.lr {training.lr:.3g}"
+        )
+    for name in ("eval_interval", "save_interval"):
+        if (interval := getattr(training, name)) and interval > steps:
+            yield f"training.{name} {interval}: more than training.steps {steps}"
 
 
 def _rope(run: RunConfig, start: Path | None) -> str:

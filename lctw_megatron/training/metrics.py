@@ -147,7 +147,10 @@ class MetricsLog:
 
                 self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
             except ImportError:
-                print("tensorboard is not installed: metrics go to metrics.jsonl only")
+                print(
+                    "tensorboard is not installed, so there are no files for it; pip install "
+                    "tensorboard, or set training.tensorboard: false"
+                )
 
     def _truncate(self, first_step: int) -> None:
         if not self.path.exists():

@@ -11,20 +11,13 @@ CLASSES = ("near", "far", "first_seen")
 """Rows of ``sum_by_distance``."""
 
 
-def last_occurrence_distance(piece: Tensor) -> Tensor:
-    """Distances of the targets piece[1:] of one piece (integer [length + 1], tensor or array).
-
-    Entry i, int64 [length], is (i + 1) - j for the largest j <= i with piece[j] == piece[i + 1];
-    -1 if there is none: the token is seen for the first time.
-    """
-    piece = torch.as_tensor(piece)
-    return batch_occurrence_distance(piece[None, :-1], piece[None, 1:])[0]
-
-
 def batch_occurrence_distance(
     tokens: Tensor, labels: Tensor, boundaries: Tensor | None = None
 ) -> Tensor:
-    """The same for a batch of whole sequences: int64 [sequences, S].
+    """How far back the token of each target last stood: int64 [sequences, S].
+
+    Entry i of a sequence is (i + 1) - j for the largest j <= i with tokens[j] == labels[i]; -1 if
+    there is none: the token is seen for the first time.
 
     Args:
         tokens, labels: int64 [sequences, S], not cut for context parallelism; labels below 0 (not

@@ -293,7 +293,9 @@ class Custom(Scheme):
 
     The function gets whole sequences: the losses in nats as in ``Targets`` and a bool mask of the
     live targets, all [sequences, targets]. It returns weights of the same shape, at least 0, which
-    are taken as they are; ``selection.normalise`` and ``keep_largest`` are there for it to use.
+    are taken as they are, but for a sequence of nothing but zeros: that trains with weight 1, as
+    under every scheme (the metrics count them). ``selection.normalise`` and ``keep_largest`` are
+    there for it to use.
     """
 
     function: str

@@ -57,7 +57,8 @@ class WeightStatistics:
 def weight_statistics(
     weights: Tensor, long_loss: Tensor, mask: Tensor, group: dist.ProcessGroup | None = None
 ) -> WeightStatistics:
-    """The statistics of one batch: weights, losses and mask [sequences, targets].
+    """The statistics of one batch: weights, losses and mask [sequences, targets]. A loss that is
+    not known, NaN, is left out of Spearman's correlation.
 
     With a context-parallel ``group`` these are this rank's parts; the call gathers whole sequences
     for Spearman's correlation (a collective call) and the group's first rank counts it, so that
@@ -67,7 +68,8 @@ def weight_statistics(
     w = weights.double().where(live, 0.0)
     streams = [weights.double(), long_loss.double(), live.double()]
     whole_weights, whole_loss, whole_live = whole_sequences(streams, group)
-    correlation = spearman_correlation(whole_weights, whole_loss, whole_live != 0)
+    known = (whole_live != 0) & whole_loss.isfinite()
+    correlation = spearman_correlation(whole_weights, whole_loss, known)
     defined = correlation.isfinite() & is_first(group)
     counts = torch.stack([correlation.where(defined, 0.0).sum(), defined.sum().double()])
     parts = [live.sum(), (live & (weights == 0)).sum(), w.sum(), w.square().sum()]

@@ -141,7 +141,7 @@ def test_a_run_that_scores_itself_says_if_no_document_is_longer_than_its_window(
     assert loader(config(tmp_path, "c"), window=38).scores_lines() == []
     # Its one window would be the document's first, which has no short losses.
     (line,) = loader(config(tmp_path, "c"), window=39).scores_lines()
-    assert "its last target (40 tokens, the longest has 40): every scheme trains as" in line
+    assert "its last target (40 tokens, the longest has 40): it trains as" in line
 
 
 def test_a_window_as_long_as_a_sequence(folder) -> None:

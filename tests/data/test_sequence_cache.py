@@ -172,6 +172,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch) -> None
         cached_index(dataset, 5, "chunk", "keep")
     with pytest.raises(InputError, match=r"^--index-cache: \S+ cannot be written .*name a folder"):
         cached_index(dataset, 5, "chunk", "keep", tmp_path / "other", "--index-cache")
-    with pytest.raises(InputError, match=r"^/\S+/index_cache cannot be written .*; make it so"):
-        cached_index(dataset, 5, "chunk", "keep", setting=None)
+    # Held-out data may lie where nobody may write: its index is built each time.
+    index, _ = cached_index(dataset, 5, "chunk", "keep", setting=None)
+    assert len(index) == len(build_index(dataset.lengths, 5, "chunk", "keep")) > 0
     assert entries(tmp_path / "index_cache") == []

@@ -6,7 +6,6 @@ from hypothesis import strategies as st
 
 from lctw_megatron.weighting.occurrence import (
     batch_occurrence_distance,
-    last_occurrence_distance,
     sum_by_distance,
 )
 
@@ -21,9 +20,8 @@ def walk_back(tokens: list[int], labels: list[int], start: int, i: int) -> int:
 def test_hand_computed_piece() -> None:
     #      target            a   b   a   c   c   a   b
     piece = torch.tensor([1, 1, 2, 1, 3, 3, 1, 2])
-    assert last_occurrence_distance(piece).tolist() == [1, -1, 2, -1, 1, 3, 5]
-    assert last_occurrence_distance(piece.numpy()).tolist() == [1, -1, 2, -1, 1, 3, 5]
-    assert last_occurrence_distance(torch.tensor([4])).tolist() == []
+    found = batch_occurrence_distance(piece[None, :-1], piece[None, 1:])
+    assert found.tolist() == [[1, -1, 2, -1, 1, 3, 5]]
 
 
 @given(st.data())

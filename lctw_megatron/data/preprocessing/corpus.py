@@ -93,6 +93,11 @@ def find_files(
     files: dict[str, CorpusFile] = {}
     for name in inputs:
         packages = name == STDLIB
+        if packages and os.path.exists(STDLIB):
+            raise InputError(
+                f"input {STDLIB} means Python's standard library, but there is a file or folder of "
+                f"that name here; name it ./{STDLIB}, or rename it"
+            )
         found = list(_stdlib_packages() if packages else _find(name, output_prefix, left_out))
         if not any(file.size for file in found):
             what = f"{len(found)} files, all empty" if len(found) != 1 else "an empty file"

@@ -130,8 +130,9 @@ def _say_if_all_shorter(prefix: str, window: int | None) -> None:
     if window and longest <= window + 1:
         print(
             f"{prefix}: no document is longer than a window and its last target ({window + 1} "
-            f"tokens, the longest has {longest}): none of it could be scored, and every scheme "
-            "would train as uniform; take longer documents or a smaller window"
+            f"tokens, the longest has {longest}): none of it could be scored, and weighting "
+            "that compares contexts would train as uniform; take longer documents or a smaller "
+            "window"
         )
 
 
