@@ -102,7 +102,9 @@ def transformers(task: Task, windows_per_forward: int | None = None) -> Losses:
     return losses
 
 
-def scoring_benchmark(hf: Path, text: list[str], output: Path, **sizes: Any) -> int:
+def scoring_benchmark(
+    hf: Path, text: list[str], output: Path, repeats: int = 2, **sizes: Any
+) -> int:
     """Measure a Hugging Face model on the longest document of ``text`` (as tools/preprocess.py
     takes it), print all numbers and write them to ``output``. sizes: fields of Task."""
     from lctw_megatron.conversion.hf_import import import_hf
@@ -119,7 +121,7 @@ def scoring_benchmark(hf: Path, text: list[str], output: Path, **sizes: Any) -> 
                 f"--text {' '.join(text)}: its longest document has {lengths.max()} tokens, "
                 f"{task.tokens} are needed; give a longer one"
             )
-        found = measure(task)
+        found = measure(task, repeats)
         found["change of weights in 16 bits"] = _sixteen_bits(task)
     found["task"] |= {
         "data": [Path(name).name for name in text], "checkpoint": "imported", "hf": hf.name,
@@ -138,7 +140,7 @@ def _sixteen_bits(task: Task) -> dict[str, Any]:
     return weight_changes(long[None], short[-len(long) :][None])
 
 
-def measure(task: Task, repeats: int = 2) -> dict[str, Any]:
+def measure(task: Task, repeats: int) -> dict[str, Any]:
     """Everything about one task as plain numbers. Every pass runs in a process of its own, which
     gives its peak memory; the sides are taken in turn."""
     sides: dict[str, tuple[Any, ...]] = {

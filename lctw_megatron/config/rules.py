@@ -139,7 +139,7 @@ def check_probes(evaluation: EvaluationConfig, run: RunConfig) -> None:
     layout = run.layout.model_copy(update={"sequence": False})  # which evaluation goes without
     shared = [(length, f"{length} of evaluation.recall.lengths") for length in recall.lengths]
     if recall.window and recall.window < max(recall.lengths):
-        shared.append((recall.window, f"evaluation.recall.window {recall.window}"))
+        shared.append((recall.window, "evaluation.recall.window"))
     for tokens, name in shared:
         try:
             check_sequence(tokens, name, layout)

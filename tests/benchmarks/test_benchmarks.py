@@ -169,7 +169,7 @@ def test_scoring_beside_transformers(hf_folder: Path, tmp_path: Path, capsys: An
         shutil.copy(file, model)
     text, output = tmp_path / "long.txt", tmp_path / "scoring.json"
     text.write_text(real_text())
-    sizes = {"window": 64, "stride": 48, "tokens": 1000, "windows_per_forward": 4}
+    sizes = {"window": 64, "stride": 48, "tokens": 1000, "windows_per_forward": 4, "repeats": 1}
     assert scoring_benchmark(model, [str(text)], output, **sizes) == 0
     found = json.loads(output.read_text())
     # Ours and transformers' losses of the same targets, the tolerance of golden scores.

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from lctw_megatron.config.schema import LayoutConfig
 from lctw_megatron.data.token_dataset import TokenDataset
@@ -259,6 +261,13 @@ def test_inspect_data_looks_at_a_step_and_through_a_model(trained, capsys):
     assert "\x1b[48;2;" in capsys.readouterr().out and "<span" in page.read_text()
     with pytest.raises(InputError, match="the run has 0 to 3"):
         step_documents(run, 4)
+    # A run that went on with other data, before its next checkpoint.
+    changed = folder / "changed"
+    shutil.copytree(run, changed)
+    config = yaml.safe_load((changed / "run.yaml").read_text())
+    (changed / "run.yaml").write_text(yaml.safe_dump(config | {"seed": 7}))
+    with pytest.raises(InputError, match=r"on other data than its run.yaml names \(seed was"):
+        step_documents(changed, 1)
 
 
 @pytest.mark.parametrize(

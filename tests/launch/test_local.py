@@ -130,6 +130,8 @@ def test_several_ranks_run_under_torchrun(plan, monkeypatch):
     monkeypatch.setattr(local, "_gpus", lambda: 7)
     assert "--nproc-per-node=4" in local.local_command(made, train)  # 6 does not divide the batch
     assert "--nproc-per-node=7" in local.local_command(made, score)
+    (evaluate,) = made.select(["evaluate-dense"])
+    assert "--nproc-per-node=6" in local.local_command(made, evaluate)  # of two ranks each
     (report,) = made.select(["report"])
     assert local.local_command(made, report, ranks=4)[0:2] == [
         sys.executable,

@@ -105,6 +105,30 @@ def test_the_report_compares_with_the_runs_of_another_recipe(plan):
     assert set(report.needs) == set(stage(plan(), "report").needs)
 
 
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["window=1024"], "run uniform: evaluation.window 1024 is not shorter than the sequence"),
+        (
+            ["recall={lengths: [1022], window: 64}"],
+            r"1022 of evaluation.recall.lengths .*layout.context .8.$",
+        ),
+        (
+            ["recall={lengths: [1024], window: 66}"],
+            r"evaluation.recall.window .66. .*layout.context .8.$",
+        ),
+    ],
+)
+def test_probes_that_no_trained_run_could_take_are_refused_before_it_is_trained(
+    plan, overrides, message
+):
+    layout = ["layout.context=4"]
+    start = ["evaluation.sequence_length=null", "evaluation.key_checkpoint=null"]
+    plan(RECIPE, *layout, *start, "evaluation.recall={lengths: [1024], window: 64}")
+    with pytest.raises(InputError, match=message):
+        plan(RECIPE, *layout, *start, *(f"evaluation.{override}" for override in overrides))
+
+
 RECALL = "evaluation.recall={lengths: [512, 1024], tasks: [one_key], haystack: data/books}"
 
 

@@ -37,6 +37,20 @@ def test_runs_that_differ_only_in_their_seed_are_one_group_the_baselines_first()
     }
 
 
+def test_what_a_machine_takes_and_how_a_run_saves_do_not_part_its_seeds():
+    training = record("x").config.training.model_dump()
+    changes = [
+        {"micro_batch_size": 2, "save_interval": 7, "hang_minutes": None},
+        {"keep_last": 1, "tensorboard": False},
+        {"lr": 0.5},
+    ]
+    runs = [
+        record(f"x-seed{seed}", seed, training=training | change)
+        for seed, change in enumerate(changes)
+    ]
+    assert [len(group.runs) for group in group_runs(runs, runs[0])] == [2, 1]
+
+
 @pytest.mark.parametrize(
     "names, shared",
     [

@@ -18,7 +18,7 @@ from tests.training.layouts import make_data, make_run
 from tests.training.runs import checkpoints, logged, write_recipe
 from tools import train as tool
 
-STEPS = 60
+STEPS = 40
 TIMEOUT = 240.0  # seconds; a start alone takes 10 where others use the cores
 MODEL = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 
@@ -119,6 +119,30 @@ def test_a_dry_run_knows_the_schemes(
     assert "  micro_batch_size: 4\n" in answer.out
     assert "training.micro_batch_size: 4, chosen for the 72.0 GiB" in answer.out
     assert call(tool.main, capsys, recipe, *left_out, "0").status == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the plan is for the GPU that is there")
+def test_without_a_gpu_a_plan_is_for_the_cpu_or_in_bf16_for_one_of_80_gb(
+    data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = frozen_recipe(data, tmp_path / "dry")
+    choose = ("--dry-run", "--set", "training.micro_batch_size=null")
+    answer = call(tool.main, capsys, recipe, *choose)
+    assert "memory of a CPU rank" in answer.out
+    answer = call(tool.main, capsys, recipe, *choose, "--set", "training.precision=bf16")
+    assert "memory of a GPU rank" in answer.out and "for the 72.0 GiB that a rank" in answer.out
+
+
+def test_what_lies_beyond_the_last_step_is_said(
+    data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = frozen_recipe(data, tmp_path / "dry")
+    answer = call(tool.main, capsys, recipe, "--dry-run", "--set", "training.warmup_steps=120")
+    assert "warmup_steps 120: more than training.steps 40, so the rate ends at" in answer.out
+    answer = call(tool.main, capsys, recipe, "--dry-run", "--set", "training.warmup_steps=40")
+    assert "more than training.steps" not in answer.out
+    answer = call(tool.main, capsys, recipe, "--dry-run", "--set", "training.save_interval=41")
+    assert "training.save_interval 41: more than training.steps 40\n" in answer.out
 
 
 def plain_recipe(data: str, folder: Path) -> Path:

@@ -26,6 +26,14 @@ def test_hand_computed() -> None:
     }
 
 
+def test_a_loss_that_is_not_known_has_no_rank() -> None:
+    weights = torch.tensor([[0.0, 3.0, 1.0, 9.0]])
+    loss = torch.tensor([[1.0, 3.0, 2.0, float("nan")]])
+    summary = weight_statistics(weights, loss, torch.ones(1, 4)).summary()
+    assert summary["spearman"] == pytest.approx(1.0)
+    assert (summary["max"], summary["mean"]) == (9.0, 13 / 4)
+
+
 def test_uniform_weights_count_every_target_and_have_no_correlation() -> None:
     mask = torch.tensor([[1.0] * 5 + [0.0]])
     summary = weight_statistics(mask, torch.rand(1, 6), mask).summary()

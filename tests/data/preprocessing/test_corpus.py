@@ -1,5 +1,6 @@
 import os
 import sysconfig
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -80,6 +81,17 @@ def test_the_standard_library_is_about_a_hundred_documents_without_site_packages
     assert [file.size for file in files] == sorted(file.size for file in files)
     assert sum(file.size for file in files) > 5_000_000
     assert files == find_files(["stdlib"], "/nowhere/out")
+
+
+def test_a_folder_called_like_the_standard_library_is_not_passed_over(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_corpus(Path("stdlib/a.jsonl"), ["a"])
+    with pytest.raises(
+        InputError, match="means Python's standard library, but .* name it ./stdlib"
+    ):
+        find_files(["stdlib"], "/nowhere/out")
+    (file,) = find_files(["./stdlib"], "/nowhere/out")
+    assert file.path == str(tmp_path / "stdlib" / "a.jsonl")
 
 
 @pytest.mark.parametrize(
