@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sysconfig
 from functools import cache
 from pathlib import Path
@@ -63,3 +64,19 @@ def hf_folder(tmp_path_factory) -> Path:
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": begin, "eos_token": end}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
+
+
+@pytest.fixture
+def folder_with(hf_folder, tmp_path):
+    """A folder of the same tokenizer.json and other small files."""
+
+    def make(config, name="folder", **others):
+        folder = tmp_path / name
+        folder.mkdir()
+        shutil.copy(hf_folder / "tokenizer.json", folder)
+        files = {"tokenizer_config": config, **others}
+        for file, contents in files.items():
+            (folder / f"{file}.json").write_text(json.dumps(contents))
+        return folder
+
+    return make
