@@ -18,6 +18,7 @@ import numpy as np
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer as FastTokenizer
 
+from lctw_megatron.data.added_tokens import check_added_tokens
 from lctw_megatron.data.json_object import parse_json, read_json_object
 from lctw_megatron.data.manifest import TokenizerIdentity
 from lctw_megatron.data.sentencepiece_model import (
@@ -222,6 +223,7 @@ class HuggingFaceTokenizer(Tokenizer):
                 raise InputError(
                     f"{path}: not a tokenizer.json that can be read ({_line(error)})"
                 ) from None
+            check_added_tokens(folder, self._fast.token_to_id)
         else:
             self._fast, names = _by_transformers(folder)
             description = parse_json(self._fast.to_str())
