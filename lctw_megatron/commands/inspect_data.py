@@ -9,11 +9,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from lctw_megatron.atomic import check_not_read
 from lctw_megatron.cli import positive, run_command
 from lctw_megatron.config.schema import MOST_TOKENS
-from lctw_megatron.data.manifest import files_of
-from lctw_megatron.data.sidecar import Sidecar, sidecar_prefix
+from lctw_megatron.data.sidecar import Sidecar
 from lctw_megatron.data.token_dataset import TokenDataset
 from lctw_megatron.errors import few
 from lctw_megatron.inspection.describe_data import (
@@ -21,8 +19,8 @@ from lctw_megatron.inspection.describe_data import (
     describe_sidecar,
     make_manifest,
     sidecar_names,
-    stored_files,
 )
+from lctw_megatron.inspection.output_files import check_output
 
 EPILOG = """\
 examples:
@@ -220,7 +218,10 @@ def main(arguments: list[str]) -> int | None:
         parser.error("--step is a view of its own")
     if unused := _unused(options, parser, bool(text), bool(look)):
         parser.error(f"{few(unused)}: of no use to what is asked for; leave it out")
-    _check_outputs(options)
+    prefixes, sidecars = options.prefix, (options.long, options.short)
+    for name in ("rank_documents", "html", "png"):
+        if output := getattr(options, name):
+            check_output(f"--{name.replace('_', '-')}", output, prefixes, sidecars)
     if options.step is not None:
         from lctw_megatron.inspection.step_documents import describe_step
 
@@ -241,16 +242,6 @@ def main(arguments: list[str]) -> int | None:
     else:
         _print_manifests(options)
     return None
-
-
-def _check_outputs(options: argparse.Namespace) -> None:
-    """InputError if what is written would replace what is looked at."""
-    for prefix in options.prefix:
-        sidecars = [sidecar_prefix(prefix, name) for name in (options.long, options.short)]
-        read = [file for each in sidecars for file in files_of(each)] + stored_files(prefix)
-        for name in ("rank_documents", "html", "png"):
-            if output := getattr(options, name):
-                check_not_read(f"--{name.replace('_', '-')}", output, read)
 
 
 def _unused(

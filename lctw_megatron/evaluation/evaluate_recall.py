@@ -14,6 +14,7 @@ from lctw_megatron.atomic import atomic_file, check_not_read, write_json
 from lctw_megatron.config.layout_rules import check_sequence
 from lctw_megatron.config.rope import longest_context
 from lctw_megatron.config.schema import LayoutConfig
+from lctw_megatron.data.earlier_output import check_earlier_lines
 from lctw_megatron.data.manifest import files_of
 from lctw_megatron.errors import InputError
 from lctw_megatron.evaluation.recall import Cell, measure
@@ -77,6 +78,8 @@ def recall_to_file(
         if settings.haystack is not None:
             read += [settings.haystack, *files_of(settings.haystack)]
         check_not_read("--write-samples", samples_file, read)
+        keys = ("task", "length", "text", "answers")
+        check_earlier_lines("--write-samples", samples_file, "list of samples", keys)
     first = join(layout)
     place, manifest = agreed_checkpoint(checkpoint)
     tokenizer = open_tokenizer(place, manifest)

@@ -10,12 +10,16 @@ from markupsafe import Markup
 from lctw_megatron.report.coloured_text import style
 from lctw_megatron.report.table import BETTER, WORSE
 
+MARK = '<meta name="generator" content="LCTW-Megatron">'
+"""By which a page is known as ours."""
+
 _TEMPLATE = """\
 <!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
+{{ mark }}
 <title>{{ title }}</title>
 <style>
 body{font:15px/1.5 system-ui,sans-serif;max-width:76rem;margin:2rem auto;padding:0 1rem;color:#111;
@@ -81,6 +85,7 @@ def render_page(title: str, sections: Sequence[Section], note: str | None = None
     return environment.from_string(_TEMPLATE).render(
         title=title,
         note=note,
+        mark=Markup(MARK),
         style=Markup(style()),
         shade=_shade,
         sections=[

@@ -17,6 +17,9 @@ from matplotlib.lines import Line2D
 
 from lctw_megatron.atomic import atomic_file
 
+_SOFTWARE = "LCTW-Megatron"
+MARK = f"Software\0{_SOFTWARE}"
+"""By which a picture is known as ours: PNG's keyword and its text."""
 COLOURS = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000",
     "#882255", "#999933", "#332288",
@@ -121,7 +124,7 @@ def write_png(path: str | Path, figure: Figure) -> bytes:
     buffer = io.BytesIO()
     # Hinting would move characters to whole pixels, and tokens apart in the middle of a word.
     with mpl.rc_context({"text.hinting": "no_hinting"}):
-        figure.savefig(buffer, format="png", dpi=130)
+        figure.savefig(buffer, format="png", dpi=130, metadata={"Software": _SOFTWARE})
     with atomic_file(path) as file:
         file.write(buffer.getvalue())
     return buffer.getvalue()

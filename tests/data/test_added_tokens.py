@@ -1,4 +1,4 @@
-"""A folder whose small files add tokens to tokenizer.json, as AutoTokenizer reads it, is refused."""
+"""A folder whose small files add tokens to tokenizer.json, as AutoTokenizer has it, is refused."""
 
 import json
 import subprocess

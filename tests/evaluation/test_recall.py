@@ -153,6 +153,10 @@ def test_the_command_writes_what_each_sample_gave_and_says_it(
     ]
     assert call(evaluate_model.main, capsys, *again, *files).status == 0
     assert output.stat().st_mtime_ns == written  # finished work is not done again
+    samples.write_text('{"task": "write"}\n')
+    line = call(evaluate_model.main, capsys, *arguments, *files).error_line()
+    assert line.startswith(f"--write-samples {samples}: is there and no earlier list of samples, ")
+    assert samples.read_text() == '{"task": "write"}\n'
     answer = call(evaluate_model.main, capsys, *arguments, *files[:2], "--seed", 1)
     assert answer.status == 0
     assert f"{output}: was measured with another seed, is replaced" in answer.out

@@ -26,6 +26,13 @@ def dataset(tmp_path):
     return write_tokens(tmp_path / "corpus", count_up([5, 3, 900]), eos_id=2, add_eos=True)
 
 
+def write_two_sidecars(dataset, values):
+    write_sidecar(dataset, values)
+    for end in ("bin", "idx", "json"):
+        os.rename(f"{dataset.prefix}.short_loss.{end}", f"{dataset.prefix}.long_loss.{end}")
+    write_sidecar(dataset, values)
+
+
 def test_it_prints_dataset_and_sidecars(ask, dataset):
     write_sidecar(dataset, [[NAN] * 5, [NAN, 1.0, 3.0], [NAN] * 900], sequence_length=64)
     answer = ask(dataset.prefix, "--verify")
@@ -157,6 +164,30 @@ def test_what_is_looked_at_is_not_written_over(ask, dataset, option, file):
     line = ask(dataset.prefix, *option.split(), path).error_line()
     assert line == f"{option.split()[-1]} {path}: is read from, and would be replaced; name another"
     assert (path.read_bytes() if path.exists() else None) == before
+
+
+@pytest.mark.parametrize("option", ["--rank-documents", "--top 3 --html", "--document 2 --png"])
+def test_a_file_of_the_users_is_not_written_over_an_earlier_output_is(
+    ask, tmp_path, sentencepiece_model, option
+):
+    identity = load_tokenizer(sentencepiece_model).identity.model_dump()
+    dataset = write_tokens(tmp_path / "some", [[300] * 5, [300] * 3, [300] * 9], **identity)
+    write_two_sidecars(dataset, [[NAN] * 5, [NAN] * 3, [NAN, *[1.0] * 8]])
+    path = tmp_path / "output"
+    for text in ("of mine", '{"document": 1}\n', "[1]\n", "<html>about LCTW-Megatron</html>"):
+        path.write_text(text)
+        line = ask(dataset.prefix, *option.split(), path).error_line()
+        name = option.split()[-1]
+        kind = {"--html": "page of ours", "--png": "picture of ours"}.get(name, "ranking")
+        assert line == (
+            f"{name} {path}: is there and no earlier {kind}, and would be replaced; name another "
+            "file, or remove it"
+        )
+        assert path.read_text() == text
+    path.write_text("")  # as mktemp makes it
+    for _ in range(2):
+        assert ask(dataset.prefix, *option.split(), path).status == 0
+        assert path.stat().st_size
 
 
 def test_a_missing_prefix_and_half_of_a_request_are_refused(ask, tmp_path):
