@@ -8,7 +8,6 @@ alone or blended with others. Documents keep their order, values and tokens are 
 and the manifest says what was chosen, from what and how. Nothing is scored again.
 """
 
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,10 @@ import numpy as np
 import torch
 
 from lctw_megatron.data.indexed_array import data_path
-from lctw_megatron.data.manifest import SidecarManifest, TokenManifest, manifest_path, read_manifest
 from lctw_megatron.data.sidecar import Sidecar, SidecarWriter
 from lctw_megatron.data.token_dataset import TokenDataset, TokenWriter
-from lctw_megatron.errors import InputError
 from lctw_megatron.inspection.describe_data import sidecar_names
+from lctw_megatron.inspection.earlier_choice import Wanted, check_free, how_made, is_there
 from lctw_megatron.inspection.rank_documents import Ranking
 from lctw_megatron.ownership import sole_writer
 from lctw_megatron.progress import Progress
@@ -49,7 +47,7 @@ def choose_documents(
     lie beside their dataset, as ``prefix``; a line that says what is there.
 
     Does nothing if that is there already. Raises InputError where it would replace anything but an
-    earlier choice, and for a sidecar that does not fit.
+    earlier choice and its copies, and for a sidecar that does not fit.
     """
     dataset = ranking.dataset
     sidecars = [Sidecar(dataset, name) for name in sidecar_names(dataset)]
@@ -64,13 +62,15 @@ def choose_documents(
         f"{prefix}: {count:,} of {len(dataset):,} documents, {tokens:,} of {dataset.num_tokens:,} "
         f"tokens, gain at least {ranking[count - 1].gain:.4f}; sidecars {names}"
     )
-    _check_free(prefix, dataset)
+    check_free(prefix, dataset)
+    wanted = Wanted(asdict(choice), {each.name: how_made(each.manifest) for each in sidecars})
     with sole_writer(Path(data_path(prefix)), print):
-        if _is_there(prefix, choice, sidecars):
+        if is_there(prefix, wanted):
             return f"{line} (already there)"
         source = {
             "chosen_from": dataset.prefix,
-            "choice": asdict(choice),
+            "choice": wanted.choice,
+            "sidecars": wanted.sidecars,
             "least_gain": ranking[count - 1].gain,
             "original": dataset.manifest.source,
         }
@@ -111,42 +111,3 @@ def _details(sidecar: Sidecar, chosen: TokenDataset) -> dict[str, Any]:
         "mean_context": statistics.mean_context if statistics.scored else None,
         "scorer": made.scorer,
     }
-
-
-def _manifest(prefix: str) -> TokenManifest | None:
-    """Of an earlier choice; None if there is none, or of something else."""
-    try:
-        manifest = read_manifest(prefix, TokenManifest)
-    except (FileNotFoundError, InputError):
-        return None
-    return manifest if "choice" in manifest.source else None
-
-
-def _check_free(prefix: str, dataset: TokenDataset) -> None:
-    if os.path.realpath(data_path(prefix)) == os.path.realpath(data_path(dataset.prefix)):
-        raise InputError(f"{prefix}: is the dataset to choose from; give another --output-prefix")
-    taken = [path for path in (data_path(prefix), manifest_path(prefix)) if os.path.exists(path)]
-    if taken and _manifest(prefix) is None:
-        raise InputError(
-            f"{taken[0]}: is no earlier choice of documents, and would be replaced; give another "
-            "--output-prefix, or remove it"
-        )
-
-
-def _is_there(prefix: str, choice: Choice, sidecars: list[Sidecar]) -> bool:
-    """Whether the same choice is there whole, with sidecars of the same values."""
-    manifest = _manifest(prefix)
-    if manifest is None or manifest.source["choice"] != asdict(choice):
-        return False
-    try:
-        chosen = TokenDataset(prefix)
-        found = [Sidecar(chosen, sidecar.name).manifest for sidecar in sidecars]
-    except InputError:
-        return False
-    return all(map(_made_alike, found, (sidecar.manifest for sidecar in sidecars)))
-
-
-def _made_alike(ours: SidecarManifest, theirs: SidecarManifest) -> bool:
-    """Whether the values of a choice are those of the dataset, which no fingerprint can tell."""
-    how = (*Windowing._fields, "windows_version", "scorer")
-    return all(getattr(ours, name) == getattr(theirs, name) for name in how)

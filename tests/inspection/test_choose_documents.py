@@ -12,6 +12,7 @@ from lctw_megatron.data.sidecar import Sidecar
 from lctw_megatron.data.token_dataset import TokenDataset
 from lctw_megatron.errors import InputError
 from lctw_megatron.inspection.choose_documents import choose_documents
+from lctw_megatron.inspection.describe_data import sidecar_names
 from lctw_megatron.inspection.rank_documents import rank_documents
 from tests.data.small_data import count_up, write_tokens
 from tests.evaluation.tiny_run import STRIDE, WINDOW, write_sidecar
@@ -86,6 +87,46 @@ def test_it_is_made_once_again_after_a_loss_and_anew_for_another_choice(dataset,
     assert not choose(dataset, prefix).endswith("(already there)")  # it was scored again
     choose(dataset, prefix, keep=1.0)
     assert len(TokenDataset(prefix)) == 5
+
+
+def test_a_sidecar_that_was_scored_anew_is_not_replaced(dataset, tmp_path):
+    prefix = tmp_path / "chosen"
+    choose(dataset, prefix)
+    values = Path(f"{prefix}.short_loss.bin")
+    write_sidecar(TokenDataset(prefix), "short_loss", 1.0, window=8, scorer={"checkpoint": "new"})
+    before = values.read_bytes()
+    for keep, loss in ((0.5, "it"), (1.0, "the choice that it belongs to")):
+        with pytest.raises(InputError) as raised:
+            choose(dataset, prefix, keep)
+        assert str(raised.value) == (
+            f"{prefix}.short_loss: is no copy (window 8, scored by new), and {loss} would be "
+            "replaced; choose another --output-prefix, or remove it"
+        )
+        assert values.read_bytes() == before and len(TokenDataset(prefix)) == 2
+    for end in ("bin", "idx", "json"):
+        Path(f"{prefix}.short_loss.{end}").unlink()
+    assert not choose(dataset, prefix).endswith("(already there)")
+    assert Sidecar(TokenDataset(prefix), "short_loss").manifest.window == WINDOW
+
+
+def test_another_choice_is_said_to_be_replaced_and_leaves_nothing_behind(dataset, tmp_path, capsys):
+    prefix = tmp_path / "chosen"
+    choose(dataset, prefix)
+    write_sidecar(TokenDataset(prefix), "mine", 1.0)
+    assert choose(dataset, prefix).endswith("(already there)")  # which goes on to fit
+    with pytest.raises(InputError, match=r"chosen\.mine: is no copy .*, and the choice that it"):
+        choose(dataset, prefix, keep=1.0)
+    for end in ("bin", "idx", "json"):
+        Path(f"{prefix}.mine.{end}").unlink()
+    capsys.readouterr()
+    choose(dataset, prefix, keep=1.0)
+    assert f"{prefix}: was another choice, --keep 0.5, is replaced" in capsys.readouterr().out
+    assert sidecar_names(TokenDataset(prefix)) == ["long_loss", "short_loss"]
+    # Killed after the tokens came and before the copies did.
+    old = Path(f"{prefix}.short_loss.json")
+    old.write_text(old.read_text().replace(TokenDataset(prefix).fingerprint, "0" * 32))
+    choose(dataset, prefix, keep=1.0)
+    assert len(Sidecar(TokenDataset(prefix), "short_loss")) == 5
 
 
 def test_nothing_else_is_replaced(dataset, tmp_path):
