@@ -32,17 +32,16 @@ def read_result(
 ) -> dict[str, Any] | None:
     """The contents of a file whose `format` is ``format_name``, and whose other keys are as
     ``shape`` has them; None if there is none. InputError, which says how to make it ``again``, if
-    it is no such."""
+    it is no such: one that stays there would be refused each time."""
+    advice = f"remove it and {again}, or name another --output"
     try:
         value = read_json(path)
     except FileNotFoundError:
         return None
     except InputError as error:
-        raise InputError(f"{error}; {again}") from None
+        raise InputError(f"{error}; {advice}") from None
     if not isinstance(value, dict) or value.get("format") != format_name:
-        raise InputError(
-            f"{path}: not a file of the format {format_name!r}; {again}, or name another output"
-        )
+        raise InputError(f"{path}: not a file of the format {format_name!r}; {advice}")
     try:
         shape.model_validate(value)
     except ValidationError as error:
@@ -50,7 +49,7 @@ def read_result(
         # Of a union pydantic names the class too.
         where = ".".join(str(part) for part in first["loc"] if str(part)[:1] != "_") or "it"
         why = first["msg"].removeprefix("Value error, ")
-        raise InputError(f"{path}: damaged ({where}: {why}); {again}") from None
+        raise InputError(f"{path}: damaged ({where}: {why}); {advice}") from None
     return value
 
 

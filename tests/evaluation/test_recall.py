@@ -180,7 +180,11 @@ def test_bad_inputs_are_one_line(arguments, imported, tmp_path, capsys):
     refused("--window 10: the question and answers of task one_key alone take", "--window", 10)
     refused("nowhere: neither a text file nor a token dataset", "--haystack", tmp_path / "nowhere")
     (tmp_path / "wrong.json").write_text("{}")
-    refused("wrong.json: not a file of the format", "--output", tmp_path / "wrong.json")
+    refused(
+        "wrong.json: not a file of the format .*; remove it and measure recall again, or name",
+        "--output",
+        tmp_path / "wrong.json",
+    )
     refused("no complete checkpoint found", "--checkpoint", tmp_path)
     text, link = tmp_path / "text.txt", tmp_path / "link.txt"
     text.write_text("A text of mine. " * 400)
