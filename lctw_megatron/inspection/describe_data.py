@@ -1,5 +1,6 @@
 """Token datasets and sidecars in words; and a manifest for a corpus that has none."""
 
+import contextlib
 import glob
 import os
 
@@ -7,6 +8,7 @@ import numpy as np
 
 from lctw_megatron.data.fingerprint import content_fingerprint, sample_digest
 from lctw_megatron.data.indexed_array import index_path
+from lctw_megatron.data.json_object import read_json
 from lctw_megatron.data.manifest import (
     MADE_ELSEWHERE,
     SidecarManifest,
@@ -107,10 +109,7 @@ def make_manifest(prefix: str, tokenizer_path: str) -> TokenManifest:
     tokenizer's vocabulary.
     """
     if os.path.exists(manifest_path(prefix)):
-        raise InputError(
-            f"{manifest_path(prefix)}: there is a manifest already; remove it first if the tokens "
-            f"were changed on purpose"
-        )
+        raise InputError(f"{manifest_path(prefix)}: {_what_is_there(prefix)}")
     dataset = TokenDataset(prefix)
     tokenizer = load_tokenizer(tokenizer_path).identity
     dataset.check_index()
@@ -127,6 +126,16 @@ def make_manifest(prefix: str, tokenizer_path: str) -> TokenManifest:
     )
     write_manifest(prefix, manifest)
     return manifest
+
+
+def _what_is_there(prefix: str) -> str:
+    """Of PREFIX.json, which may be the corpus itself."""
+    text: object = None
+    with contextlib.suppress(InputError):
+        text = read_json(manifest_path(prefix))
+    if isinstance(text, dict) and str(text.get("format")).startswith("lctw-megatron "):
+        return "there is a manifest already; remove it first if the tokens were changed on purpose"
+    return "is no manifest of ours; rename it, or the dataset"
 
 
 def _as_found(dataset: TokenDataset, tokenizer: TokenizerIdentity) -> TokenizerIdentity:

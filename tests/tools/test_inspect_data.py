@@ -128,6 +128,15 @@ def test_a_megatron_corpus_gets_a_manifest_from_its_data(ask, tmp_path, sentence
     assert "there is a manifest already; remove it first" in ask(*arguments).error_line()
 
 
+@pytest.mark.parametrize("text", ['{"text": "a"}\n{"text": "b"}', '[{"text": "a"}]', '{"text": 1}'])
+def test_a_corpus_called_as_a_manifest_would_be_is_not_to_be_removed(ask, tmp_path, text):
+    prefix = megatron_corpus(tmp_path / "theirs", [[7, 8, 2]])
+    Path(prefix + ".json").write_text(text)
+    assert ask(prefix, "--write-manifest", "--tokenizer", "x").error_line() == (
+        f"{prefix}.json: is no manifest of ours; rename it, or the dataset"
+    )
+
+
 @pytest.mark.parametrize(
     "documents, add_bos, add_eos",
     [
