@@ -208,7 +208,11 @@ class Inspection:
         else:
             bound = heavy_from(values)
             text, ground = to_plain(texts, values[shown], bound), "in \u27e6brackets\u27e7"
-        parts += [heading, *lines, f"{ground}: at least {bound:.3g}", "", text, ""]
+        meaning = f"{ground}: at least {bound:.3g}"
+        if bound == np.inf:
+            what = "the same" if np.isfinite(values).any() else "no known"
+            meaning = f"nothing {ground}: all targets have {what} {name}"
+        parts += [heading, *lines, meaning, "", text, ""]
 
     def _top_rows(self, top: list[TopTarget], by: str) -> Rows:
         rows = [[by.replace("_", " "), "document:token", "long", "short", "weight", "last", "text"]]

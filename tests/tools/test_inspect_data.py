@@ -137,6 +137,17 @@ def test_a_corpus_called_as_a_manifest_would_be_is_not_to_be_removed(ask, tmp_pa
     )
 
 
+def test_equal_weights_are_said_to_be_equal(ask, tmp_path, sentencepiece_model):
+    identity = load_tokenizer(sentencepiece_model).identity.model_dump()
+    dataset = write_tokens(tmp_path / "some", [[300] * 9], **identity)
+    write_two_sidecars(dataset, [[NAN, *[1.0] * 8]])
+    view = (dataset.prefix, "--document", 0, "--weighting", "uniform")
+    assert "nothing in \u27e6brackets\u27e7: all targets have the same weight\n" in ask(*view).out
+    write_two_sidecars(dataset, [[NAN] * 9])
+    said = ask(*view, "--by", "difference").out
+    assert "nothing in \u27e6brackets\u27e7: all targets have no known difference\n" in said
+
+
 @pytest.mark.parametrize(
     "documents, add_bos, add_eos",
     [
