@@ -15,7 +15,7 @@ from lctw_megatron.config.model_sizes import expert_width, head_width
 from lctw_megatron.config.rope import check_rope
 from lctw_megatron.config.schema import ModelConfig
 from lctw_megatron.conversion import dtypes
-from lctw_megatron.conversion.architectures import ARCHITECTURES, Llama, architecture
+from lctw_megatron.conversion.architectures import ARCHITECTURES, Llama, Option, architecture
 from lctw_megatron.conversion.hf_rope import read_rope, rope_values
 from lctw_megatron.conversion.placement import query_groups
 from lctw_megatron.data.json_object import read_json_object
@@ -34,6 +34,10 @@ _KNOWN = {
     "sliding_window", "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache",
     "vocab_size",
 }  # fmt: skip
+
+# Options of every architecture. By this one transformers 5 lets tokens see what follows them; a
+# null does so in its eager attention, and not in others.
+_SHARED_OPTIONS = {"is_causal": Option(True, (True,))}
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,8 @@ def read_config(folder: Path) -> HFConfig:
         ignored=sorted(
             set(values)
             - _KNOWN
-            - {*table.options, *table.dropouts, table.epsilon[0], *_known_of_experts(table)}
+            - {*_SHARED_OPTIONS, *table.options, *table.dropouts, table.epsilon[0]}
+            - _known_of_experts(table)
         ),
         notes=rope_notes + _notes(values, table, model, path),
     )
@@ -248,7 +253,7 @@ def _refuse_unsupported(values: dict[str, Any], table: type[Llama], path: Path) 
         found.append("auto_map, code of its own (supported: the classes of transformers)")
     window_values = (True, "sliding_attention", values.get("sliding_window"))
     idle = window_values if _has_idle_window(values, table) else ()
-    for name, option in table.options.items():
+    for name, option in (_SHARED_OPTIONS | table.options).items():
         value = values.get(name, option.default)
         for each in value if isinstance(value, list) else [value]:
             if each not in option.supported and not (name in _WINDOW and each in idle):

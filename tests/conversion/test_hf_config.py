@@ -112,6 +112,8 @@ UNSUPPORTED = {
         {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
         "layer_types 'sliding_attention'",
     ),
+    "tokens that see what follows": ("llama", {"is_causal": False}, "is_causal False"),
+    "perhaps the same: a null": ("qwen2", {"is_causal": None}, "is_causal None"),
     "quantised": ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
     "own code": ("llama", {"auto_map": {"AutoModel": "x.Y"}}, "auto_map"),
     "another class": (
@@ -222,7 +224,8 @@ def test_all_unsupported_options_are_named_at_once(tmp_path):
 
 
 def test_fields_without_meaning_are_listed(tmp_path):
-    write(tmp_path, minimal("llama", unknown_thing=1, torch_dtype="bfloat16", use_cache=True))
+    known = {"torch_dtype": "bfloat16", "use_cache": True, "is_causal": True}
+    write(tmp_path, minimal("llama", unknown_thing=1, **known))
     assert read_config(tmp_path).ignored == ["unknown_thing"]
 
 
