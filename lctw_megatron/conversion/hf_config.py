@@ -31,8 +31,9 @@ _KNOWN = {
     "original_max_position_embeddings", "pad_token_id", "partial_rotary_factor",
     "pretraining_tp",  # how the matrices were cut in training; the product is the same
     "quantization_config", "rope_parameters", "rope_scaling", "rope_theta",
-    "sliding_window", "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache",
-    "vocab_size",
+    "sliding_window", "tie_word_embeddings", "torch_dtype", "transformers_version",
+    "transformers_weights",  # hf_safetensors.py looks at it
+    "use_cache", "vocab_size",
 }  # fmt: skip
 
 # Options of every architecture. By this one transformers 5 lets tokens see what follows them; a

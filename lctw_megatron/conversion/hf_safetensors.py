@@ -6,6 +6,7 @@ closed. So a file is open for one tensor at a time: what it adds is at most that
 """
 
 import math
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch import Tensor
 from lctw_megatron.closing import Closing
 from lctw_megatron.conversion.dtypes import BY_SAFETENSORS
 from lctw_megatron.data.json_object import parse_json, read_json_object
+from lctw_megatron.data.tokenizer_files import CONFIG
 from lctw_megatron.errors import InputError, few
 
 SINGLE = "model.safetensors"
@@ -60,6 +62,7 @@ class SafetensorsFolder(Closing):
             self.entries = _read_indexed(folder)
         else:
             raise InputError(_nothing_to_read(folder))
+        _refuse_another(folder, SINGLE if (folder / SINGLE).is_file() else INDEX)
 
     def close(self) -> None:
         self._open.close()
@@ -150,6 +153,17 @@ def _read_indexed(folder: Path) -> dict[str, Entry]:
     wrong += [f"{t} of {inside[t]} is not in the index" for t in inside if t not in where]
     _raise_all(f"{index} and the files differ", wrong)
     return {tensor: headers[name][tensor] for tensor, name in where.items()}
+
+
+def _refuse_another(folder: Path, name: str) -> None:
+    """InputError if config.json names other weights than ``name``: transformers 5 loads those."""
+    config = folder / CONFIG
+    named = read_json_object(config).get("transformers_weights") if config.is_file() else None
+    if named is not None and os.path.normpath(str(named)) != name:
+        raise InputError(
+            f"{config}: transformers_weights is {named!r:.80}, but {name} is what would be read; "
+            f"keep the weights that are meant, as {SINGLE} or with {INDEX}, and remove the field"
+        )
 
 
 def _collect(names: list[str], read: Callable[[str], Any]) -> dict[str, Any]:

@@ -229,6 +229,28 @@ def test_a_folder_without_weights_is_refused(refusal):
     assert "no model.safetensors" in text
 
 
+def name_weights(folder: Path, name: str | None) -> None:
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"transformers_weights": name}))
+
+
+def test_weights_that_transformers_would_not_load_are_not_read(originals, tmp_path, refusal):
+    text = refusal("single", lambda folder: name_weights(folder, "averaged.safetensors"))
+    assert "transformers_weights is 'averaged.safetensors', but model.safetensors is what" in text
+    shutil.rmtree(tmp_path / "single")
+    text = refusal("sharded", lambda folder: name_weights(folder, "model.safetensors"))
+    assert "but model.safetensors.index.json is what" in text
+
+
+@pytest.mark.parametrize("name", [None, "model.safetensors", "./model.safetensors"])
+def test_weights_may_be_named_that_are_read_anyway(originals, tmp_path, name):
+    folder = shutil.copytree(originals / "single", tmp_path / "single")
+    name_weights(folder, name)
+    said = []
+    import_hf(folder, tmp_path / "out", log=said.append)
+    assert not [line for line in said if "without meaning" in line]
+
+
 def test_a_copy_of_tied_embeddings_must_be_a_copy(originals, tmp_path, refusal):
     def copy(tensors: dict[str, torch.Tensor]) -> None:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
