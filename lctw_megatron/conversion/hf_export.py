@@ -17,6 +17,7 @@ from lctw_megatron.config.rope import rope_line
 from lctw_megatron.conversion import dtypes, side_files
 from lctw_megatron.conversion.checkpoint_reader import CheckpointReader, open_checked
 from lctw_megatron.conversion.done_marks import conversion_into, source_of
+from lctw_megatron.conversion.finite import check_finite
 from lctw_megatron.conversion.hf_config import config_values
 from lctw_megatron.conversion.hf_import import Conversion
 from lctw_megatron.conversion.placement import StoredTensor, stored_tensors
@@ -82,5 +83,7 @@ def _write(
             for part in stored.parts:
                 writer.begin(part.name)
                 for block in part.blocks:
-                    writer.write(value[block.row : block.row + block.rows])
+                    rows = value[block.row : block.row + block.rows]
+                    check_finite(rows, writer.dtype, stored.key + stored.where, reader.checkpoint)
+                    writer.write(rows)
             progress.update(value.nbytes, tensors=len(stored.parts))

@@ -132,11 +132,15 @@ def _prefixed(found: list[str], wanted: list[str]) -> str | None:
     return None
 
 
-def read_stored(source: SafetensorsFolder, stored: StoredTensor, out: Tensor) -> None:
-    """Fill ``out`` (stored.shape) from the folder: parts in place, padding rows zero."""
+def read_stored(
+    source: SafetensorsFolder, stored: StoredTensor, out: Tensor, check: bool = False
+) -> None:
+    """Fill ``out`` (stored.shape) from the folder: parts in place, padding rows zero. ``check``: as
+    of ``read_rows``."""
     for part in stored.parts:
         for block in part.blocks:
-            source.read_rows(part.name, block.hf_row, out[block.row : block.row + block.rows])
+            rows = out[block.row : block.row + block.rows]
+            source.read_rows(part.name, block.hf_row, rows, check)
     out[stored.covered_rows :].zero_()
 
 
@@ -152,7 +156,7 @@ def _write(
     with Progress("import", total, "B") as progress, CheckpointFiles(folder) as files:
         for stored in tensors:
             value = tensor_of(memory, dtype, stored.shape)
-            read_stored(source, stored, value)
+            read_stored(source, stored, value, check=True)
             files.add(stored, value)
             progress.update(value.nbytes, tensors=len(stored.parts))
         files.add_empty_states(tensors)

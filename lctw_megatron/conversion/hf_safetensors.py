@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lctw_megatron.closing import Closing
 from lctw_megatron.conversion.dtypes import BY_SAFETENSORS
+from lctw_megatron.conversion.finite import check_finite
 from lctw_megatron.data.json_object import parse_json, read_json_object
 from lctw_megatron.data.tokenizer_files import CONFIG
 from lctw_megatron.errors import InputError, few
@@ -75,8 +76,9 @@ class SafetensorsFolder(Closing):
         with safe_open(self.entries[name].file, "pt") as file:
             return file.get_tensor(name)
 
-    def read_rows(self, name: str, row: int, out: Tensor) -> None:
-        """Fill ``out`` (on the CPU) with the rows from ``row`` on, in its dtype."""
+    def read_rows(self, name: str, row: int, out: Tensor, check: bool = False) -> None:
+        """Fill ``out`` (on the CPU) with the rows from ``row`` on, in its dtype. ``check``:
+        InputError unless they are finite, there and here."""
         entry = self.entries[name]
         if name != self._name:
             self._open.close()
@@ -84,7 +86,10 @@ class SafetensorsFolder(Closing):
             self._name = name
         (stored, *place), first = entry.inside or ((name,), 0)
         rows = slice(first + row, first + row + len(out))
-        out.copy_(self._file.get_slice(stored)[(*place, rows)])
+        value = self._file.get_slice(stored)[(*place, rows)]
+        if check:
+            check_finite(value, out.dtype, name, entry.file)
+        out.copy_(value)
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

@@ -26,6 +26,7 @@ from lctw_megatron.conversion import dtypes
 from lctw_megatron.conversion.checkpoint_reader import open_checked
 from lctw_megatron.conversion.checkpoint_writer import CheckpointFiles
 from lctw_megatron.conversion.done_marks import conversion_into, source_of
+from lctw_megatron.conversion.finite import check_finite
 from lctw_megatron.conversion.hf_import import Conversion
 from lctw_megatron.conversion.placement import query_groups, stored_tensors
 from lctw_megatron.data.tokenizer_files import copy_tokenizer_files
@@ -81,7 +82,9 @@ def export_megatron_lm(
             CheckpointFiles(inner, common) as files,
         ):
             for stored in tensors:
-                value = reader.read(stored, memory).to(target, copy=True)
+                value = reader.read(stored, memory)
+                check_finite(value, target, stored.key + stored.where, checkpoint)
+                value = value.to(target, copy=True)
                 files.add(stored, value)
                 progress.update(value.nbytes, tensors=1)
             files.add_empty_states(tensors)

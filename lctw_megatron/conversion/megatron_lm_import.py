@@ -18,6 +18,7 @@ from lctw_megatron.conversion import dtypes, side_files
 from lctw_megatron.conversion.checkpoint_reader import CheckpointReader
 from lctw_megatron.conversion.checkpoint_writer import CheckpointFiles
 from lctw_megatron.conversion.done_marks import conversion_into
+from lctw_megatron.conversion.finite import check_finite
 from lctw_megatron.conversion.hf_config import read_config
 from lctw_megatron.conversion.hf_import import Conversion, largest_bytes, stamps
 from lctw_megatron.conversion.hf_safetensors import tensor_of
@@ -91,6 +92,7 @@ def import_megatron_lm(
                 reader.read(rows, memory)
                 value = tensor_of(memory, reader.dtype(found), stored.shape)
                 value[stored.covered_rows :].zero_()
+                check_finite(value, target, found.key + found.where, folder)
                 value = value.to(target, copy=True)
                 files.add(stored, value)
                 progress.update(value.nbytes, tensors=1)

@@ -83,7 +83,7 @@ class SafetensorsWriter(Closing):
     def __init__(self, folder: Path, files: list[WeightFile], dtype: torch.dtype) -> None:
         self._folder = folder
         self._files = files
-        self._dtype = dtype
+        self.dtype = dtype
         self._order = [(file, name) for file in files for name in file.tensors]
         self._next = 0
         self._left = 0  # elements of the current tensor still to be written
@@ -107,7 +107,7 @@ class SafetensorsWriter(Closing):
             # Unbuffered: what is written is large, and is copied once less this way.
             path = self._folder / file.name
             self._file = open(path, "wb", buffering=0)  # noqa: SIM115  closed by the next, or at exit
-            self._put(memoryview(_header(file, self._dtype)))
+            self._put(memoryview(_header(file, self.dtype)))
         self._left = math.prod(file.tensors[name])
         self._next += 1
 
@@ -115,11 +115,11 @@ class SafetensorsWriter(Closing):
         """The next rows (contiguous, on the CPU, of any float dtype) of the current tensor."""
         flat = rows.view(-1)
         self._left -= flat.numel()
-        if flat.dtype == self._dtype:
+        if flat.dtype == self.dtype:
             self._put(as_bytes(flat))
             return
         for start in range(0, flat.numel(), _PIECE):
-            self._put(as_bytes(flat[start : start + _PIECE].to(self._dtype)))
+            self._put(as_bytes(flat[start : start + _PIECE].to(self.dtype)))
 
     def _put(self, data: memoryview) -> None:
         assert self._file is not None
@@ -135,7 +135,7 @@ class SafetensorsWriter(Closing):
     def _write_index(self) -> None:
         sizes = [math.prod(shape) for file in self._files for shape in file.tensors.values()]
         weight_map = {name: file.name for file, name in self._order}
-        total = sum(sizes) * self._dtype.itemsize
+        total = sum(sizes) * self.dtype.itemsize
         write_json(
             self._folder / INDEX,
             {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
