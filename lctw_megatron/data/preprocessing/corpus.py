@@ -254,12 +254,20 @@ def _stdlib_packages() -> Iterator[CorpusFile]:
     packages = []
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(set(folders) - _NOT_STDLIB)
-        modules = [os.stat(os.path.join(folder, name)) for name in names if name.endswith(".py")]
-        if modules:
-            size = sum(module.st_size for module in modules)
-            newest = max(module.st_mtime_ns for module in modules)
-            packages.append(CorpusFile(folder, "package", "", size, newest))
+        if any(name.endswith(".py") for name in names):
+            packages.append(CorpusFile(folder, "package", "", *size_and_time(folder, "package")))
     return iter(sorted(packages, key=lambda package: (package.size, package.path)))
+
+
+def size_and_time(path: str, kind: str) -> tuple[int, int]:
+    """What a CorpusFile says of ``path``, as it is now: bytes, and time of the last change; of a
+    package, of its modules."""
+    paths = [path]
+    if kind == "package":
+        paths = [os.path.join(path, name) for name in os.listdir(path) if name.endswith(".py")]
+    found = [os.stat(each) for each in paths]
+    size = sum(status.st_size for status in found)
+    return size, max((status.st_mtime_ns for status in found), default=0)
 
 
 def plan_shards(files: Sequence[CorpusFile]) -> list[Shard]:

@@ -40,6 +40,7 @@ from lctw_megatron.data.preprocessing.corpus import (
 )
 from lctw_megatron.data.preprocessing.merge_shards import VALIDATION, merge_shards, publish
 from lctw_megatron.data.preprocessing.shard_pool import tokenise_shards
+from lctw_megatron.data.preprocessing.steady_corpus import unchanged
 from lctw_megatron.data.preprocessing.token_shard import ShardSettings, shard_key
 from lctw_megatron.data.preprocessing.train_tokenizer import train_sentencepiece
 from lctw_megatron.data.token_dataset import TokenDataset
@@ -85,17 +86,18 @@ def preprocess(config: PrepareConfig, window: int | None = None) -> TokenManifes
         config.text_field, config.skip_bad, config.max_bytes, config.max_document_bytes
     )
     with _work_folder(prefix) as work:
-        model = config.tokenizer or _trained_model(config, settings, shards, wanted, work)
-        tokenizer = given or load_tokenizer(model).identity
-        folders = [work / shard_key(shard, settings, tokenizer) for shard in shards]
-        _remove_others(work, {folder.name for folder in folders} | {os.path.basename(model)})
-        results = tokenise_shards(shards, folders, settings, model, config.workers)
-        if given is None:
-            tokenizer = tokenizer.model_copy(update={"path": _model_path(prefix)})
-        source = _source(config, files, wanted)
         held_out = config.validation_documents
         merged = str(work / "merged")
-        merge_shards(shards, folders, results, settings, tokenizer, source, held_out, merged)
+        with unchanged(files):
+            model = config.tokenizer or _trained_model(config, settings, shards, wanted, work)
+            tokenizer = given or load_tokenizer(model).identity
+            folders = [work / shard_key(shard, settings, tokenizer) for shard in shards]
+            _remove_others(work, {folder.name for folder in folders} | {os.path.basename(model)})
+            results = tokenise_shards(shards, folders, settings, model, config.workers)
+            if given is None:
+                tokenizer = tokenizer.model_copy(update={"path": _model_path(prefix)})
+            source = _source(config, files, wanted)
+            merge_shards(shards, folders, results, settings, tokenizer, source, held_out, merged)
         if given is None:
             os.replace(model, _model_path(prefix))
         publish(merged, prefix)

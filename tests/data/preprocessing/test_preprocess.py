@@ -303,6 +303,62 @@ def test_other_settings_or_a_changed_corpus_replace_the_result(config, in_proces
     assert stored_texts(config) == TEXTS[::-1]
 
 
+CHANGES = {
+    "grows": lambda path: write_corpus(path, [*TEXTS, "one more"]),
+    "is cut": lambda path: write_corpus(path, TEXTS[:10]),
+    "is cut inside a line": lambda path: path.write_bytes(path.read_bytes()[:-30]),
+    "is another": lambda path: write_corpus(path, TEXTS[::-1]),
+    "goes": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("when", ["plan_shards", "tokenise_shards"])
+@pytest.mark.parametrize("change", sorted(CHANGES))
+def test_a_file_that_changes_while_it_is_read_is_named(
+    config, in_process, monkeypatch, change, when
+):
+    path = Path(config.inputs[0])
+    config = changed(config, validation_documents=3)
+    monkeypatch.setattr(module, "_WORTH_KEEPING_SECONDS", 0)
+    with monkeypatch.context() as patch:
+        before = getattr(module, when)
+
+        def and_then(*arguments):
+            result = before(*arguments)
+            CHANGES[change](path)
+            return result
+
+        patch.setattr(module, when, and_then)
+        verb = "was removed" if change == "goes" else "changed"
+        with pytest.raises(InputError, match=re.escape(str(path)) + f": {verb} while it was read"):
+            preprocess(config)
+    assert not any(name.startswith("corpus.") and not name.endswith(".shards")
+                   for name in os.listdir(path.parents[1] / "out"))  # fmt: skip
+    write_corpus(path, [text + "!" for text in TEXTS])
+    preprocess(config)  # nothing of the old file is taken
+    found = stored_texts(config) + stored_texts(config, "-validation")
+    assert sorted(found) == sorted(text + "!" for text in TEXTS)
+
+
+def test_a_package_that_changes_is_noticed(config, tmp_path, in_process, monkeypatch):
+    (tmp_path / "lib" / "small").mkdir(parents=True)
+    (tmp_path / "lib" / "small" / "a.py").write_text("a = 1\n")
+    monkeypatch.setattr(corpus.sysconfig, "get_path", lambda name: str(tmp_path / "lib"))
+    config = changed(config, inputs=["stdlib"])
+    before = module.merge_shards
+
+    def and_then(*arguments):
+        before(*arguments)
+        (tmp_path / "lib" / "small" / "b.py").write_text("b = 1\n")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "merge_shards", and_then)
+        with pytest.raises(InputError, match="lib/small: changed while it was read"):
+            preprocess(config)
+    preprocess(config)
+    assert stored_texts(config) == ["a = 1\n\nb = 1\n"]
+
+
 @contextlib.contextmanager
 def broken_after(monkeypatch, count, error, worth_keeping=0):
     """Tokenising raises ``error`` from shard number ``count`` on."""
