@@ -158,6 +158,13 @@ def _check(config: PrepareConfig) -> None:
             f"--output-prefix {config.output_prefix}: is a folder; a prefix is the path of the "
             f"result without its ending, such as {os.path.join(config.output_prefix, 'corpus')}"
         )
+    for option, path in (("output-prefix", config.output_prefix), ("tokenizer", config.tokenizer)):
+        place = os.path.abspath(path or "")
+        if place.encode(errors="ignore").decode() != place:
+            raise InputError(
+                f"--{option} {path}: is in {ascii(place)}, a name that is not UTF-8, which no "
+                "manifest can hold; work in a folder with another name"
+            )
 
 
 def _request(

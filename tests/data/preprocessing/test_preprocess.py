@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -301,6 +302,28 @@ def test_other_settings_or_a_changed_corpus_replace_the_result(config, in_proces
     write_corpus(Path(config.inputs[0]), TEXTS[::-1])
     preprocess(config)
     assert stored_texts(config) == TEXTS[::-1]
+
+
+@pytest.mark.parametrize("option", ["--output-prefix", "--tokenizer"])
+def test_a_folder_that_no_manifest_can_name_is_refused_at_once(
+    config, tmp_path, in_process, monkeypatch, option
+):
+    here = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    here.mkdir()
+    shutil.copy(config.tokenizer or "", here / "own.model")
+    monkeypatch.chdir(here)
+    relative = {
+        "--output-prefix": {"output_prefix": "out"},
+        "--tokenizer": {"tokenizer": "own.model"},
+    }
+    with pytest.raises(InputError, match=rf"{option} \w+.*caf\\udce9.* not UTF-8"):
+        preprocess(changed(config, **relative[option]))
+    assert not (tmp_path / "out").exists() and os.listdir(here) == ["own.model"]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "café").mkdir()
+    monkeypatch.chdir(tmp_path / "café")
+    preprocess(changed(config, output_prefix="out"))
+    assert TokenDataset("out").manifest.documents == len(TEXTS)
 
 
 CHANGES = {
