@@ -1,5 +1,6 @@
 """The documents of a slice of a corpus file, one after the other."""
 
+import codecs
 import gzip
 import io
 import json
@@ -17,7 +18,7 @@ from lctw_megatron.errors import InputError, few
 _BUFFER_BYTES = 1 << 20
 _ROWS = 64
 """Rows of a parquet file decoded at a time."""
-_HINT = "mend it, or pass --skip-bad to leave such documents out"
+_FIRST_BYTES = 1 << 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ def read_documents(
             except (_Broken, UnicodeEncodeError) as error:
                 if not skip_bad:
                     raise InputError(
-                        f"{file.path}{_where(part, place)}: {error}; {_HINT}"
+                        f"{file.path}{_where(part, place)}: {error}; {_hint(part)}"
                     ) from None
                 yield Document(None, 0, position)
             else:
@@ -240,6 +241,22 @@ def _decompressed(raw: IO[bytes], compression: str) -> io.BufferedIOBase:
     if compression == "zst":
         return io.BufferedReader(_ZstdStream(raw), _BUFFER_BYTES)
     return raw  # type: ignore[return-value]
+
+
+def _hint(part: Slice) -> str:
+    """What to do about a broken document. Of a file that is one JSON array, or objects of several
+    lines, no line is a document, whichever of its lines was read first."""
+    if part.file.kind == "jsonl":
+        with open(part.file.path, "rb") as raw, _decompressed(raw, part.file.compression) as stream:
+            start = stream.read(_FIRST_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()
+        first = start.partition(b"\n")[0].rstrip()
+        if first[:1] == b"[" or first == b"{":
+            values = "'.[]'" if first[:1] == b"[" else "."
+            return (
+                "the file is not jsonl, one JSON object a line; make it so: "
+                f"jq -c {values} FILE > FILE.jsonl"
+            )
+    return "mend it, or pass --skip-bad to leave such documents out"
 
 
 class _ZstdStream(io.RawIOBase):

@@ -2,6 +2,7 @@ import contextlib
 import dataclasses
 import json
 import random
+import re
 
 import pyarrow
 import pytest
@@ -129,6 +130,41 @@ def test_a_broken_line_is_named_or_counted(tmp_path, ending, broken):
     with pytest.raises(InputError, match=rf"a\.{ending} line 4: .*{BROKEN_LINES[broken]}"):
         read(slices(path), tmp_path)
     assert read(slices(path), tmp_path, skip_bad=True) == ["good", "good", None, "good"]
+
+
+NO_LINES = {
+    "an array": (
+        json.dumps([{"text": "good"}] * 9),
+        "a JSON object .* found list; ",
+        "'.[]'",
+    ),
+    "an indented array": (json.dumps([{"text": "good"}] * 9, indent=1), "not valid JSON", "'.[]'"),
+    "an array of lines": ('[{"text": "good"},\n{"text": "good"}]', "not valid JSON", "'.[]'"),
+    "an indented object": (json.dumps({"text": "good"}, indent=1), "not valid JSON", "."),
+}
+
+
+@pytest.mark.parametrize("before", ["", "\ufeff", "\n "])
+@pytest.mark.parametrize("ending", ["json", "json.gz"])
+@pytest.mark.parametrize("case", NO_LINES)
+def test_json_that_is_no_jsonl_is_said_to_be_so(tmp_path, case, ending, before):
+    text, found, values = NO_LINES[case]
+    path = tmp_path / f"a.{ending}"
+    path.write_bytes(compress((before + text).encode(), ending))
+    parts = slices(path, [12] if ending == "json" and "\n" in text else [])
+    for part in parts:  # whichever a worker takes first
+        with pytest.raises(InputError) as caught:
+            read([part], tmp_path)
+        assert re.search(found, str(caught.value)) or part.begin
+        assert str(caught.value).endswith(
+            f"not jsonl, one JSON object a line; make it so: jq -c {values} FILE > FILE.jsonl"
+        )
+
+
+def test_one_line_of_many_is_to_be_mended(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "good"}\n[1]\n')
+    with pytest.raises(InputError, match="line 2: .* found list; mend it, or pass --skip-bad"):
+        read(slices(tmp_path / "a.jsonl"), tmp_path)
 
 
 @pytest.mark.parametrize("cut", range(1, 70))
