@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any
@@ -120,9 +121,28 @@ def _rest_of_line(stream: io.BufferedIOBase) -> int:
     return size
 
 
+class _Twice(dict[str, Any]):
+    """An object in which names occur twice, which Python's parser lets pass: the last one wins."""
+
+    names: set[str]
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) == len(pairs):
+        return value
+    names = Counter(name for name, _ in pairs)
+    twice = _Twice(value)
+    twice.names = {name for name, count in names.items() if count > 1}
+    return twice
+
+
+_parse = json.JSONDecoder(object_pairs_hook=_object).decode
+
+
 def _text_of(line: bytes, text_field: str) -> str:
     try:
-        value = json.loads(line.decode("utf-8-sig"))
+        value = _parse(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise _Broken(f"not valid UTF-8 (byte {error.start} of the line)") from None
     except (ValueError, RecursionError) as error:
@@ -132,6 +152,8 @@ def _text_of(line: bytes, text_field: str) -> str:
     if text_field not in value:
         found = few(list(value)) or "none"
         raise _Broken(f"no field {text_field!r} (fields: {found}); name it with --text-field")
+    if isinstance(value, _Twice) and text_field in value.names:
+        raise _Broken(f"field {text_field!r} is there twice, one text was expected")
     text = value[text_field]
     if not isinstance(text, str):
         raise _Broken(f"field {text_field!r} is {type(text).__name__}, a string was expected")

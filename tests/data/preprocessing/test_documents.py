@@ -115,6 +115,7 @@ BROKEN_LINES = {
     b'{"body": "x", "id": 3}': r"no field 'text' \(fields: body, id\); name it with --text-field",
     b'{"text": 7}': "field 'text' is int, a string was expected",
     b'{"text": null}': "field 'text' is NoneType",
+    b'{"text": "x", "id": 3, "text": "y"}': "field 'text' is there twice, one text was expected",
     b'{"text": "\xff"}': "not valid UTF-8 \\(byte 10 of the line\\)",
     b'{"text": "\\ud800"}': "can't encode character",
     b"[" * 100_000: "not valid JSON",
@@ -159,6 +160,11 @@ def test_json_that_is_no_jsonl_is_said_to_be_so(tmp_path, case, ending, before):
         assert str(caught.value).endswith(
             f"not jsonl, one JSON object a line; make it so: jq -c {values} FILE > FILE.jsonl"
         )
+
+
+def test_another_field_may_be_there_twice(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"id": 1, "text": "a", "id": {"text": "b", "text": "c"}}')
+    assert read(slices(tmp_path / "a.jsonl"), tmp_path) == ["a"]
 
 
 def test_one_line_of_many_is_to_be_mended(tmp_path):
