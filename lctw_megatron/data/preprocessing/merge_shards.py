@@ -46,10 +46,18 @@ def merge_shards(
     """Write the token dataset ``prefix``, and with ``held_out`` > 0 also ``prefix``-validation with
     that many documents, evenly spaced, and their text as .jsonl. Copies blocks of the shards.
 
-    Documents after the first that does not fit into ``settings.max_bytes`` are left out.
+    Documents after the first that does not fit into ``settings.max_bytes`` are left out, and those
+    of which the tokenizer made nothing: they count as empty.
     """
     kept = _kept(folders, results, settings.max_bytes)
-    total = sum(kept)
+    runs = _with_tokens(folders, kept)
+    total = sum(run.end - run.begin for run in runs)
+    without_tokens = sum(kept) - total
+    if total == 0 and without_tokens:
+        raise InputError(
+            f"tokenizer {tokenizer.path}: makes no token of any of the {without_tokens} documents "
+            "with text; take one that knows their characters"
+        )
     if total == 0:
         raise InputError(_why_nothing(results, settings.max_bytes))
     if held_out >= total:
@@ -60,10 +68,10 @@ def merge_shards(
     source = {
         **source,
         "skipped": sum(result.skipped for result in results),
-        "empty": sum(result.empty for result in results),
+        "empty": sum(result.empty for result in results) + without_tokens,
     }
     chosen = [(2 * number + 1) * total // (2 * held_out) for number in range(held_out)]
-    train, validation = divide(kept, chosen)
+    train, validation = divide(runs, chosen)
     _write(prefix, folders, train, tokenizer, {**source, "held_out": held_out})
     if chosen:
         origin = {**source, "documents": chosen}
@@ -85,22 +93,22 @@ class Run:
     end: int
 
 
-def divide(kept: Sequence[int], chosen: Sequence[int]) -> tuple[list[Run], list[Run]]:
+def divide(runs: Sequence[Run], chosen: Sequence[int]) -> tuple[list[Run], list[Run]]:
     """(runs of all other documents, runs of one chosen document each), both in order.
 
-    ``kept`` counts the documents of each shard; ``chosen`` are numbers in the corpus, ascending.
+    ``chosen`` are numbers among the documents of ``runs``, ascending.
     """
     others, ours = [], []
     waiting = list(reversed(chosen))
     first = 0
-    for shard, count in enumerate(kept):
-        begin = 0
+    for run in runs:
+        begin, count = run.begin, run.end - run.begin
         while waiting and waiting[-1] < first + count:
-            at = waiting.pop() - first
-            others.append(Run(shard, begin, at))
-            ours.append(Run(shard, at, at + 1))
+            at = run.begin + waiting.pop() - first
+            others.append(Run(run.shard, begin, at))
+            ours.append(Run(run.shard, at, at + 1))
             begin = at + 1
-        others.append(Run(shard, begin, count))
+        others.append(Run(run.shard, begin, run.end))
         first += count
     return [run for run in others if run.begin < run.end], ours
 
@@ -114,20 +122,23 @@ def _write(
 ) -> None:
     label = "merge held out" if prefix.endswith(VALIDATION) else "merge"
     total = sum(run.end - run.begin for run in runs)
-    source = {**source, "bytes": sum(_bytes(folders[run.shard], run) for run in runs)}
+    parts = [(folders[shard], list(ours)) for shard, ours in itertools.groupby(runs, _shard)]
+    source = {**source, "bytes": sum(_bytes(folder, ours) for folder, ours in parts)}
     with (
         TokenWriter(prefix, tokenizer, source) as writer,
         Progress(label, total, "documents") as progress,
     ):
-        for run in runs:
-            before = writer.num_tokens
-            writer.extend(open_tokens(folders[run.shard]), run.begin, run.end)
-            progress.update(run.end - run.begin, tokens=writer.num_tokens - before)
+        for folder, ours in parts:
+            tokens = open_tokens(folder)
+            for run in ours:
+                before = writer.num_tokens
+                writer.extend(tokens, run.begin, run.end)
+                progress.update(run.end - run.begin, tokens=writer.num_tokens - before)
 
 
 def _texts(shards: Sequence[Shard], runs: Sequence[Run], settings: ShardSettings) -> Iterator[str]:
     """The text of single documents, read once more from the corpus."""
-    for shard, ours in itertools.groupby(runs, key=lambda run: run.shard):
+    for shard, ours in itertools.groupby(runs, _shard):
         wanted = {run.begin for run in ours}
         with tempfile.TemporaryDirectory() as scratch:
             documents = kept_documents(shards[shard], settings, scratch, Tally())
@@ -153,8 +164,26 @@ def _kept(
     return kept
 
 
-def _bytes(folder: Path, run: Run) -> int:
-    return int(document_sizes(folder)[run.begin : run.end].sum())
+def _with_tokens(folders: Sequence[Path], kept: Sequence[int]) -> list[Run]:
+    """The documents that are used, but for those without any token, in runs as long as can be.
+    (A tokenizer without EOS makes nothing of white space that it strips, or of unknown letters.)"""
+    runs = []
+    for shard, (folder, count) in enumerate(zip(folders, kept, strict=False)):
+        begin = 0
+        for at in np.flatnonzero(open_tokens(folder).lengths[:count] == 0).tolist():
+            runs.append(Run(shard, begin, at))
+            begin = at + 1
+        runs.append(Run(shard, begin, count))
+    return [run for run in runs if run.begin < run.end]
+
+
+def _bytes(folder: Path, runs: Sequence[Run]) -> int:
+    sizes = document_sizes(folder)
+    return sum(int(sizes[run.begin : run.end].sum()) for run in runs)
+
+
+def _shard(run: Run) -> int:
+    return run.shard
 
 
 def _why_nothing(results: Sequence[ShardResult], max_bytes: int | None) -> str:

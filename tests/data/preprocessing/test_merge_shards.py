@@ -7,27 +7,34 @@ from lctw_megatron.data.preprocessing.merge_shards import Run, divide, publish
 
 
 @st.composite
-def kept_and_chosen(draw):
-    kept = draw(st.lists(st.integers(0, 6), min_size=1, max_size=8))
-    return kept, sorted(draw(st.sets(st.integers(0, max(sum(kept) - 1, 0)), max_size=sum(kept))))
+def runs_and_chosen(draw):
+    """Runs of several shards, with gaps between those of one."""
+    runs = []
+    for shard in range(draw(st.integers(1, 6))):
+        at = 0
+        for gap, count in draw(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 6)))):
+            runs.append(Run(shard, at + gap, at + gap + count))
+            at += gap + count + 1
+    total = sum(run.end - run.begin for run in runs)
+    return runs, sorted(draw(st.sets(st.integers(0, max(total - 1, 0)), max_size=total)))
 
 
-@given(kept_and_chosen())
+@given(runs_and_chosen())
 def test_every_document_is_in_one_part(case):
-    kept, chosen = case
-    numbers = iter(range(sum(kept)))
-    number_of = {(shard, at): next(numbers) for shard, n in enumerate(kept) for at in range(n)}
+    runs, chosen = case
 
     def documents(runs):
-        return [number_of[run.shard, at] for run in runs for at in range(run.begin, run.end)]
+        return [(run.shard, at) for run in runs for at in range(run.begin, run.end)]
 
-    others, ours = divide(kept, chosen)
-    assert documents(ours) == chosen
-    assert documents(others) == [n for n in range(sum(kept)) if n not in chosen]
+    others, ours = divide(runs, chosen)
+    whole = documents(runs)
+    assert documents(ours) == [whole[number] for number in chosen]
+    left = [document for number, document in enumerate(whole) if number not in chosen]
+    assert documents(others) == left
 
 
 def test_runs_are_as_long_as_can_be():
-    others, ours = divide([5, 0, 3], [2, 7])
+    others, ours = divide([Run(0, 0, 5), Run(2, 0, 3)], [2, 7])
     assert others == [Run(0, 0, 2), Run(0, 3, 5), Run(2, 0, 2)]
     assert ours == [Run(0, 2, 3), Run(2, 2, 3)]
 

@@ -326,6 +326,50 @@ def test_a_folder_that_no_manifest_can_name_is_refused_at_once(
     assert TokenDataset("out").manifest.documents == len(TEXTS)
 
 
+@pytest.fixture
+def stripping(tmp_path, hf_folder):
+    """A tokenizer that makes nothing of white space, and adds nothing to it."""
+    folder = tmp_path / "stripping"
+    folder.mkdir()
+    values = json.loads((hf_folder / "tokenizer.json").read_text())
+    values["normalizer"] = {"type": "Strip", "strip_left": True, "strip_right": True}
+    values["post_processor"] = None
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    return str(folder)
+
+
+def test_documents_without_any_token_are_left_out_and_counted(
+    config, tmp_path, in_process, stripping, capsys
+):
+    mixed = ["  \n", *TEXTS[:30], " ", "\n\n", "", *TEXTS[30:], "  "]
+    path = write_corpus(tmp_path / "in" / "mixed.jsonl", mixed)
+    config = changed(config, inputs=[str(path)], tokenizer=stripping, validation_documents=7)
+    manifest = preprocess(config)
+    assert manifest.source["empty"] == 5 and ", 5 empty, in" in capsys.readouterr().out
+    assert min(TokenDataset(config.output_prefix).lengths) > 0
+    with open(config.output_prefix + "-validation.jsonl") as file:
+        lines = [json.loads(line) for line in file]
+    held_out = stored_texts(config, "-validation")
+    assert held_out == [line["text"].strip() for line in lines]
+    assert held_out == [TEXTS[line["document"]].strip() for line in lines]
+    rest = [text.strip() for text in TEXTS if text.strip() not in held_out]
+    assert stored_texts(config) == rest and len(held_out) == 7
+    assert manifest.source["bytes"] == sum(
+        len(text.encode()) for text in TEXTS if text.strip() in rest
+    )
+
+
+def test_a_tokenizer_that_makes_nothing_of_the_corpus_is_named(
+    config, tmp_path, in_process, stripping
+):
+    path = write_corpus(tmp_path / "in" / "white.jsonl", [" ", "\n", ""])
+    config = changed(config, inputs=[str(path)], tokenizer=stripping)
+    with pytest.raises(InputError, match="stripping: makes no token of any of the 2 documents wi"):
+        preprocess(config)
+    assert not os.path.exists(config.output_prefix + ".json")
+
+
 CHANGES = {
     "grows": lambda path: write_corpus(path, [*TEXTS, "one more"]),
     "is cut": lambda path: write_corpus(path, TEXTS[:10]),
