@@ -126,25 +126,20 @@ def check_probes(evaluation: EvaluationConfig, run: RunConfig) -> None:
 
     The rules are those of evaluation.evaluate and evaluate_recall, here before hours of training.
     """
-    if evaluation.sequence_length is None:
-        try:
-            _check_windows(
-                "evaluation", evaluation.window, evaluation.stride, run.data.sequence_length
-            )
-        except InputError as error:
-            raise InputError(f"run {run.name}: {error}") from None
     recall = evaluation.recall
-    if recall is None:
-        return
     layout = run.layout.model_copy(update={"sequence": False})  # which evaluation goes without
-    shared = [(length, f"{length} of evaluation.recall.lengths") for length in recall.lengths]
-    if recall.window and recall.window < max(recall.lengths):
-        shared.append((recall.window, "evaluation.recall.window"))
-    for tokens, name in shared:
-        try:
-            check_sequence(tokens, name, layout)
-        except InputError as error:
-            raise InputError(f"run {run.name}: {error}") from None
+    try:
+        if evaluation.sequence_length is None:
+            length = run.data.sequence_length
+            _check_windows("evaluation", evaluation.window, evaluation.stride, length)
+        if recall is None:
+            return
+        for length in recall.lengths:
+            check_sequence(length, f"{length} of evaluation.recall.lengths", layout)
+        if recall.window and recall.window < max(recall.lengths):
+            check_sequence(recall.window, "evaluation.recall.window", layout)
+    except InputError as error:
+        raise InputError(f"run {run.name}: {error}") from None
 
 
 def check_start(recipe: Recipe, name: str) -> None:
