@@ -239,7 +239,7 @@ def test_the_tables_of_the_readme_are_those_of_the_results_beside_it():
     text = (FOLDER / "README.md").read_text()
     blocks = [block for block in text.split("```")[1::2] if "--markdown" in block]
     commands = "".join(blocks).replace("\\\n", "").split("python tools/report.py ")[1:]
-    assert len(commands) == 3
+    assert len(commands) == 5
     shown = set()
     for command in commands:
         words = command.split()
