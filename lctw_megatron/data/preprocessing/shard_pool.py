@@ -39,8 +39,9 @@ def tokenise_shards(
 ) -> list[ShardResult]:
     """Make shard i in folders[i] unless it is finished; return the results, in order.
 
-    With ``settings.max_bytes`` the list ends with the shard in which the limit is reached. The
-    first error of any worker stops all and is raised; finished shards stay.
+    With ``settings.max_bytes`` the list ends with the shard in which the limit is reached. An error
+    stops all, and the first in the order of the corpus is raised, unless the list ends before that
+    shard: which were read ahead of their turn depends on ``workers``. Finished shards stay.
     """
     results: dict[int, ShardResult] = {}
     for number, folder in enumerate(folders):
@@ -71,6 +72,7 @@ def _in_order(
 ) -> list[ShardResult]:
     todo = deque(number for number in range(len(shards)) if number not in results)
     running: dict[Future[ShardResult], int] = {}
+    errors: dict[int, BaseException] = {}
     ordered: list[ShardResult] = []
     size = 0
     while True:
@@ -82,9 +84,11 @@ def _in_order(
                 return ordered
         if len(ordered) == len(shards):
             return ordered
+        if len(ordered) in errors:
+            raise errors[len(ordered)]
         # A few ahead, not all (a corpus may have 100k shards), and no more than the limit is likely
         # to need: the text of a shard has about its weight.
-        while todo and len(running) < pool.most_running:
+        while todo and not errors and len(running) < pool.most_running:
             expected = size + sum(weights[len(ordered) : todo[0]])
             if running and expected >= limit:
                 break
@@ -92,8 +96,12 @@ def _in_order(
             running[pool.submit(shards[number], folders[number])] = number
         done, _ = wait(running, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
         pool.show(progress)
-        for future in sorted(done, key=lambda future: running[future]):
-            results[running.pop(future)] = future.result()
+        for future in done:
+            number = running.pop(future)
+            if error := future.exception():
+                errors[number] = error
+            else:
+                results[number] = future.result()
 
 
 class _Pool:

@@ -181,6 +181,21 @@ def test_max_bytes_does_not_tokenise_the_whole_corpus(config, in_process, monkey
     assert len(corpus.plan_shards(corpus.find_files(config.inputs, "/o"))) > 6
 
 
+@pytest.mark.parametrize("workers", [1, 8])
+def test_a_broken_document_behind_max_bytes_does_no_harm(config, tmp_path, in_process, workers):
+    """Of a compressed file nobody knows how much text it holds, so several are read ahead."""
+    text = " ".join(str(number * number) for number in range(1000))  # a shard of its own
+    for number in range(6):
+        broken = [text, "\ud800"] if number == 3 else [text]
+        write_corpus(tmp_path / "many" / f"{number}.jsonl.gz", broken)
+    asked = {"inputs": [str(tmp_path / "many")], "max_bytes": 2 * len(text), "workers": workers}
+    config = changed(config, **asked)
+    preprocess(config)
+    assert len(stored_texts(config)) == 2
+    with pytest.raises(InputError, match=r"3\.jsonl\.gz line 2: .*surrogates"):
+        preprocess(changed(config, max_bytes=4 * len(text)))
+
+
 def test_training_a_tokenizer_saves_it_beside_the_result(config, tmp_path, in_process):
     config = changed(config, tokenizer=None, train_sentencepiece=300)
     manifest = preprocess(config)
