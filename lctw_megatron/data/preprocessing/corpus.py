@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
-from lctw_megatron.data.sequence_cache import INDEX_CACHE
+from lctw_megatron.data.preprocessing.our_files import is_of_a_dataset, is_own
 from lctw_megatron.errors import InputError, few
+from lctw_megatron.work_folder import MARK
 
 KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".txt": "txt", ".parquet": "parquet"}
 COMPRESSIONS = {".gz": "gz", ".zst": "zst"}
@@ -85,9 +86,9 @@ def find_files(
 
     Folders are searched with all their subfolders, linked ones too, each once. What is not read is
     listed in ``passed_over``: hidden, empty and other files, the metadata of a `datasets` folder,
-    a further name of a file that is read already, and what an earlier run wrote for
-    ``output_prefix``. Raises InputError for an input that does not exist, is empty or holds nothing
-    of a known kind.
+    a further name of a file that is read already, and what earlier runs wrote for
+    ``output_prefix`` or another. Raises InputError for an input that does not exist, is empty or
+    holds nothing of a known kind.
     """
     left_out = PassedOver() if passed_over is None else passed_over
     files: dict[str, CorpusFile] = {}
@@ -118,7 +119,7 @@ def is_there(name: str) -> bool:
 
 def _find(name: str, output_prefix: str, passed_over: PassedOver) -> Iterator[CorpusFile]:
     if os.path.exists(name) and not os.path.isdir(name):
-        if _is_own(name, output_prefix):
+        if is_own(name, output_prefix):
             raise InputError(
                 f"input {name}: would be overwritten, or was written, by --output-prefix "
                 f"{output_prefix}; choose another prefix"
@@ -165,8 +166,9 @@ def _files(folder: str, passed_over: PassedOver) -> Iterator[str]:
 
 
 def _walk(folder: str, passed_over: PassedOver) -> Iterator[tuple[str, list[str]]]:
-    """A folder and the folders below it, without hidden ones, each with the names of its files. One
-    that several links lead to is entered once, so that a link to a folder above does no harm."""
+    """A folder and the folders below it, but for hidden ones and our work in progress, each with
+    the names of its files. One that several links lead to is entered once, so that a link to a
+    folder above does no harm."""
 
     def refuse(error: OSError) -> NoReturn:  # os.walk would go on without the folder
         raise error
@@ -178,6 +180,8 @@ def _walk(folder: str, passed_over: PassedOver) -> Iterator[tuple[str, list[str]
             path = os.path.join(root, each)
             if each.startswith("."):
                 passed_over.paths[os.path.abspath(path)] = "hidden"
+            elif os.path.exists(os.path.join(path, MARK)):
+                passed_over.paths[os.path.abspath(path)] = "work in progress"
             elif _identity(path) not in entered:
                 entered.add(_identity(path))
                 inside.append(each)
@@ -201,9 +205,9 @@ def _no_corpus(path: str, output_prefix: str) -> str:
         return (inner if inner.lower() in KINDS else "") + ending or "without an ending"
     if name.lower() in _METADATA:
         return "metadata of a dataset"
-    if _is_own(path, output_prefix):
+    if is_own(path, output_prefix):
         return "written for this prefix"
-    return ""
+    return "written for another prefix" if is_of_a_dataset(path) else ""
 
 
 def _kind(path: str) -> tuple[str, str] | None:
@@ -230,19 +234,6 @@ def _describe(path: str) -> CorpusFile:
 
 def _endings() -> str:
     return f"{', '.join(KINDS)} (plain, {' or '.join(COMPRESSIONS)})"
-
-
-def _is_own(path: str, output_prefix: str) -> bool:
-    """Whether ``path`` is written for ``output_prefix`` or its held-out part: a manifest, that of a
-    sidecar too, held-out text, something in shards, or an index of the sequences beside it."""
-    path, prefix = os.path.abspath(path), os.path.abspath(output_prefix)
-    if path.startswith(os.path.join(os.path.dirname(prefix), INDEX_CACHE, "")):
-        return True
-    rest = path.removeprefix(prefix) if path.startswith(prefix) else ""
-    name, _, inside = rest.removeprefix("-validation").partition("/")
-    if inside:
-        return name.startswith(".") and name.endswith(".shards")
-    return (name.startswith(".") and name.endswith(".json")) or rest == "-validation.jsonl"
 
 
 def _stdlib_packages() -> Iterator[CorpusFile]:

@@ -17,6 +17,7 @@ from lctw_megatron.atomic import sync_directory
 from lctw_megatron.data.indexed_array import data_path, index_path
 from lctw_megatron.data.manifest import TokenizerIdentity, manifest_path, remove_manifest
 from lctw_megatron.data.preprocessing.corpus import Shard
+from lctw_megatron.data.preprocessing.our_files import VALIDATION
 from lctw_megatron.data.preprocessing.token_shard import (
     ShardResult,
     ShardSettings,
@@ -28,9 +29,6 @@ from lctw_megatron.data.preprocessing.token_shard import (
 from lctw_megatron.data.token_dataset import TokenWriter
 from lctw_megatron.errors import InputError
 from lctw_megatron.progress import Progress
-
-VALIDATION = "-validation"
-"""What is appended to a prefix for the documents held out of it."""
 
 
 def merge_shards(

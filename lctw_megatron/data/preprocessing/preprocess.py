@@ -38,7 +38,8 @@ from lctw_megatron.data.preprocessing.corpus import (
     is_there,
     plan_shards,
 )
-from lctw_megatron.data.preprocessing.merge_shards import VALIDATION, merge_shards, publish
+from lctw_megatron.data.preprocessing.merge_shards import merge_shards, publish
+from lctw_megatron.data.preprocessing.our_files import VALIDATION
 from lctw_megatron.data.preprocessing.shard_pool import tokenise_shards
 from lctw_megatron.data.preprocessing.steady_corpus import unchanged
 from lctw_megatron.data.preprocessing.token_shard import ShardSettings, shard_key

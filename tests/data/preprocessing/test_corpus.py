@@ -6,13 +6,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lctw_megatron.config.schema import PrepareConfig
+from lctw_megatron.data import TokenDataset
 from lctw_megatron.data.preprocessing.corpus import (
     CorpusFile,
     PassedOver,
     find_files,
     plan_shards,
 )
+from lctw_megatron.data.preprocessing.preprocess import preprocess
+from lctw_megatron.data.sequence_cache import cached_index
 from lctw_megatron.errors import InputError
+from lctw_megatron.work_folder import make_work_folder
 from tests.data.corpus_files import texts, write_corpus
 
 MB = 1 << 20
@@ -70,6 +75,43 @@ def test_what_an_earlier_run_wrote_beside_the_corpus_is_no_corpus(folder):
     ]  # fmt: skip
     with pytest.raises(InputError, match=r"input .*out\.json: would be overwritten"):
         names([folder / "out.json"], str(prefix))
+
+
+def test_what_earlier_runs_wrote_under_another_name_of_the_folder_is_no_corpus(tmp_path):
+    write_corpus(tmp_path / "disk" / "a.jsonl", ["a"])
+    (tmp_path / "data").symlink_to(tmp_path / "disk")
+    for name in ("out.json", "out-validation.jsonl", "index_cache/x/index.json"):
+        (tmp_path / "disk" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "disk" / name).write_text("{}")
+    assert names([tmp_path / "disk"], str(tmp_path / "data" / "out")) == ["a.jsonl"]
+    assert names([tmp_path / "data"], str(tmp_path / "disk" / "out")) == ["a.jsonl"]
+    with pytest.raises(InputError, match=r"input .*out\.json: would be overwritten"):
+        names([tmp_path / "disk" / "out.json"], str(tmp_path / "data" / "out"))
+
+
+def test_what_earlier_runs_wrote_for_other_prefixes_is_no_corpus(tmp_path, sentencepiece_model):
+    """Its held-out documents would be trained on."""
+    inside = tmp_path / "in"
+    write_corpus(inside / "a.jsonl", ["one", "two", "three"])
+    write_corpus(inside / "own-validation.jsonl", ["four"])
+    for text, prefix, held_out in (("a", "llama", 1), ("own-validation", "own-validation", 0)):
+        preprocess(
+            PrepareConfig(
+                inputs=[str(inside / f"{text}.jsonl")],
+                output_prefix=str(inside / prefix),
+                tokenizer=str(sentencepiece_model),
+                validation_documents=held_out,
+            )
+        )
+    cached_index(TokenDataset(inside / "llama"), 4, "chunk", "keep")
+    make_work_folder(inside / "other.shards")
+    write_corpus(inside / "other.shards" / "merged-validation.jsonl", ["x"])
+    found, passed_over = read_and_passed_over(inside)
+    assert found == ["a.jsonl", "own-validation.jsonl"]
+    assert "5 written for another prefix (llama-validation.json, llama" in passed_over
+    assert "1 work in progress (other.shards)" in passed_over
+    named = inside / "llama-validation.jsonl"
+    assert names([named]) == ["llama-validation.jsonl"]  # the user's will
 
 
 def test_the_standard_library_is_about_a_hundred_documents_without_site_packages():
