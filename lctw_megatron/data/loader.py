@@ -32,6 +32,9 @@ _LOOKAHEAD = 2
 """Microbatches read ahead, by one thread. A warm file needs none (0.2 ms for 4,096 tokens, 2 ms for
 131,072); a cold network file system may take longer than a step, and this hides it."""
 
+_NOT_THE_ORDER = {"global_batch_size", "short losses"}
+"""What of ``state_dict``'s data may change and leaves every sample where it was."""
+
 
 class TracedSample(NamedTuple):
     """Where a sequence of a training step came from."""
@@ -95,6 +98,8 @@ class TokenLoader:
         )
         # [first step, its first sample, global batch size] since the last change of batch size
         self._batch_sizes = [[0, 0, global_batch_size]]
+        self._data_since = 0
+        """The first sample that was drawn from the data as they are now."""
         self.consumed_samples = 0
         """Samples of all steps up to the last one asked for."""
         self._reader = ThreadPoolExecutor(1, "lctw-loader")
@@ -142,8 +147,15 @@ class TokenLoader:
         return self._microbatches(step)
 
     def documents(self, step: int) -> list[TracedSample]:
-        """Where the sequences of the whole global batch of a step come from."""
+        """Where the sequences of the whole global batch of a step come from. InputError for one
+        that was trained on other data, before they changed."""
         first, size = self._span(step)
+        if first < self._data_since:
+            raise InputError(
+                f"step {step} was trained on other data, before the run went on with "
+                f"{self.sources[0].prefix} under --allow-changes: what it read is not known any "
+                "more; ask for a later step"
+            )
         traced = []
         for sample in range(first, first + size):
             corpus, epoch, sequence = self._order[sample]
@@ -158,6 +170,7 @@ class TokenLoader:
         return {
             "consumed_samples": self.consumed_samples,
             "batch_sizes": [list(span) for span in self._batch_sizes],
+            "data_since": self._data_since,
             "data": {
                 "seed": self._seed,
                 "global_batch_size": self._global_batch_size,
@@ -181,15 +194,18 @@ class TokenLoader:
         Raises InputError, both sides named, if the data or what decides its order has changed,
         unless ``allow_changes``: then sample numbers go on counting in the new order.
         """
-        changed = self.changed_since(state)
+        changed = self._changed_since(state)
         if changed and not allow_changes:
             prefixes = ", ".join(source.prefix for source in self.sources)
             raise InputError(
                 f"the checkpoint was trained on other data than {prefixes} now give: "
-                f"{'; '.join(changed)}; restore them, start a new run, or pass "
+                f"{'; '.join(changed.values())}; restore them, start a new run, or pass "
                 "--allow-changes to tools/train.py"
             )
         self.consumed_samples = state["consumed_samples"]
+        reordered = changed.keys() - _NOT_THE_ORDER
+        # Checkpoints of before do not say it.
+        self._data_since = self.consumed_samples if reordered else state.get("data_since", 0)
         self._batch_sizes = [list(span) for span in state["batch_sizes"]]
         step, sample, size = self._batch_sizes[-1]
         if size != self._global_batch_size:
@@ -199,12 +215,15 @@ class TokenLoader:
 
     def changed_since(self, state: dict[str, Any]) -> list[str]:
         """What of the data, or of what decides its order, was another when ``state`` was saved."""
+        return list(self._changed_since(state).values())
+
+    def _changed_since(self, state: dict[str, Any]) -> dict[str, str]:
         ours, theirs = self.state_dict()["data"], state["data"]
-        return [
-            f"{name} was {theirs.get(name)}, is {ours.get(name)}"
+        return {
+            name: f"{name} was {theirs.get(name)}, is {ours.get(name)}"
             for name in {**theirs, **ours}
             if theirs.get(name) != ours.get(name)
-        ]
+        }
 
     @property
     def next_step(self) -> int:

@@ -241,6 +241,25 @@ def test_another_batch_size_goes_on_where_the_old_one_stopped(folder) -> None:
     ]
 
 
+def test_steps_on_other_data_are_not_told_from_the_data_of_now(folder) -> None:
+    old = loader(config(folder))
+    old.step(2)
+    new = loader(config(folder, "ba"), global_batch_size=2)
+    new.load_state_dict(old.state_dict(), allow_changes=True)
+    new.step(3)
+    after = loader(config(folder, "ba"), scores=True, global_batch_size=4)
+    after.load_state_dict(json.loads(json.dumps(new.state_dict())), allow_changes=True)
+    for one in (new, after):
+        assert [traced.sample for traced in one.documents(3)] == [12, 13]
+        with pytest.raises(
+            InputError, match=r"step 2 was trained on other data, before .*/b under"
+        ):
+            one.documents(2)
+    other_size = loader(config(folder), global_batch_size=2)
+    other_size.load_state_dict(old.state_dict(), allow_changes=True)
+    assert other_size.documents(2) == old.documents(2)
+
+
 def test_scores_of_a_first_window_made_on_purpose_are_used(tmp_path) -> None:
     dataset = write_tokens(tmp_path / "c", count_up([17]))
     data = config(tmp_path, "c", shuffle=False)
