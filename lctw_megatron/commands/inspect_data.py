@@ -286,10 +286,11 @@ def _show_tokens(options: argparse.Namespace) -> None:
     if options.checkpoint:
         windows = (options.window, options.stride) if options.window else None
         scored = open_with_model(
-            dataset, weighting, settings, options.checkpoint, windows, options.short
+            dataset, weighting, settings, options.checkpoint, windows, options.short, options.by
         )
     else:
-        scored = ScoredTokens(dataset, weighting, settings, options.long, options.short)
+        names = options.long, options.short
+        scored = ScoredTokens(dataset, weighting, settings, *names, by=options.by)
     view = View(
         document=options.document,
         sequence=options.sequence,

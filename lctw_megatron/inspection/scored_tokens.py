@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 BATCH_TOKENS = 1 << 16
 """Sequences are weighed together up to this many tokens."""
+LONG, SHORT = "long_loss", "short_loss"
+"""The usual names of the two sidecars."""
 
 
 @dataclass(frozen=True)
@@ -96,14 +98,16 @@ class ScoredTokens:
         dataset: TokenDataset,
         weighting: Weighting,
         settings: SequenceSettings,
-        long_name: str = "long_loss",
-        short_name: str = "short_loss",
+        long_name: str = LONG,
+        short_name: str = SHORT,
         model: "ModelLosses | None" = None,
         windows: tuple[int, int] | None = None,
+        by: str = "weight",
     ) -> None:
         """model: gives the long losses instead of the sidecar ``long_name``; and with ``windows``,
-        (window, stride), the short ones instead of ``short_name``. A sidecar that the scheme does
-        not need may be missing. Raises InputError for one that is needed, or does not fit.
+        (window, stride), the short ones instead of ``short_name``. by: what is looked at. A sidecar
+        of the usual name that neither it nor the scheme needs may be missing. Raises InputError for
+        one that is needed, or does not fit.
         """
         self.dataset = dataset
         self.weighting = weighting
@@ -111,8 +115,10 @@ class ScoredTokens:
         self.model = model
         self.windows = windows
         scheme = weighting.scheme
-        self.long = None if model else self._open(long_name, scheme.needs_long_loss)
-        self.short = None if windows else self._open(short_name, scheme.needs_short_loss)
+        long = scheme.needs_long_loss or long_name != LONG or by in (LONG, "difference")
+        short = scheme.needs_short_loss or short_name != SHORT or by in (SHORT, "difference")
+        self.long = None if model else self._open(long_name, long)
+        self.short = None if windows else self._open(short_name, short)
         for sidecar in (self.long, self.short):
             if sidecar is not None:
                 sidecar.check(sequence_length=settings.sequence_length, packing=settings.packing)
@@ -273,6 +279,7 @@ def open_with_model(
     checkpoint: str,
     windows: tuple[int, int | None] | None,
     short_name: str,
+    by: str,
 ) -> ScoredTokens:
     """Losses of a checkpoint, for a look at a few sequences: long ones, and with ``windows``,
     (window, stride or None), short ones. The sequence length defaults to its training's.
@@ -299,4 +306,5 @@ def open_with_model(
         windows=(completed.window, completed.stride)
         if completed.window and completed.stride
         else None,
+        by=by,
     )

@@ -90,6 +90,15 @@ def test_schemes_without_short_losses_need_no_sidecar(tmp_path):
     for needs_long_losses in (DENSE, eslm):
         with pytest.raises(InputError, match=r"long_loss\.idx: no such file"):
             ScoredTokens(dataset, needs_long_losses, SequenceSettings(None))
+    for asked, missing in (
+        ({"by": "long_loss"}, "long_loss"),
+        ({"by": "short_loss"}, "short_loss"),
+        ({"by": "difference"}, "long_loss"),
+        ({"long_name": "mine"}, "mine"),
+        ({"short_name": "mine"}, "mine"),
+    ):
+        with pytest.raises(InputError, match=rf"{missing}\.idx: no such file"):
+            ScoredTokens(dataset, position, SequenceSettings(None), **asked)
 
 
 @pytest.mark.parametrize("name", ["long_loss", "short_loss"])
