@@ -83,6 +83,9 @@ def preprocess(config: PrepareConfig, window: int | None = None) -> TokenManifes
                 pass
         return found
     _refuse_foreign(config)
+    before = _made_here(prefix)
+    if before and before.get("request") != wanted:
+        print(f"{prefix}: was made of other text or with other settings, will be replaced")
     settings = ShardSettings(
         config.text_field, config.skip_bad, config.max_bytes, config.max_document_bytes
     )

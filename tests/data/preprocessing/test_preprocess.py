@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -134,6 +135,16 @@ def test_text_files_and_folders_are_documents_in_order_of_their_names(config, tm
     config = changed(config, inputs=[str(tmp_path / "many")])
     preprocess(config)
     assert stored_texts(config) == TEXTS
+
+
+def test_held_out_text_needs_no_room_in_the_temporary_folder(
+    config, tmp_path, in_process, monkeypatch
+):
+    path = write_corpus(tmp_path / "in" / "b.parquet.zst", TEXTS)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "full"))
+    config = changed(config, inputs=[str(path)], validation_documents=5)
+    preprocess(config)
+    assert len(stored_texts(config, "-validation")) == 5
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 59])
@@ -309,9 +320,16 @@ def test_a_file_system_without_locks_is_no_hindrance(config, in_process, monkeyp
     assert stored_texts(config) == TEXTS
 
 
-def test_other_settings_or_a_changed_corpus_replace_the_result(config, in_process):
+def test_other_settings_or_a_changed_corpus_replace_the_result_and_say_so(
+    config, in_process, capsys
+):
+    said = f"{config.output_prefix}: was made of other text or with other settings, will be repla"
     preprocess(changed(config, validation_documents=3))
+    os.unlink(f"{config.output_prefix}.idx")
+    preprocess(changed(config, validation_documents=3))  # made again, the same
+    assert said not in capsys.readouterr().out
     preprocess(changed(config, max_bytes=1000))
+    assert said in capsys.readouterr().out
     assert 0 < len(stored_texts(config)) < 60
     assert not os.path.exists(config.output_prefix + "-validation.json")
     write_corpus(Path(config.inputs[0]), TEXTS[::-1])
