@@ -75,7 +75,9 @@ def merge_shards(
         origin = {**source, "documents": chosen}
         _write(prefix + VALIDATION, folders, validation, tokenizer, origin)
         with open(prefix + VALIDATION + ".jsonl", "w", encoding="utf-8") as file:
-            for number, text in zip(chosen, _texts(shards, validation, settings), strict=True):
+            scratch = os.path.dirname(prefix)  # not /tmp, which may be small
+            texts = _texts(shards, validation, settings, scratch)
+            for number, text in zip(chosen, texts, strict=True):
                 line = json.dumps({"text": text, "document": number}, ensure_ascii=False)
                 file.write(line + "\n")
             file.flush()
@@ -134,11 +136,13 @@ def _write(
                 progress.update(run.end - run.begin, tokens=writer.num_tokens - before)
 
 
-def _texts(shards: Sequence[Shard], runs: Sequence[Run], settings: ShardSettings) -> Iterator[str]:
+def _texts(
+    shards: Sequence[Shard], runs: Sequence[Run], settings: ShardSettings, folder: str
+) -> Iterator[str]:
     """The text of single documents, read once more from the corpus."""
     for shard, ours in itertools.groupby(runs, _shard):
         wanted = {run.begin for run in ours}
-        with tempfile.TemporaryDirectory() as scratch:
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
             documents = kept_documents(shards[shard], settings, scratch, Tally())
             for number, (text, _, _) in zip(range(max(wanted) + 1), documents, strict=False):
                 if number in wanted:
