@@ -137,17 +137,24 @@ class ModelLosses(SequenceLosses):
 
 
 def open_tokenizer(checkpoint: Path, manifest: CheckpointManifest) -> Tokenizer:
-    """The tokenizer of ``tokenizer_place``, as the first rank reads it. All ranks call it."""
-    return first_rank_decides(lambda: load_tokenizer(tokenizer_place(checkpoint, manifest)))
+    """``tokenizer_of``, as the first rank reads it. All ranks call it."""
+    return first_rank_decides(lambda: tokenizer_of(checkpoint, manifest))
 
 
-def tokenizer_place(checkpoint: Path, manifest: CheckpointManifest) -> Path:
-    """Where the checkpoint's own tokenizer files are, else those its data was made with.
-    InputError."""
+def tokenizer_of(checkpoint: Path, manifest: CheckpointManifest) -> Tokenizer:
+    """The checkpoint's own, else the one its data was made with. InputError, also if that is
+    another by now."""
     if has_tokenizer(checkpoint / TOKENIZER):
-        return checkpoint / TOKENIZER
+        return load_tokenizer(checkpoint / TOKENIZER)
     if manifest.tokenizer is None:
         raise InputError(
             f"{checkpoint}: has no tokenizer; import it again from a folder that has one"
         )
-    return Path(manifest.tokenizer["path"])
+    tokenizer = load_tokenizer(manifest.tokenizer["path"])
+    found, expected = tokenizer.identity.digest, manifest.tokenizer["digest"]
+    if found != expected:
+        raise InputError(
+            f"tokenizer {tokenizer.identity.path}: its digest is {found}, but {checkpoint}, which "
+            f"has no tokenizer files of its own, was trained with {expected}; restore its files"
+        )
+    return tokenizer

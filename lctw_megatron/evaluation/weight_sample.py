@@ -25,9 +25,8 @@ from lctw_megatron.config.schema import RunConfig
 from lctw_megatron.data.batch import IGNORE, Sample
 from lctw_megatron.data.loader import TokenLoader, TracedSample
 from lctw_megatron.data.token_text import TokenTexts
-from lctw_megatron.data.tokenizers import load_tokenizer
 from lctw_megatron.errors import InputError
-from lctw_megatron.evaluation.model_losses import ModelLosses, tokenizer_place
+from lctw_megatron.evaluation.model_losses import ModelLosses, tokenizer_of
 from lctw_megatron.evaluation.probes import class_of, distance_of
 from lctw_megatron.evaluation.sequence_weights import (
     sequence_weights,
@@ -67,8 +66,7 @@ def sample_or_reason(
 
     def read() -> tuple[list[Sample], list[TracedSample]] | str:
         try:
-            place = tokenizer_place(checkpoint, manifest)
-            first_ranks.append(TokenTexts(load_tokenizer(place)))
+            first_ranks.append(TokenTexts(tokenizer_of(checkpoint, manifest)))
             return _last_step(manifest, run, weighting, most)
         except InputError as error:
             return str(error)

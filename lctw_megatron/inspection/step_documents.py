@@ -75,9 +75,12 @@ def describe_step(run_dir: str | Path, step: int) -> str:
 
 
 def _texts(dataset: TokenDataset) -> TokenTexts | None:
-    """None where the tokenizer is not where it was."""
-    path = dataset.manifest.tokenizer.path
-    return TokenTexts(load_tokenizer(path)) if Path(path).exists() else None
+    """None where the tokenizer is not where it was, or is another by now."""
+    identity = dataset.manifest.tokenizer
+    if not Path(identity.path).exists():
+        return None
+    tokenizer = load_tokenizer(identity.path)
+    return TokenTexts(tokenizer) if tokenizer.identity.digest == identity.digest else None
 
 
 def _loader_state(folder: Path) -> dict | None:

@@ -1,8 +1,12 @@
-"""A tiny trained checkpoint, measured under several layouts and against losses from its logits."""
+"""A tiny trained checkpoint, measured under several layouts and against losses from its logits.
+
+Longer than 350 lines: one run is trained for all of it.
+"""
 
 import importlib.util
 import json
 import math
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -28,6 +32,7 @@ from lctw_megatron.evaluation.evaluate import (
     open_held_out,
 )
 from lctw_megatron.evaluation.model_losses import ModelLosses
+from lctw_megatron.inspection import step_documents as step_documents_module
 from lctw_megatron.inspection.step_documents import describe_step, step_documents
 from lctw_megatron.model.checkpoint import agreed_checkpoint, find_checkpoint, read_manifest
 from lctw_megatron.report.report import write_report
@@ -210,6 +215,16 @@ def test_the_page_is_the_end_of_a_sequence_with_its_own_weights(trained, monkeyp
     assert page["text"] == texts(document)
 
 
+def test_a_tokenizer_that_was_replaced_is_not_taken_for_the_checkpoints(trained):
+    folder, _, _ = trained
+    manifest = read_manifest(find_checkpoint(folder / "run"))
+    there = model_losses.tokenizer_of(folder / "no_files_of_its_own", manifest)
+    assert there.identity.digest == manifest.tokenizer["digest"]
+    other = SimpleNamespace(tokenizer={**manifest.tokenizer, "digest": "other"})
+    with pytest.raises(InputError, match=r"spm\.model: its digest is .* was trained with other"):
+        model_losses.tokenizer_of(folder / "no_files_of_its_own", other)
+
+
 def test_a_function_that_a_checkpoint_names_is_shown_and_not_imported(trained):
     from lctw_megatron.evaluation.weight_sample import sample_or_reason
 
@@ -247,10 +262,15 @@ def test_tools_from_checkpoint_to_report(trained, capsys):
     assert "dense" in text
 
 
-def test_inspect_data_looks_at_a_step_and_through_a_model(trained, capsys):
+def test_inspect_data_looks_at_a_step_and_through_a_model(trained, capsys, monkeypatch):
     folder, _, _ = trained
     run = str(folder / "run")
     assert "document" in describe_step(run, 0)
+    assert re.search(r"tokens \d+ to \d+: ", describe_step(run, 0))
+    with monkeypatch.context() as patch:  # the model file was replaced by another tokenizer's
+        other = SimpleNamespace(identity=SimpleNamespace(digest="other"))
+        patch.setattr(step_documents_module, "load_tokenizer", lambda path: other)
+        assert not re.search(r"tokens \d+ to \d+:", describe_step(run, 0))
     inspect_data = tool("inspect_data")
     inspect_data.main([run, "--step", "3"])
     assert f"sequence {step_documents(run, 3)[0].sequence} of" in capsys.readouterr().out
