@@ -11,6 +11,7 @@ from typing import Any
 
 from lctw_megatron.cli import positive, run_command
 from lctw_megatron.config.schema import MOST_TOKENS
+from lctw_megatron.data.manifest import check_prefix
 from lctw_megatron.data.sidecar import Sidecar
 from lctw_megatron.data.token_dataset import TokenDataset
 from lctw_megatron.errors import few
@@ -162,7 +163,7 @@ def _add_weighting(add: Callable[..., Any]) -> None:
         "--near",
         metavar="D",
         type=positive,
-        help="statistics: near is at most D tokens back; default: a quarter of the sequence",
+        help="statistics: near is at most D tokens back; default: a quarter of S, else 1024",
     )
     add("--long", metavar="NAME", default="long_loss", help="sidecar; default: long_loss")
     add("--short", metavar="NAME", default="short_loss", help="sidecar; default: short_loss")
@@ -218,6 +219,8 @@ def main(arguments: list[str]) -> int | None:
         parser.error("--step is a view of its own")
     if unused := _unused(options, parser, bool(text), bool(look)):
         parser.error(f"{few(unused)}: of no use to what is asked for; leave it out")
+    if options.output_prefix is not None:
+        check_prefix(options.output_prefix)
     prefixes, sidecars = options.prefix, (options.long, options.short)
     for name in ("rank_documents", "html", "png"):
         if output := getattr(options, name):

@@ -109,6 +109,19 @@ def files_of(prefix: str) -> list[str]:
     return [data_path(prefix), index_path(prefix), manifest_path(prefix)]
 
 
+def check_prefix(prefix: str) -> None:
+    """InputError unless ``prefix``, which the user gives as `--output-prefix`, names files."""
+    if not prefix:
+        raise InputError(
+            "--output-prefix: is empty; give the path of the result without its ending"
+        )
+    if prefix.endswith(os.sep) or os.path.isdir(prefix):
+        raise InputError(
+            f"--output-prefix {prefix}: is a folder; a prefix is the path of the result without "
+            f"its ending, such as {os.path.join(prefix, 'corpus')}"
+        )
+
+
 Manifest = TypeVar("Manifest", TokenManifest, SidecarManifest)
 
 

@@ -145,6 +145,17 @@ def test_nothing_else_is_replaced(dataset, tmp_path):
     assert (tmp_path / "megatron.bin").read_bytes() == b"somebody's"
 
 
+@pytest.mark.parametrize("prefix", ["", "{folder}", "{folder}/", "{folder}/new/"])
+def test_a_folder_is_no_prefix(dataset, tmp_path, capsys, monkeypatch, prefix):
+    """Its files would be hidden ones."""
+    monkeypatch.chdir(tmp_path)
+    ranking = tmp_path / "rank.jsonl"
+    keep = ("--keep", 0.5, "--output-prefix", prefix.format(folder=tmp_path))
+    answer = call(inspect_data.main, capsys, dataset.prefix, "--rank-documents", ranking, *keep)
+    assert "--output-prefix" in answer.error_line() and "is " in answer.error_line()
+    assert not ranking.exists() and not (tmp_path / ".bin").exists()
+
+
 def test_the_tool_chooses_what_it_ranks(dataset, tmp_path, capsys):
     ranked = [dataset.prefix, "--rank-documents", tmp_path / "rank.jsonl"]
     answer = call(inspect_data.main, capsys, *ranked, "--keep", 1, "--output-prefix",

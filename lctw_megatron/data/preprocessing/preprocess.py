@@ -26,6 +26,7 @@ from lctw_megatron.config.schema import PrepareConfig
 from lctw_megatron.data.manifest import (
     TokenizerIdentity,
     TokenManifest,
+    check_prefix,
     files_of,
     read_manifest,
 )
@@ -145,10 +146,7 @@ def _say_if_all_shorter(prefix: str, window: int | None) -> None:
 def _check(config: PrepareConfig) -> None:
     if config.tokenizer == "":
         raise InputError("--tokenizer: is empty; give a model file or a folder")
-    if not config.output_prefix:
-        raise InputError(
-            "--output-prefix: is empty; give the path of the result without its ending"
-        )
+    check_prefix(config.output_prefix)
     if (config.tokenizer is None) == (config.train_sentencepiece is None):
         both = "both" if config.tokenizer else "neither"
         raise InputError(
@@ -157,11 +155,6 @@ def _check(config: PrepareConfig) -> None:
         )
     if not config.inputs:
         raise InputError("inputs: none given; name files, folders or globs with --input")
-    if config.output_prefix.endswith(os.sep) or os.path.isdir(config.output_prefix):
-        raise InputError(
-            f"--output-prefix {config.output_prefix}: is a folder; a prefix is the path of the "
-            f"result without its ending, such as {os.path.join(config.output_prefix, 'corpus')}"
-        )
     for option, path in (("output-prefix", config.output_prefix), ("tokenizer", config.tokenizer)):
         place = os.path.abspath(path or "")
         if place.encode(errors="ignore").decode() != place:

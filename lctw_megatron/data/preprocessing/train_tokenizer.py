@@ -22,8 +22,8 @@ def train_sentencepiece(
     shards: Sequence[Shard], vocab_size: int, settings: ShardSettings, scratch: str
 ) -> bytes:
     """The bytes of a .model file: BPE, byte fallback, nothing normalised, so that decoding gives
-    back every text. Ids 0, 1, 2 are <unk>, <s>, </s>, as in Llama's models. The same corpus gives
-    the same bytes.
+    back every text, but for U+2581, which is a space to the library. Ids 0, 1, 2 are <unk>, <s>,
+    </s>, as in Llama's models. The same corpus gives the same bytes.
 
     Runs of spaces may be pieces (code needs them), digits stay single, newlines are bytes. Raises
     InputError if the corpus is too small or too varied for ``vocab_size``.
