@@ -26,9 +26,13 @@ def run_stages(graph: StageGraph, stages: Sequence[Stage], ranks: int | None = N
     check_needs(graph, stages)
     outdated = graph.outdated(stages)
     why = {s.name: graph.why_not_done(s, outdated) for s in stages}
-    for run in graph.runs:  # not after hours of scoring
+    # Not after hours of scoring: trackers that are missing, ranks that do not fit.
+    for run in graph.runs:
         if why.get(f"train-{run.name}"):
             check_trackers(run.training.trackers)
+    for stage in stages:
+        if why[stage.name]:
+            local_command(graph, stage, ranks)
     graph.folder.mkdir(parents=True, exist_ok=True)
     graph.forget_undone(stages)
     for number, stage in enumerate(stages, 1):

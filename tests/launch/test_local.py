@@ -116,6 +116,17 @@ def test_a_missing_tracker_is_said_before_the_first_stage(plan, fake_tools, monk
     assert local.run_stages(made, made.select(["prepare"])) == 0
 
 
+def test_ranks_that_a_later_stage_cannot_take_are_said_before_the_first(plan, fake_tools):
+    made = plan(SINGLE)
+    with pytest.raises(InputError, match="train-base on 3 ranks"):
+        local.run_stages(made, made.stages, ranks=3)
+    assert fake_tools() == []
+    assert local.run_stages(made, made.select(["prepare"]), ranks=3) == 0
+    assert local.run_stages(made, made.select(["train-base"])) == 0
+    # What is done already need not suit them.
+    assert local.run_stages(made, made.select(["train-base"]), ranks=3) == 0
+
+
 def test_several_ranks_run_under_torchrun(plan, monkeypatch):
     made = plan()
     train, score = made.select(["train-dense", "score"])[::-1]
