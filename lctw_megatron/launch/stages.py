@@ -37,6 +37,15 @@ from lctw_megatron.launch.scored_datasets import reads_scores, scored_prefixes
 
 KINDS = ("prepare", "score", "train", "export", "verify", "evaluate", "recall", "report")
 
+_CHANGES_NO_RESULT = {
+    "data": {"index_cache"},
+    "training": {
+        "save_interval", "async_save", "keep_last", "keep_every", "tensorboard", "trackers",
+        "distributed_timeout_minutes", "hang_minutes",
+    },
+}  # fmt: skip
+"""Of a run: what its training, and all that comes after it, need not run again for."""
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -231,7 +240,7 @@ def _train_stage(
         scales=True,
         restarts=True,
         # Without defaults, so that a field that is new in the schema changes nothing.
-        configuration=run.model_dump_json(exclude_defaults=True),
+        configuration=run.model_dump_json(exclude_defaults=True, exclude=_CHANGES_NO_RESULT),
         steps=run.training.steps,
     )
 

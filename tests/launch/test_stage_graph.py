@@ -258,8 +258,13 @@ def test_a_mark_counts_only_while_nothing_before_it_changed(plan):
     assert done(plan(changed)) == ["prepare", "train-base", "score"]
     assert done(plan(RECIPE.replace("layout: single", "layout: single, seed: 5"))) == ["prepare"]
     assert done(plan(RECIPE.replace("4096", "2048"))) == []
-    for changes_no_result in ("prepare.workers=3", "scoring.tokens_per_forward=512"):
-        assert done(plan(RECIPE, changes_no_result)) == done(made)
+    for changes_no_result in (
+        "prepare.workers=3", "scoring.tokens_per_forward=512", "data.index_cache=elsewhere",
+        "training.save_interval=10", "training.async_save=true", "training.keep_last=1",
+        "training.tensorboard=false", "training.trackers=[wandb]", "training.hang_minutes=90",
+        "training.distributed_timeout_minutes=90",
+    ):  # fmt: skip
+        assert done(plan(RECIPE, changes_no_result)) == done(made), changes_no_result
     assert done(plan(RECIPE.replace("[corpus/*.jsonl.gz, more", "[corpus/*.jsonl.gz more"))) == []
     Path(stage(made, "score").output).unlink()
     assert done(made) == ["prepare", "train-base", "train-uniform"]
