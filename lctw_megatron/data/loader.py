@@ -225,12 +225,6 @@ class TokenLoader:
             if theirs.get(name) != ours.get(name)
         }
 
-    @property
-    def next_step(self) -> int:
-        """The step that follows the consumed samples."""
-        step, sample, size = self._batch_sizes[-1]
-        return step + (self.consumed_samples - sample) // size
-
     def close(self) -> None:
         """End the thread that reads ahead. Also happens when the loader is forgotten."""
         self._forget_ahead()
