@@ -53,6 +53,13 @@ _VARIABLES = {
 }
 """The environment's variables of those options of sbatch that are not called SBATCH_OPTION."""
 
+_SHORT = {
+    "A": "account", "C": "constraint", "G": "gpus", "J": "job-name", "M": "clusters", "a": "array",
+    "e": "error", "i": "input", "m": "distribution", "o": "output", "p": "partition", "q": "qos",
+    "t": "time",
+}  # fmt: skip
+"""Options of one letter, as a site may say them, that the environment has a variable of."""
+
 
 class Submission:
     """The text of the script, made job by job."""
@@ -61,9 +68,9 @@ class Submission:
         """scripts: the texts of all jobs' scripts. What none of them says, a site's or a user's own
         SBATCH_ACCOUNT for example, stays as it is."""
         self.path = path
-        said = re.findall(r"^#SBATCH --([a-z-]+)", "\n".join(scripts), re.MULTILINE)
+        said = re.findall(r"^#SBATCH -(?:-([a-z-]+)|(\w))", "\n".join(scripts), re.MULTILINE)
         variables = {"SBATCH_WAIT"}
-        for option in said:
+        for option in [long or _SHORT.get(letter, letter) for long, letter in said]:
             variables |= set(_VARIABLES.get(option, [f"SBATCH_{option.upper().replace('-', '_')}"]))
         self._lines = [
             _HEAD.format(

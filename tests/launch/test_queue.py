@@ -217,10 +217,11 @@ def test_the_users_own_variables_rule_neither_squeue_nor_what_a_script_says(
     monkeypatch.setenv("SBATCH_NO_REQUEUE", "1")
     monkeypatch.setenv("SBATCH_QOS", "theirs")
     monkeypatch.setenv("SBATCH_PARTITION", "theirs")
+    monkeypatch.setenv("SBATCH_ACCOUNT", "theirs")
     Path("stubs/sbatch").write_text("#!/bin/bash\nenv | grep ^SBATCH_ > said\necho 7\n")
     Path("stubs/squeue").write_text("#!/bin/bash\nenv | grep ^SQUEUE_ || echo 7 RUNNING\n")
     made = plan()
-    cluster = CPU.model_copy(update={"partition": "ours"})
+    cluster = CPU.model_copy(update={"partition": "ours", "sbatch": ["-A ours", "--mem=0"]})
     queue.submit(made, made.select(["prepare"]), cluster)
     assert Path("said").read_text() == "SBATCH_QOS=theirs\n"  # of it the script says nothing
     jobs = queue.plan_jobs(made, made.select(["prepare"]), cluster)
