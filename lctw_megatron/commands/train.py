@@ -51,8 +51,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--allow-changes",
         action="store_true",
-        help="resume although data, tokenizer, sequence length, batch size, seed, weighting or "
-        "model settings have changed",
+        help="resume although data, tokenizer, sequence length, batch size, seed, start, model "
+        "settings (but vocab_size), weighting, precision or, of a finished run, anything else that "
+        "decides its weights have changed",
     )
     options = parser.parse_args(arguments)
     with leaving_when_asked():

@@ -54,8 +54,8 @@ from lctw_megatron.training.trackers import check_trackers, open_trackers
 def train(run: RunConfig, allow_changes: bool = False) -> int:
     """Train ``run`` to its last step, from its newest checkpoint if there is one.
 
-    All ranks call it. allow_changes: resume although data, scheme or batch size are others than the
-    checkpoint's. Returns the exit status: 0, or REQUEUE_STATUS after a signal.
+    All ranks call it. allow_changes: resume although settings have changed that otherwise may not.
+    Returns the exit status: 0, or REQUEUE_STATUS after a signal.
     """
     clock = StartClock()
     clock.end("import")
