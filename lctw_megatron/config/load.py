@@ -7,7 +7,7 @@ A recipe file is YAML with the fields of ``schema.RecipeFile``. Short forms:
   rope_theta: 15.3e6}`` is a fragment with changes; any other mapping is the section itself.
 - ``data.train: PREFIX`` is one token dataset of weight 1; a list of prefixes is a blend.
 - ``runs`` maps run names to changes of the shared sections. A mapping changes the fields it names;
-  a fragment (a name, or a mapping with ``base``) takes the place of the shared section.
+  a fragment (a name, or a mapping with ``base``) takes the place of the shared section, null too.
 - ``seeds: [1, 2, 3]`` makes the run NAME three times, as NAME-seed1 and so on. ``--set
   runs.NAME.section.field=value`` reaches all of them.
 - ``base: RECIPE``, at the top, is another recipe file, or a shipped one's name: its sections with
@@ -205,7 +205,7 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dic
 
 
 def _expand(values: dict[str, Any], where: str) -> tuple[dict[str, Any], set[str]]:
-    """``values`` with fragments read in, and the sections that were fragments."""
+    """``values`` with fragments read in, and the sections that were fragments, or null."""
     expanded, whole = dict(values), set()
     for section in FRAGMENTS.keys() & values.keys():
         value = values[section]
@@ -213,6 +213,7 @@ def _expand(values: dict[str, Any], where: str) -> tuple[dict[str, Any], set[str
             value = {"base": value}
         if value is None:
             expanded[section] = {}
+            whole.add(section)
         elif isinstance(value, dict) and "base" in value:
             changes = {key: inner for key, inner in value.items() if key != "base"}
             expanded[section] = _merge(load_fragment(section, str(value["base"]), where), changes)

@@ -53,6 +53,9 @@ def test_a_mapping_changes_a_section_and_a_fragment_or_null_takes_its_place(abov
     assert (recipe.scoring.window, recipe.scoring.stride) == (256, 64)
     assert run.layout.context == 1
     assert above("scoring: null\n").scoring is None
+    assert resolve_run(above("layout: null\n"), "plain-seed1").layout.context == 1
+    with pytest.raises(InputError, match="run plain-seed1: model.num_layers is missing"):
+        above("model: null\n")
 
 
 def test_own_runs_take_the_place_of_the_bases(above):

@@ -15,7 +15,7 @@ from lctw_megatron.config.load import (
     parse_override,
     resolve_run,
 )
-from lctw_megatron.config.schema import ModelConfig
+from lctw_megatron.config.schema import ModelConfig, WeightingConfig
 from lctw_megatron.config.yaml_text import parse_yaml, to_yaml
 from lctw_megatron.errors import InputError
 
@@ -142,11 +142,15 @@ def test_a_fragment_replaces_the_shared_section_and_a_mapping_changes_it(recipe)
         "runs:\n"
         "  changed: {weighting: {keep_fraction: 0.2}}\n"
         "  replaced: {weighting: dense}\n"
+        "  without: {weighting: null}\n"
     )
     loaded = recipe(text)
     changed, replaced = (resolve_run(loaded, name).weighting for name in ("changed", "replaced"))
     assert (changed.scheme, changed.keep_fraction, changed.window) == ("sparse", 0.2, 64)
     assert (replaced.scheme, replaced.keep_fraction, replaced.window) == ("dense", None, None)
+    assert resolve_run(loaded, "without").weighting == WeightingConfig()
+    for override in ("weighting=null", "runs.changed.weighting="):
+        assert resolve_run(recipe(text, override), "changed").weighting == WeightingConfig()
 
 
 def test_base_takes_a_fragment_with_changes_and_yaml_names_are_files(recipe, tmp_path):
