@@ -569,8 +569,8 @@ class RunSections(Section):
     megatron: MegatronConfig = MegatronConfig()
 
 
-class RecipeFile(RunSections):
-    """One experiment, from corpus to report, as it is written; ``load.py`` has the short forms."""
+class Experiment(Section):
+    """What a recipe says once, for all its runs."""
 
     name: str
     output_dir: str
@@ -581,20 +581,18 @@ class RecipeFile(RunSections):
     export: bool = True
     """Whether the final runs, from which no other starts, become Hugging Face folders."""
     cluster: ClusterConfig | None = None
+
+
+class RecipeFile(Experiment, RunSections):
+    """One experiment, from corpus to report, as it is written; ``load.py`` has the short forms."""
+
     runs: dict[str, RunSections] = {}
     """Run name to what this run changes in the sections that all runs share. Without `runs` there
     is one run, `main`."""
 
 
-class Recipe(Section):
+class Recipe(Experiment):
     """A recipe as ``load_recipe`` returns it: shared sections merged into every run."""
 
-    name: str
-    output_dir: str
-    prepare: PrepareConfig | None = None
-    scoring: ScoringConfig | None = None
-    evaluation: EvaluationConfig | None = None
-    export: bool = True
-    cluster: ClusterConfig | None = None
     runs: dict[str, dict[str, Any]]
     """Run name to all its sections as plain values; ``resolve_run`` makes a RunConfig of one."""
