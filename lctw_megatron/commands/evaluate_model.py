@@ -90,8 +90,9 @@ def _parser() -> argparse.ArgumentParser:
         help="the model that picks LongPPL's key tokens: give all models the same one to compare "
         "them; default: --checkpoint itself",
     )
-    add("--alpha", type=float, default=2.0, help="LongPPL's bound on log p_long - log p_short")
-    add("--beta", type=float, default=-2.0, help="LongPPL's bound on log p_long")
+    bound = "key tokens of LongPPL have a log p_long{} above this; default: {}"
+    add("--alpha", type=float, default=2.0, help=bound.format(" - log p_short", 2))
+    add("--beta", type=float, default=-2.0, help=bound.format("", -2))
     add(
         "--near",
         metavar="D",
