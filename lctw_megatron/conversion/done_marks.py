@@ -28,9 +28,9 @@ def conversion_into(
     from ``source`` before. What a killed conversion has left beside it is removed.
 
     A folder that was made from something else (a checkpoint of an earlier step) is replaced if it
-    holds nothing but what the conversion wrote, as it wrote it. Raises InputError if it holds
-    anything else, if another process is writing it, or if one of the folders ``read`` is it or in
-    it.
+    holds nothing but what the conversion wrote, as it wrote it; a link stays, and leads to what was
+    made. Raises InputError if the folder holds anything else, if another process is writing it, if
+    it is a mount point, or if one of the folders ``read`` is it or in it.
     """
     place = output.resolve()
     for folder in (path.resolve() for path in read):
@@ -39,12 +39,17 @@ def conversion_into(
                 f"--output {output}: is read from ({folder}), and would be replaced; name another"
             )
     if _is_done(output, source, log):
-        if left_unfinished(output):
-            with suppress(OSError, InputError), sole_writer(output, log):
+        if left_unfinished(place):
+            with suppress(OSError, InputError), sole_writer(place, log):
                 pass
         yield None
         return
-    with sole_writer(output, log), atomic_directory(output) as folder:
+    if place.is_mount():  # which cannot be renamed
+        raise InputError(
+            f"--output {output}: is a mount point, but a folder that appears whole or not at all "
+            "was expected; name a folder in it"
+        )
+    with sole_writer(place, log), atomic_directory(place) as folder:
         yield folder
         write_json(folder / MARK, {"source": source, "files": _contents(folder)})
 

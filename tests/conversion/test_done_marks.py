@@ -100,6 +100,31 @@ def test_an_empty_folder_is_filled(made, tmp_path):
     assert_same_tensors(made / "hf", tmp_path / "empty")
 
 
+@pytest.mark.parametrize("there", [True, False], ids=["a folder", "nothing yet"])
+def test_a_link_stays_and_leads_to_what_was_made(made, tmp_path, there):
+    """As from a small home to a large disk."""
+    disk, link = tmp_path / "disk" / "out", tmp_path / "home" / "out"
+    link.parent.mkdir()
+    if there:
+        disk.mkdir(parents=True)
+    link.symlink_to(disk)
+    for dtype in ("keep", "bf16"):  # made, and replaced
+        export_hf(made / "checkpoint", link, dtype=dtype)
+        assert link.is_symlink() and (disk / "config.json").is_file()
+    assert [path.name for path in tmp_path.rglob("*out*")] == ["out"] * 2
+    assert export_hf(made / "checkpoint", disk, dtype="bf16").bytes == 0
+
+
+def test_a_mount_point_is_refused_before_the_work(made, tmp_path, monkeypatch):
+    """As of a container. It cannot be renamed, so all was done in vain."""
+    (tmp_path / "mounted").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path / "mounted")
+    monkeypatch.setattr(hf_export, "_write", None)
+    with pytest.raises(InputError, match="--output .*/mounted: is a mount point, .*name a folder"):
+        export_hf(made / "checkpoint", tmp_path / "mounted")
+    assert list(tmp_path.iterdir()) == [tmp_path / "mounted"]
+
+
 @pytest.mark.parametrize("verb", ["import", "export"])
 def test_a_killed_conversion_leaves_nothing_of_the_outputs_name(verb, made, tmp_path):
     output = tmp_path / "output"
