@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ class CheckpointReader:
     def __init__(self, checkpoint: Path) -> None:
         self.checkpoint = checkpoint
         self._metadata: Metadata = FileSystemReader(checkpoint).read_metadata()
+        self._boxes: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # where they begin and end
 
     def shape(self, key: str) -> tuple[int, ...] | None:
         """Of the whole tensor ``key``; None if there is none."""
@@ -69,7 +71,7 @@ class CheckpointReader:
         (uint8, large enough), whose first bytes the tensor is."""
         entry = self._entry(stored)
         wanted = ChunkStorageMetadata(torch.Size(stored.offsets), torch.Size(stored.box))
-        items = create_read_items_for_chunk_list(stored.key, entry, [wanted])
+        items = create_read_items_for_chunk_list(stored.key, self._near(stored), [wanted])
         covered = sum(math.prod(item.lengths) for item in items)
         if covered != math.prod(stored.box):
             raise InputError(
@@ -111,6 +113,20 @@ class CheckpointReader:
                 f"{path}: {item.storage_index.fqn} cannot be read ({found}); the checkpoint is "
                 "damaged, use another"
             ) from None
+
+    def _near(self, stored: StoredTensor) -> TensorStorageMetadata:
+        """Of all boxes those that hold some of ``stored``. torch looks at each in Python, which
+        takes longer than reading where every expert of every layer has its own: 6,144 of them in
+        Qwen3-30B-A3B."""
+        entry = self._entry(stored)
+        if stored.key not in self._boxes:
+            corners = [(chunk.offsets, chunk.sizes) for chunk in entry.chunks]
+            begins, sizes = np.array(corners).reshape(-1, 2, len(stored.box)).swapaxes(0, 1)
+            self._boxes[stored.key] = begins, begins + sizes
+        begins, ends = self._boxes[stored.key]
+        below = begins < np.add(stored.offsets, stored.box)
+        near = np.flatnonzero((below & (ends > stored.offsets)).all(axis=1))
+        return replace(entry, chunks=[entry.chunks[number] for number in near])
 
     def _entry(self, stored: StoredTensor) -> TensorStorageMetadata:
         entry = self._metadata.state_dict_metadata[stored.key]

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from lctw_megatron.config.schema import ModelConfig
+from lctw_megatron.conversion import checkpoint_reader
 from lctw_megatron.conversion.hf_config import config_values, read_config
 from lctw_megatron.conversion.hf_export import export_hf
 from lctw_megatron.conversion.hf_import import import_hf
@@ -126,3 +128,21 @@ def test_what_is_missing_of_experts_is_named(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match=f"{lost} is missing"):
         import_hf(tmp_path, tmp_path / "checkpoint", log=lambda line: None)
+
+
+def test_an_expert_is_read_without_looking_at_those_of_all_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch looks at boxes one by one: for each of Qwen3-30B-A3B's 12,288 at 6,144."""
+    looked_at = []
+
+    def counted(key: str, entry: Any, wanted: Any) -> Any:
+        looked_at.append(len(entry.chunks))
+        return create_read_items_for_chunk_list(key, entry, wanted)
+
+    monkeypatch.setattr(checkpoint_reader, "create_read_items_for_chunk_list", counted)
+    make_model("qwen3_moe", tmp_path / "hf")
+    import_hf(tmp_path / "hf", tmp_path / "checkpoint", log=lambda line: None)
+    export_hf(tmp_path / "checkpoint", tmp_path / "back", log=lambda line: None)
+    assert_same_tensors(tmp_path / "hf", tmp_path / "back")
+    assert set(looked_at) == {1} and len(looked_at) > 48
