@@ -145,7 +145,8 @@ def hf_logits(hf: Path, tokens: Tensor, rounded_to: torch.dtype = torch.float32)
 
     dtype = "dtype" if int(__version__.split(".")[0]) >= 5 else "torch_dtype"  # renamed in 5
     try:
-        model = AutoModelForCausalLM.from_pretrained(hf, **{dtype: rounded_to})
+        # return_dict: a config.json may say false, by which transformers' own forward ends in 5.
+        model = AutoModelForCausalLM.from_pretrained(hf, return_dict=True, **{dtype: rounded_to})
     except Exception as error:  # whatever its classes raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise InputError(

@@ -115,3 +115,9 @@ def test_logits_are_computed_in_float32_whatever_is_stored(tmp_path):
     import_hf(tmp_path / "hf", tmp_path / "checkpoint")
     tokens = random_tokens(130)
     assert compare_logits(tmp_path / "hf", tmp_path / "checkpoint", tokens).largest < 1e-5
+
+
+def test_a_config_that_wants_tuples_of_transformers_is_compared_like_any(pair):
+    path = pair[0] / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"return_dict": False}))
+    assert compare_logits(*pair, random_tokens(50)).largest < 1e-5
