@@ -1,13 +1,19 @@
 """The tokenizer folder that goes into a run's checkpoints, with what else came with the model."""
 
+import filecmp
 import shutil
 from pathlib import Path
 
 from lctw_megatron.atomic import atomic_directory
 from lctw_megatron.data.manifest import TokenizerIdentity
-from lctw_megatron.data.tokenizer_files import CONFIG, GENERATION_CONFIG, has_tokenizer
+from lctw_megatron.data.tokenizer_files import (
+    CONFIG,
+    GENERATION_CONFIG,
+    has_tokenizer,
+    tokenizer_files,
+)
 from lctw_megatron.data.tokenizers import load_tokenizer
-from lctw_megatron.errors import InputError
+from lctw_megatron.errors import InputError, few
 
 
 class TokenizerFolder:
@@ -54,4 +60,23 @@ class TokenizerFolder:
                 for name in (GENERATION_CONFIG, CONFIG):
                     if (start / name).is_file():
                         shutil.copyfile(start / name, target / name)
+            if left := _left_behind(start, target):
+                print(
+                    f"{self._source}: made the data, so its files go into the checkpoints, not "
+                    f"those that came with the start where they differ: {few(left)}; copy into it "
+                    "what is to be kept"
+                )
         return folder
+
+
+def _left_behind(start: Path | None, taken: Path) -> list[str]:
+    """Files that came with the start, whose like ``taken`` lacks or has with other contents."""
+    if start is None:
+        return []
+    names = [str(path.relative_to(start)) for path in tokenizer_files(start)]
+    return [
+        name
+        for name in [*names, CONFIG]
+        if (start / name).is_file()
+        and not ((taken / name).is_file() and filecmp.cmp(start / name, taken / name, False))
+    ]

@@ -48,7 +48,7 @@ def test_a_model_file_alone_means_the_start_s_folder(
 
 
 def test_the_data_s_folder_is_taken_whole_and_lacking_settings_from_the_start(
-    hf_folder: Path, tmp_path: Path
+    hf_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     start = start_of(tmp_path / "start", hf_folder)
     TokenizerFolder(load_tokenizer(hf_folder).identity, start).write(tmp_path / "run")
@@ -58,6 +58,23 @@ def test_the_data_s_folder_is_taken_whole_and_lacking_settings_from_the_start(
     assert (tmp_path / "run" / "generation_config.json").read_bytes() == (
         start / "generation_config.json"
     ).read_bytes()
+    assert f"{hf_folder}: made the data, so" in (said := capsys.readouterr().out)
+    assert "where they differ: chat_template.jinja; copy into it" in said
+
+
+def test_what_the_start_has_otherwise_is_said_and_nothing_where_all_is_alike(
+    hf_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = start_of(Path(shutil.copytree(hf_folder, tmp_path / "source")), hf_folder)
+    start = start_of(tmp_path / "start", hf_folder)
+    identity = load_tokenizer(source).identity
+    TokenizerFolder(identity, start).write(tmp_path / "run")
+    assert capsys.readouterr().out == ""
+    (start / "generation_config.json").write_text('{"eos_token_id": 1}')
+    (start / "config.json").write_text('{"eos_token_id": 1}')
+    TokenizerFolder(identity, start).write(tmp_path / "run")
+    said = capsys.readouterr().out
+    assert "where they differ: generation_config.json, config.json; copy" in said
 
 
 def test_without_any_tokenizer_the_checkpoints_carry_none_and_say_so(
