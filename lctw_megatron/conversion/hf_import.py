@@ -76,7 +76,7 @@ def import_hf(
             if folder is None:
                 return Conversion(len(sizes), sum(sizes), 0)
             log(f"rope: {rope_line(config.model)}")
-            side_files.bring_in(hf, folder)
+            side_files.bring_in(hf, folder, log)
             _write(source, tensors, dtypes.TORCH[name], folder)
             write_manifest(folder, manifest)
     return Conversion(len(sizes), sum(sizes), sum(sizes) * dtypes.TORCH[name].itemsize)

@@ -83,7 +83,7 @@ def import_megatron_lm(
         if into is None:
             return Conversion(len(tensors), parameters, 0)
         log(f"rope: {rope_line(config.model)}, as {hf / CONFIG} says")
-        side_files.bring_in(hf, into)
+        side_files.bring_in(hf, into, log)
         memory = np.empty(max(largest_bytes(tensors, dtypes.TORCH[kind]) for kind in kinds), "u1")
         total = sum(math.prod(stored.shape) for stored in tensors) * target.itemsize
         with Progress("import", total, "B") as progress, CheckpointFiles(into) as files:

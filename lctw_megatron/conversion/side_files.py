@@ -1,6 +1,7 @@
 """What travels beside the weights: tokenizer files and generation settings."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,20 @@ def tokenizer_identity(folder: Path) -> dict[str, Any] | None:
     return load_tokenizer(folder).identity.model_dump() if has_tokenizer(folder) else None
 
 
-def bring_in(folder: Path, checkpoint: Path) -> None:
-    """Copy the side files of a Hugging Face folder into a checkpoint that is being written.
+def bring_in(folder: Path, checkpoint: Path, log: Callable[[str], None]) -> None:
+    """Copy the side files of a Hugging Face folder into a checkpoint that is being written. ``log``
+    gets a line if none of them makes a tokenizer.
 
     The generation settings lie with the tokenizer, whose token ids they name; so they go with it
     into the checkpoints of runs that start from this one.
     """
     if (folder / GENERATION_CONFIG).is_file():
         read_json_object(folder / GENERATION_CONFIG)  # refused here rather than at the export
+    if not has_tokenizer(folder):
+        log(
+            f"{folder}: has neither tokenizer.json nor tokenizer.model, so nothing will compare "
+            "the model's tokenizer with that of the data; put one there and import again"
+        )
     copy_tokenizer_files(folder, checkpoint / TOKENIZER)
     copy_token_config(folder, checkpoint / TOKENIZER)
 

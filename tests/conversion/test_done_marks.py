@@ -30,10 +30,10 @@ def made(tmp_path_factory):
 
 
 class Said(list[str]):
-    """The lines of conversions but for what they say of the rope."""
+    """The lines of conversions but for what they say of rope and tokenizer."""
 
     def note(self, line: str) -> None:
-        if not line.startswith("rope: "):
+        if not line.startswith("rope: ") and "tokenizer" not in line:
             self.append(line)
 
 

@@ -140,7 +140,7 @@ def test_padding_that_transformers_takes_is_not_spoken_of(
     hf = with_config(plain, tmp_path / "hf", pad_token_id=pad)
     lines: list[str] = []
     import_hf(hf, tmp_path / "checkpoint", log=lines.append)
-    assert [line for line in lines if not line.startswith("rope: ")] == []
+    assert [line for line in lines if "pad_token_id" in line] == []
 
 
 def settings_that_leave(folder: Path, text: str) -> str:
@@ -174,3 +174,17 @@ def test_names_that_only_transformers_5_knows_leave_as_version_4_has_them(tmp_pa
 )
 def test_other_tokenizer_settings_leave_byte_for_byte(tmp_path: Path, text: str) -> None:
     assert settings_that_leave(tmp_path, text) == text
+
+
+def test_a_folder_without_a_tokenizer_that_can_be_read_is_told(
+    plain: Path, tmp_path: Path, hf_folder: Path
+) -> None:
+    """As where only weights were fetched, or vocab.json and merges.txt are all there is."""
+    hf, said = with_config(plain, tmp_path / "hf"), list[str]()
+    (hf / "vocab.json").write_text("{}")
+    import_hf(hf, tmp_path / "without", log=said.append)
+    assert said[-1].startswith(f"{hf}: has neither tokenizer.json nor tokenizer.model, so nothing")
+    assert (tmp_path / "without" / "tokenizer" / "vocab.json").exists()
+    shutil.copyfile(hf_folder / "tokenizer.json", hf / "tokenizer.json")
+    import_hf(hf, tmp_path / "with", log=said.append)
+    assert len(said) == 3 and said[-1].startswith("rope: ")
