@@ -35,6 +35,7 @@ from lctw_megatron.model.initialize import sharded_parameters
 from lctw_megatron.model.not_taken import not_taken
 from lctw_megatron.platform.world import first_rank_decides, on_first_rank
 from lctw_megatron.training.exit_status import serve_until_parent_ends
+from lctw_megatron.training.nonfinite import check_state
 from lctw_megatron.training.optimizer_state import keep_own_settings, optimizer_shards
 from lctw_megatron.training.shared_writing import collect_sums, sharing_strategy
 from lctw_megatron.work_folder import remove
@@ -76,6 +77,7 @@ class CheckpointWriter:
         """Write ``state`` (a sharded state dict) as the checkpoint of ``manifest.step``."""
         self.finish()
         name = step_name(manifest.step)
+        check_state(self.folder / name, state)
         temporary = self._on_first_rank(name, None, lambda: self._make_temporary(name))
         _start_results_queue()
         first = self._strategy is None

@@ -1,12 +1,16 @@
 """A step whose loss or gradient is not finite: which sequences and documents it was, on the screen
-and in a file."""
+and in a file. And weights that are not, which no checkpoint is to hold."""
 
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 from lctw_megatron.atomic import write_json
 from lctw_megatron.data.loader import TokenLoader
-from lctw_megatron.errors import few
+from lctw_megatron.errors import InputError, few
+from lctw_megatron.platform.world import first_rank_decides
 
 
 class NonFinite(Exception):
@@ -63,3 +67,38 @@ def describe_samples(loader: TokenLoader, step: int) -> list[dict[str, Any]]:
         }
         for traced in loader.documents(step)
     ]
+
+
+def check_state(checkpoint: Path, state: dict[str, Any]) -> None:
+    """Refuse to write ``state``, a sharded state dict, to ``checkpoint`` unless all its tensors are
+    finite. A collective call. InputError.
+
+    One weight may be NaN, as after a fault of the memory, and every loss finite for long: that of a
+    token that has not come up. The checkpoint would take the place of one that is good.
+    """
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+    shards = [
+        shard
+        for shard in nested_values(state)
+        if isinstance(shard, ShardedTensor | ShardedTensorFactory)
+        and shard.data.numel()
+        and shard.data.is_floating_point()
+    ]
+    # Least and largest, which a NaN makes NaN, need no memory.
+    mine = {s.key for s in shards if not torch.stack(s.data.detach().aminmax()).isfinite().all()}
+    everyones = [mine]
+    if dist.is_initialized():
+        everyones *= dist.get_world_size()
+        dist.all_gather_object(everyones, mine)
+    if wrong := sorted(set.union(*everyones)):
+
+        def refuse() -> None:
+            raise InputError(
+                f"{checkpoint}: not written, as numbers of {few(wrong)} are not finite; the "
+                "checkpoints before it are whole, start again to go on from the newest, and with a "
+                "lower training.lr if it happens again"
+            )
+
+        first_rank_decides(refuse)

@@ -11,6 +11,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from lctw_megatron.config.schema import RunConfig
 from lctw_megatron.data.fingerprint import sample_digest
@@ -22,7 +23,7 @@ from lctw_megatron.training.loss_spike import SpikeWatch
 from tests.distributed import run_distributed
 from tests.tools.command import call
 from tests.training.layouts import STRIDE, VOCABULARY, WINDOW, make_run
-from tests.training.runs import logged, write_recipe
+from tests.training.runs import checkpoints, logged, write_recipe
 from tests.training.trainers import train
 from tools import inspect_data
 
@@ -175,6 +176,51 @@ def test_a_budget_leaves_such_steps_out(
     # As it is after a resume: what was left out before counts.
     with harm("nan"), pytest.raises(InputError, match=f"documents {DOCUMENT}"):
         train_here(make(data, tmp_path, nonfinite_budget=1, steps=10))
+
+
+def train_with_a_lost_weight(run: RunConfig, lost: bool) -> str:
+    """The error of a run of which, after four steps, the last rank's copy of a weight is NaN."""
+    from lctw_megatron.training.loop import train as train_here
+    from lctw_megatron.training.step import Stepper
+
+    real = Stepper.step
+
+    def step(self: Stepper, number: int, batches: Any) -> dict[str, float]:
+        metrics = real(self, number, batches)
+        if lost and number == 3 and dist.get_rank() == dist.get_world_size() - 1:
+            next(self.chunks[0].parameters()).data.view(-1)[-1] = float("nan")
+        return metrics
+
+    try:
+        with mock.patch.object(Stepper, "step", step):
+            train_here(run)
+    except InputError as error:
+        return str(error)
+    except SystemExit as quiet:
+        return f"status {quiet.code}"
+    return ""
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("in_background", [False, True])
+def test_weights_that_are_not_finite_are_never_saved(
+    data: str, tmp_path: Path, ranks: int, in_background: bool
+) -> None:
+    """They would take the place of good ones, and every start from there would stop at once."""
+    run = make(data, tmp_path, save_interval=2, keep_last=1, async_save=in_background)
+
+    def errors(lost: bool) -> list[str]:
+        if ranks == 1:
+            return [train_with_a_lost_weight(run, lost)]
+        return run_distributed(train_with_a_lost_weight, ranks, run, lost)
+
+    first, *others = errors(lost=True)
+    assert "step_00000004: not written, as numbers of " in first and "not finite" in first, first
+    assert others == ["status 2"] * (ranks - 1)
+    assert checkpoints(tmp_path) == [2]
+    assert errors(lost=False) == [""] * ranks
+    assert checkpoints(tmp_path) == [5]
+    assert [line["step"] for line in logged(tmp_path)] == list(range(5))
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
