@@ -37,6 +37,12 @@ def check_run(run: RunConfig) -> None:
             f"training.eval_interval is {training.eval_interval}, but data.validation names no "
             "dataset; give one or leave eval_interval out"
         )
+    for corpus in run.data.validation:
+        if corpus.weight != 1:
+            raise InputError(
+                f"data.validation gives {corpus.prefix} the weight {corpus.weight:g}, but "
+                "validation takes the sequences of all its datasets alike; leave weight out"
+            )
     if training.min_lr and training.schedule == "constant":
         raise InputError(
             f"training.min_lr is {training.min_lr}, but training.schedule is constant and never "

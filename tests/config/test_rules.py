@@ -76,6 +76,10 @@ def test_what_would_be_passed_over_is_refused():
     check_run(run_config(training__keep_every=4, training__save_interval=2))
     with pytest.raises(InputError, match="keep_every is 4, but without training.save_interval"):
         check_run(run_config(training__keep_every=4))
+    plain, weighted = {"prefix": "a"}, {"prefix": "b", "weight": 3}
+    check_run(run_config(data__validation=[plain, plain]))
+    with pytest.raises(InputError, match="data.validation gives b the weight 3, but"):
+        check_run(run_config(data__validation=[plain, weighted]))
 
 
 def test_validation_needs_data():
