@@ -37,7 +37,7 @@ from lctw_megatron.training.first_lines import first_lines
 from lctw_megatron.training.hang_watch import HangWatch
 from lctw_megatron.training.heartbeat import Heartbeat
 from lctw_megatron.training.loss_spike import SpikeWatch
-from lctw_megatron.training.metrics import MetricsLog, peak_memory_gib, set_aside
+from lctw_megatron.training.metrics import MetricsLog, peak_memory_gib
 from lctw_megatron.training.micro_batch import choose_micro_batch, with_micro_batch
 from lctw_megatron.training.nonfinite import NonFinite, write_nonfinite
 from lctw_megatron.training.optimizer import build_optimizer, gather_weights, wrap_data_parallel
@@ -293,8 +293,7 @@ class Trainer:
 
     def _open_log(self) -> MetricsLog:
         begins = self.first_step < self.config.training.steps
-        write_settings(self.config, begins)
-        set_aside(self.config, self.first_step)
+        write_settings(self.config, self.first_step)
         return MetricsLog(
             Path(self.config.run_dir),
             self.first_step,

@@ -7,7 +7,6 @@ is counted twice, and context-parallel parts add up like data-parallel ones.
 
 import json
 import os
-import secrets
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -18,9 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lctw_megatron.atomic import atomic_file
-from lctw_megatron.config.schema import RunConfig
-from lctw_megatron.data.metrics_file import last_metrics, read_metrics
-from lctw_megatron.model.checkpoint_folder import step_name
+from lctw_megatron.data.metrics_file import read_metrics
 from lctw_megatron.platform.peak_memory import peak_memory_bytes
 from lctw_megatron.training.trackers import Sender
 from lctw_megatron.weighting.occurrence import CLASSES
@@ -101,20 +98,6 @@ def peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return peak_memory_bytes() / 2**30
-
-
-def set_aside(run: RunConfig, first_step: int) -> None:
-    """Keep the metrics of a run that begins anew although it has been saved: somebody has removed
-    its checkpoints, and these may be all that is left of it."""
-    path = Path(run.run_dir) / "metrics.jsonl"
-    lines = last_metrics(path) if first_step == 0 else []
-    # One that was killed in its first save has as many steps as that, or leaves it half-written.
-    first_save = run.training.save_interval or run.training.steps
-    saved = lines and lines[-1]["step"] + 1 > first_save
-    if saved and not list(path.parent.glob(f"checkpoints/.{step_name(first_save)}.*.tmp")):
-        aside = path.with_name(f"metrics.{secrets.token_hex(4)}.jsonl")
-        os.replace(path, aside)
-        print(f"{path}: of a run whose checkpoints are gone, which begins anew; is now {aside}")
 
 
 class MetricsLog:

@@ -10,6 +10,7 @@ from lctw_megatron.config.schema import RunConfig
 from lctw_megatron.model.checkpoint import TOKENIZER
 from lctw_megatron.ownership import owned
 from lctw_megatron.platform.world import on_first_rank
+from lctw_megatron.training.earlier_run import set_aside
 from lctw_megatron.work_folder import remove_leftovers
 
 
@@ -29,10 +30,14 @@ def one_run_in(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def write_settings(run: RunConfig, begins: bool) -> None:
-    """RUN_DIR/run.yaml: what the run is trained with. One that has no step left (not ``begins``)
-    was not trained with what it is given now, and keeps its file."""
+def write_settings(run: RunConfig, first_step: int) -> None:
+    """RUN_DIR/run.yaml: what the run is trained with from ``first_step`` on, once what is of an
+    earlier training has another name. One that has no step left was not trained with what it is
+    given now, and keeps its file."""
     path = Path(run.run_dir) / "run.yaml"
+    begins = first_step < run.training.steps
+    if begins:
+        set_aside(run, first_step)
     if begins or not path.exists():
         with atomic_file(path, "w") as file:
             file.write(dump_yaml(run))

@@ -3,10 +3,7 @@
 import errno
 from pathlib import Path
 
-import pytest
-
-from lctw_megatron.training.metrics import MetricsLog, set_aside
-from tests.training.layouts import make_run
+from lctw_megatron.training.metrics import MetricsLog
 from tests.training.runs import logged
 
 
@@ -22,33 +19,6 @@ def test_lines_of_steps_that_are_done_again_are_cut_off(tmp_path: Path) -> None:
     log.close()
     assert [line["step"] for line in logged(tmp_path)] == [0, 1, 2, 3]
     assert logged(tmp_path)[2]["loss/plain"] == 2 / 3
-
-
-def test_metrics_of_removed_checkpoints_are_kept(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = make_run("tokens", str(tmp_path), {}, "chunk", "uniform", "frozen")  # of 3 steps
-    often = run.training.model_copy(update={"save_interval": 1})
-    saved = run.model_copy(update={"training": often})
-    path = tmp_path / "metrics.jsonl"
-    set_aside(run, 0)
-    path.write_text('{"step": 0}\n')
-    set_aside(saved, 0)  # killed in its first save
-    path.write_text('{"step": 0}\n{"step": 1}\n')
-    set_aside(run, 0)  # and before it
-    set_aside(saved, 1)
-    half = tmp_path / "checkpoints" / ".step_00000001.0a1b2c3d.tmp"
-    half.mkdir(parents=True)
-    set_aside(saved, 0)  # in its first save, beside which it trained on
-    half.rmdir()
-    assert set(tmp_path.iterdir()) == {path, half.parent} and not capsys.readouterr().out
-    half.with_name(
-        ".step_00000002.0a1b2c3d.tmp"
-    ).mkdir()  # what a later save has left saves nothing
-    set_aside(saved, 0)
-    (aside,) = tmp_path.glob("metrics.*")
-    assert aside != path and len(aside.read_text().splitlines()) == 2
-    assert f"begins anew; is now {aside}" in capsys.readouterr().out
 
 
 def test_a_board_that_cannot_be_written_is_given_up(tmp_path: Path) -> None:
