@@ -26,10 +26,12 @@ def set_aside(run: RunConfig, first_step: int) -> None:
     To be called before the settings in the folder become this training's."""
     folder = Path(run.run_dir)
     if first_step == 0 and _has_been_saved(run, folder):
-        _rename(folder / "metrics.jsonl", "of a run whose checkpoints are gone, which begins anew")
+        # And a run of its own at the trackers.
+        for name in ("metrics.jsonl", "trackers.json"):
+            _rename(folder / name, "of a run whose checkpoints are gone, which begins anew")
     for name in _RESULTS:
         path = folder / name
-        step = _measured_step(path) if path.is_file() else 0
+        step = _measured_step(path)
         if step is None and first_step == 0:
             _rename(path, "measured before the run begins")
         elif step is not None and step > first_step:
@@ -63,6 +65,8 @@ def _measured_step(path: Path) -> int | None:
 
 
 def _rename(path: Path, what: str) -> None:
+    if not path.is_file():
+        return
     aside = path.with_name(f"{path.stem}.{secrets.token_hex(4)}{path.suffix}")
     os.replace(path, aside)
     print(f"{path}: {what}; is now {aside}", flush=True)

@@ -3,6 +3,7 @@
 Where they send to is theirs to know, by their own variables: WANDB_MODE, WANDB_PROJECT, WANDB_DIR,
 MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME and so on. The identity that a run has there is kept in
 RUN_DIR/trackers.json, so that a resumed run goes on in it; steps that are done again appear again.
+One that begins anew, its checkpoints having been removed, is another there (earlier_run.py).
 
 A thread of each talks to the library, so that no network keeps the training waiting, and what fails
 there is one line in the log.

@@ -55,10 +55,12 @@ def test_metrics_of_removed_checkpoints_are_kept_under_other_settings(
     """The first save was where those who wrote the metrics had it."""
     lines = "".join(f'{{"step": {step}}}\n' for step in range(3))
     (tmp_path / "metrics.jsonl").write_text(lines)
+    (tmp_path / "trackers.json").write_text('{"wandb": "0a1b2c3d"}')
     (tmp_path / "run.yaml").write_text(dump_yaml(make(tmp_path, **before)))
     set_aside(make(tmp_path, **now), 0)
     (aside,) = tmp_path.glob("metrics.*")
     assert aside.name != "metrics.jsonl" and aside.read_text() == lines
+    assert not (tmp_path / "trackers.json").exists()  # another training is another run there
 
 
 def test_results_of_steps_to_come_are_set_aside(
