@@ -45,7 +45,6 @@ def main(arguments: list[str]) -> int:
         "--write-speed",
         type=float,
         metavar="GB/S",
-        default=5.0,
         help="with --dry-run: what the file system takes from all ranks together; default: 5",
     )
     parser.add_argument(
@@ -67,6 +66,13 @@ def _train(options: argparse.Namespace) -> int:
     from lctw_megatron.model.megatron_fields import check_megatron_fields
     from lctw_megatron.weighting import parse_weighting
 
+    if not options.dry_run:
+        for option in ("--ranks", "--memory", "--write-speed"):
+            if getattr(options, option[2:].replace("-", "_")) is not None:
+                raise InputError(
+                    f"{option} is for --dry-run, and changes nothing of a training; add --dry-run, "
+                    "or leave it out (torchrun or srun starts the ranks)"
+                )
     recipe = load_recipe(options.recipe, options.overrides)
     run = resolve_run(recipe, options.run, checkpoint_model)
     parse_weighting(run.weighting)
@@ -82,8 +88,9 @@ def _train(options: argparse.Namespace) -> int:
         )
         from lctw_megatron.training.save_estimate import describe_save
 
-        if not 0 < options.write_speed < 1e9:
-            raise InputError(f"--write-speed is {options.write_speed}, expected GB/s above 0")
+        write_speed = 5.0 if options.write_speed is None else options.write_speed
+        if not 0 < write_speed < 1e9:
+            raise InputError(f"--write-speed is {write_speed}, expected GB/s above 0")
         if options.memory is not None and not 0 < options.memory < 1e9:
             raise InputError(f"--memory is {options.memory}, expected GiB above 0")
         ranks = options.ranks or run.layout.fewest_ranks
@@ -95,7 +102,7 @@ def _train(options: argparse.Namespace) -> int:
         sys.stdout.write(describe_layout(chosen, options.ranks, device))
         if chosen != run:
             print(describe_micro_batch(chosen, ranks, memory, device))
-        lines = describe_save(chosen, options.ranks, options.write_speed)
+        lines = describe_save(chosen, options.ranks, write_speed)
         print(*unreached_lines(run.training), *lines, sep="\n")
         return 0
 

@@ -121,6 +121,19 @@ def test_a_dry_run_knows_the_schemes(
     assert call(tool.main, capsys, recipe, *left_out, "0").status == 2
 
 
+@pytest.mark.parametrize(
+    "option", [("--ranks", "2"), ("--memory", "80"), ("--write-speed", "5")], ids=lambda o: o[0]
+)
+def test_what_a_dry_run_is_told_is_refused_by_a_training(
+    data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: tuple[str, str]
+) -> None:
+    """It would train on one rank, where eight were asked for, without a word."""
+    recipe = frozen_recipe(data, tmp_path / "run")
+    answer = call(tool.main, capsys, recipe, *option)
+    assert answer.status == 2 and f"{option[0]} is for --dry-run" in answer.error_line()
+    assert not (tmp_path / "run" / "main").exists()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the plan is for the GPU that is there")
 def test_without_a_gpu_a_plan_is_for_the_cpu_or_in_bf16_for_one_of_80_gb(
     data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
