@@ -13,7 +13,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from lctw_megatron.atomic import atomic_file
+from lctw_megatron.data.earlier_output import check_earlier_mark
 from lctw_megatron.errors import few
+from lctw_megatron.report import plot_style
 from lctw_megatron.report.benchmarks import benchmark_lines, benchmark_table
 from lctw_megatron.report.coloured_text import legend_html, scale_for, to_html
 from lctw_megatron.report.comparisons import judge, overview_table, reading_lines, verdict_lines
@@ -27,7 +29,7 @@ from lctw_megatron.report.curve_plots import (
 )
 from lctw_megatron.report.groups import Group, group_runs
 from lctw_megatron.report.left_out import left_out
-from lctw_megatron.report.page import Section, render_page
+from lctw_megatron.report.page import MARK, Section, render_page
 from lctw_megatron.report.plot_style import write_png
 from lctw_megatron.report.probe_plots import (
     gain_by_distance,
@@ -82,6 +84,7 @@ TRAINING: Figures = (
 )
 """These stand last."""
 
+PAGE = "report.html"
 FEW = 3
 """With more groups what is long opens on a click."""
 
@@ -97,12 +100,14 @@ def write_report(
 
     output: default: `report` beside the first run's folder. markdown: tables as Markdown. baseline:
     the run to compare with, and others of its group; default: the first. The HTML file comes last,
-    so that a report that is there is complete. Raises InputError.
+    so that a report that is there is complete. Raises InputError, also for a file under one of the
+    report's names that no report wrote.
     """
     runs, first = read_runs(folders, baseline)
     groups, fewer = with_shared_samples(group_runs(runs, first))
     groups, unshared = with_shared_depths(groups)
     folder = Path(output) if output else Path(folders[0]).resolve().parent / "report"
+    _check_names(groups, folder)
     sections = [
         _results(groups, [*unfinished(runs), *fewer, *unshared, *left_out(groups)]),
         *_drawn(RECALL, groups, folder),
@@ -121,13 +126,25 @@ def write_report(
         *_drawn(TRAINING, groups, folder),
     ]
     sections = [part for part in map(_without_empty_tables, sections) if _is_something(part)]
-    page = folder / "report.html"
+    page = folder / PAGE
     title = _title(groups)
     with atomic_file(page, "w") as file:
         file.write(render_page(title, sections, note))
     text = _text(sections, to_markdown if markdown else to_text)
     ends = [*_without_weights(runs), *([note] if note else []), f"report: {page}"]
     return "\n\n".join([*text, *ends])
+
+
+def _check_names(groups: Sequence[Group], folder: Path) -> None:
+    """InputError before anything is written, unless what has one of a report's names is of one."""
+    check_earlier_mark("--output", folder / PAGE, "report", MARK)
+    drawn = [folder / f"{name}.png" for name, *_ in (*RECALL, *LOSSES, *TRAINING)]
+    for path in [*drawn, *(_text_png(folder, group.example) for group in groups)]:
+        check_earlier_mark("--output", path, "picture of a report", plot_style.MARK)
+
+
+def _text_png(folder: Path, run: RunRecord) -> Path:
+    return folder / f"text_{run.name.replace('/', '_')}.png"
 
 
 def _text(sections: Sequence[Section], write: Callable[[Rows], str]) -> list[str]:
@@ -199,7 +216,7 @@ def _text_section(run: RunRecord, sample: dict[str, Any], folder: Path) -> Secti
     weights = np.array(page["weight"], dtype=float)
     scale = scale_for(weights, signed=False)
     picture = text_page(page["text"], weights, scale, title)
-    write_png(folder / f"text_{run.name.replace('/', '_')}.png", picture)
+    write_png(_text_png(folder, run), picture)
     titles = [
         f"weight {weight:g}, long loss {_nats(long)}, short loss {_nats(short)}"
         for weight, long, short in zip(

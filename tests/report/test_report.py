@@ -341,3 +341,18 @@ def test_the_tool_writes_where_it_is_told(report, tmp_path, capsys):
     assert tool.main([str(report[0] / "dense"), "--output", str(tmp_path), "--note", "a note"]) == 0
     shown = capsys.readouterr().out
     assert "a note" in shown and str(tmp_path / "report.html") in shown
+
+
+@pytest.mark.parametrize("name", ["report.html", "loss_curves.png", "text_dense.png"])
+def test_a_file_of_somebody_else_is_not_replaced(report, tmp_path, name):
+    """As in a folder of a paper's figures."""
+    (tmp_path / name).write_text("mine")
+    run = str(report[0] / "dense")
+    with pytest.raises(InputError, match=f"{name}: is there and no earlier .*report"):
+        write_report([run], tmp_path, None)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "mine"
+    (tmp_path / name).unlink()
+    for _ in range(2):  # its own it replaces
+        write_report([run], tmp_path, None)
+    assert (tmp_path / name).read_bytes()[:4] != b"mine"
