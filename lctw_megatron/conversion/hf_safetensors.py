@@ -2,7 +2,7 @@
 
 With several files, model.safetensors.index.json says which tensor is in which. The library maps
 files into memory, and every page that was read counts as memory of the process until the file is
-closed. So a file is open for one tensor at a time: what it adds is at most that tensor.
+closed. So a file is closed once some of that has gathered, and opened again.
 """
 
 import math
@@ -28,8 +28,11 @@ from lctw_megatron.errors import InputError, few
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_ADAPTER = "adapter_config.json"
 _LARGEST_HEADER = 10**8
 """Bytes; the library reads no larger one."""
+_MOST_MAPPED = 1 << 28
+"""Bytes that may be read of a file before it is opened anew."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,9 @@ class SafetensorsFolder(Closing):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._open = ExitStack()
-        self._name = ""  # the tensor for which ``_file`` is open
+        self._path: Path | None = None  # which ``_file`` has open
         self._file: Any = None
+        self._mapped = 0  # bytes read of it
         if (folder / SINGLE).is_file():
             self.entries = read_header(folder / SINGLE)
         elif (folder / INDEX).is_file():
@@ -80,10 +84,12 @@ class SafetensorsFolder(Closing):
         """Fill ``out`` (on the CPU) with the rows from ``row`` on, in its dtype. ``check``:
         InputError unless they are finite, there and here."""
         entry = self.entries[name]
-        if name != self._name:
+        # Not for every tensor: to open it is to read its header, 5 ms where it names 3,000 experts.
+        if entry.file != self._path or self._mapped > _MOST_MAPPED:
             self._open.close()
             self._file = self._open.enter_context(safe_open(entry.file, "pt"))
-            self._name = name
+            self._path, self._mapped = entry.file, 0
+        self._mapped += out.numel() * out.element_size()
         (stored, *place), first = entry.inside or ((name,), 0)
         rows = slice(first + row, first + row + len(out))
         value = self._file.get_slice(stored)[(*place, rows)]
@@ -161,7 +167,14 @@ def _read_indexed(folder: Path) -> dict[str, Entry]:
 
 
 def _refuse_another(folder: Path, name: str) -> None:
-    """InputError if config.json names other weights than ``name``: transformers 5 loads those."""
+    """InputError if transformers would load other weights than ``name``: those that config.json
+    names (5), or with peft those of an adapter."""
+    if (folder / _ADAPTER).is_file():
+        raise InputError(
+            f"{folder / _ADAPTER}: makes the folder an adapter's, which is not read; merge it into "
+            "its base model first (peft: merge_and_unload, save_pretrained), or remove the file if "
+            f"{name} holds the merged weights"
+        )
     config = folder / CONFIG
     named = read_json_object(config).get("transformers_weights") if config.is_file() else None
     if named is not None and os.path.normpath(str(named)) != name:
@@ -197,6 +210,11 @@ def _nothing_to_read(folder: Path) -> str:
         return (
             f"{folder}: {few(pickles)}: pickled weights are not read, for a pickle can run "
             "any code; convert them to safetensors (transformers: save_pretrained) first"
+        )
+    if (folder / _ADAPTER).is_file():
+        return (
+            f"{folder}: holds an adapter ({_ADAPTER}), not a model; merge it into its base model "
+            "first (peft: merge_and_unload, save_pretrained)"
         )
     if others := sorted(path.name for path in folder.glob("*.safetensors")):
         return f"{folder}: {few(others)}, but neither {SINGLE} nor {INDEX} that names them"

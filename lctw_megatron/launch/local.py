@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lctw_megatron.config.shipped import PROJECT
+from lctw_megatron.data.indexed_array import index_path
 from lctw_megatron.errors import InputError
 from lctw_megatron.launch.stage_graph import NOT_DONE, StageGraph
 from lctw_megatron.launch.stages import Stage, StageState, runnable
@@ -88,7 +89,8 @@ def command_lines(
 def check_needs(
     graph: StageGraph, stages: Sequence[Stage], ahead: frozenset[str] = frozenset()
 ) -> None:
-    """Refuse stages that need others which are neither done nor among them nor in ``ahead``."""
+    """Refuse stages that need others which are neither done nor among them nor in ``ahead``, or
+    that read what is not there, which the last of them would otherwise say after all training."""
     known = {stage.name: stage for stage in graph.stages}
     names = {stage.name for stage in stages} | ahead
     outdated = graph.outdated(stage for stage in stages if stage.name not in ahead)
@@ -100,6 +102,12 @@ def check_needs(
             if why and need not in names:
                 raise InputError(
                     f"--stages: {stage.name} needs {need}, which is {why}; add it to --stages"
+                )
+        for path in stage.reads if stage.name not in ahead else ():
+            if not (Path(path).is_file() or Path(index_path(path)).is_file()):
+                raise InputError(
+                    f"{stage.name} reads {path}, which is neither the prefix of a token dataset "
+                    f"({index_path(path)}) nor a file; make it, or change the recipe"
                 )
 
 

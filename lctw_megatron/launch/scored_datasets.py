@@ -1,4 +1,4 @@
-"""Which token datasets a recipe scores, and the names of the stages that do it."""
+"""Which token datasets a recipe scores, the names of the stages that do it, and their windows."""
 
 import os
 import re
@@ -27,6 +27,13 @@ def scored_prefixes(recipe: Recipe, runs: Iterable[RunConfig]) -> dict[str, str]
     if _clash(names):
         names = [str(number) for number in range(len(prefixes))]
     return {prefix: f"score-{name}" for prefix, name in zip(prefixes, names, strict=True)}
+
+
+def smallest_window(recipe: Recipe, runs: Iterable[RunConfig]) -> int | None:
+    """Of all that the recipe compares a long context with."""
+    weightings = [run.weighting for run in runs if needs_short_loss(run.weighting.scheme)]
+    windows = [weighting.window for weighting in weightings if weighting.window]
+    return min(windows + ([recipe.scoring.window] if recipe.scoring else []), default=None)
 
 
 def _clash(names: Sequence[str]) -> bool:

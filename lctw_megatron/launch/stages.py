@@ -30,10 +30,9 @@ from lctw_megatron.config.schema import (
     RunConfig,
     ScoringConfig,
 )
-from lctw_megatron.config.schemes import needs_short_loss
 from lctw_megatron.conversion.architectures import architecture
 from lctw_megatron.errors import InputError
-from lctw_megatron.launch.scored_datasets import reads_scores, scored_prefixes
+from lctw_megatron.launch.scored_datasets import reads_scores, scored_prefixes, smallest_window
 
 KINDS = ("prepare", "score", "train", "export", "verify", "evaluate", "recall", "report")
 
@@ -60,6 +59,8 @@ class Stage:
     """What it leaves behind: a file or folder that is there when it is done."""
     needs: tuple[str, ...] = ()
     """Names of the stages that must be done before."""
+    reads: tuple[str, ...] = ()
+    """Token datasets and texts that no stage makes, so that they must be there already."""
     model_ranks: int = 1
     """Ranks that share one model; a multiple of it is started."""
     scales: bool = False
@@ -105,7 +106,7 @@ def all_stages(
     """The stages of ``recipe``, whose runs are resolved in ``runs``, kind by kind."""
     scored = scored_prefixes(recipe, runs)
     stages = (
-        [_prepare_stage(recipe.prepare, _smallest_window(recipe, runs))] if recipe.prepare else []
+        [_prepare_stage(recipe.prepare, smallest_window(recipe, runs))] if recipe.prepare else []
     )
     if recipe.scoring:
         for prefix, name in scored.items():
@@ -135,20 +136,14 @@ def final_runs(recipe: Recipe, runs: Iterable[RunConfig]) -> list[RunConfig]:
     return [run for run in runs if run.name not in used] or runs
 
 
-def _data_needs(recipe: Recipe, prefixes: Iterable[str]) -> list[str]:
-    """`prepare`, if it makes one of the token datasets."""
-    if recipe.prepare is None:
-        return []
-    prefix = os.path.abspath(recipe.prepare.output_prefix)
-    made = {prefix, f"{prefix}-validation"}
-    return [] if made.isdisjoint(map(os.path.abspath, prefixes)) else ["prepare"]
-
-
-def _smallest_window(recipe: Recipe, runs: Iterable[RunConfig]) -> int | None:
-    """Of all that the recipe compares a long context with."""
-    weightings = [run.weighting for run in runs if needs_short_loss(run.weighting.scheme)]
-    windows = [weighting.window for weighting in weightings if weighting.window]
-    return min(windows + ([recipe.scoring.window] if recipe.scoring else []), default=None)
+def _data(recipe: Recipe, *prefixes: str) -> tuple[list[str], tuple[str, ...]]:
+    """`prepare`, if it makes one of the token datasets; and those that it does not make."""
+    made = set()
+    if recipe.prepare:
+        prefix = os.path.abspath(recipe.prepare.output_prefix)
+        made = {prefix, f"{prefix}-validation"}
+    given = tuple(prefix for prefix in prefixes if os.path.abspath(prefix) not in made)
+    return (["prepare"] if len(given) < len(prefixes) else []), given
 
 
 def _prepare_stage(prepare: PrepareConfig, window: int | None) -> Stage:
@@ -200,13 +195,16 @@ def _score_stage(recipe: Recipe, scoring: ScoringConfig, prefix: str, name: str)
     decides = tuple(arguments)
     if scoring.tokens_per_forward is not None:
         arguments += ["--tokens-per-forward", str(scoring.tokens_per_forward)]
-    scorer = run_of(recipe, scoring.scorer)
+    needs, reads = _data(recipe, prefix)
+    if scorer := run_of(recipe, scoring.scorer):
+        needs.append(f"train-{scorer}")
     return Stage(
         name,
         "score",
         tuple(arguments),
         f"{prefix}.{scoring.name}.json",
-        needs=(*_data_needs(recipe, [prefix]), *([f"train-{scorer}"] if scorer else [])),
+        needs=tuple(needs),
+        reads=reads,
         model_ranks=scoring.tensor * scoring.pipeline,
         scales=True,
         shards=scoring.shards,
@@ -225,7 +223,7 @@ def _train_stage(
     arguments = ["tools/train.py", recipe_path, "--run", run.name]
     for override in overrides:
         arguments += ["--set", override]
-    needs = _data_needs(recipe, [c.prefix for c in (*run.data.train, *run.data.validation)])
+    needs, reads = _data(recipe, *(c.prefix for c in (*run.data.train, *run.data.validation)))
     if reads_scores(recipe, run):
         needs += [scored[os.path.normpath(corpus.prefix)] for corpus in run.data.train]
     if start := run_of(recipe, recipe.runs[run.name].get("start")):
@@ -236,6 +234,7 @@ def _train_stage(
         tuple(arguments),
         f"{run.run_dir}/checkpoints",
         needs=tuple(dict.fromkeys(needs)),
+        reads=reads,
         model_ranks=run.layout.fewest_ranks,
         scales=True,
         restarts=True,
@@ -278,7 +277,8 @@ def _evaluate_stage(recipe: Recipe, evaluation: EvaluationConfig, run: RunConfig
     arguments += ["--checkpoint", f"{run.run_dir}/checkpoints"]
     output = f"{run.run_dir}/evaluation.json"
     arguments += ["--data", evaluation.data, "--output", output]
-    needs = [*_data_needs(recipe, [evaluation.data]), f"train-{run.name}"]
+    needs, reads = _data(recipe, evaluation.data)
+    needs.append(f"train-{run.name}")
     for option, value in [
         ("--sequence-length", evaluation.sequence_length),
         ("--max-sequences", evaluation.max_sequences),
@@ -299,6 +299,7 @@ def _evaluate_stage(recipe: Recipe, evaluation: EvaluationConfig, run: RunConfig
         tuple(arguments),
         output,
         needs=tuple(needs),
+        reads=reads,
         model_ranks=run.layout.model_ranks,
         scales=True,
     )
@@ -318,13 +319,14 @@ def _recall_stage(recipe: Recipe, recall: RecallProbes, run: RunConfig) -> Stage
     ]:
         if value is not None:
             arguments += [option, str(value)]
-    haystack = [recall.haystack] if recall.haystack else []
+    needs, reads = _data(recipe, *([recall.haystack] if recall.haystack else []))
     return Stage(
         f"recall-{run.name}",
         "recall",
         tuple(arguments),
         output,
-        needs=(*_data_needs(recipe, haystack), f"train-{run.name}"),
+        needs=(*needs, f"train-{run.name}"),
+        reads=reads,
         model_ranks=run.layout.model_ranks,
         scales=True,
     )

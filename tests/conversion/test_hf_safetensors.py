@@ -9,17 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from lctw_megatron.conversion.hf_import import import_hf
-from lctw_megatron.conversion.hf_safetensors import INDEX, SafetensorsFolder, read_header
-from lctw_megatron.conversion.safetensors_writer import (
-    SafetensorsWriter,
-    parse_size,
-    plan_files,
-)
+from lctw_megatron.conversion.hf_safetensors import INDEX
 from lctw_megatron.errors import InputError
 from tests.conversion.hf_models import make_model
 
@@ -242,6 +235,23 @@ def test_weights_that_transformers_would_not_load_are_not_read(originals, tmp_pa
     assert "but model.safetensors.index.json is what" in text
 
 
+def test_an_adapter_is_not_read_over_nor_taken_for_a_model(originals, tmp_path, refusal):
+    """With peft installed transformers loads its base model and it, not the weights beside it."""
+    spoil = lambda folder: (folder / "adapter_config.json").write_text("{}")  # noqa: E731
+    text = refusal("single", spoil)
+    assert "adapter_config.json: makes the folder an adapter's" in text
+    assert "if model.safetensors holds the merged weights" in text
+    shutil.rmtree(tmp_path / "single")
+
+    def only_the_adapter(folder: Path) -> None:
+        spoil(folder)
+        (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+
+    assert "holds an adapter (adapter_config.json), not a model; merge" in refusal(
+        "single", only_the_adapter
+    )
+
+
 @pytest.mark.parametrize("name", [None, "model.safetensors", "./model.safetensors"])
 def test_weights_may_be_named_that_are_read_anyway(originals, tmp_path, name):
     folder = shutil.copytree(originals / "single", tmp_path / "single")
@@ -264,70 +274,3 @@ def test_a_copy_of_tied_embeddings_must_be_a_copy(originals, tmp_path, refusal):
     folder = shutil.copytree(originals / "tied", tmp_path / "copy")
     change_tensors(folder, copy)
     import_hf(folder, tmp_path / "out", log=lambda text: None)
-
-
-@given(
-    st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=3), min_size=1, max_size=12),
-    st.integers(1, 600),
-)
-def test_shards_hold_every_tensor_once_in_order_and_keep_the_limit(shapes, limit):
-    tensors = {f"t{i}": tuple(shape) for i, shape in enumerate(shapes)}
-    planned = plan_files(tensors, torch.bfloat16, limit)
-    assert [n for shard in planned for n in shard.tensors] == list(tensors)
-    for shard in planned:
-        size = sum(2 * torch.Size(shape).numel() for shape in shard.tensors.values())
-        assert size <= limit or len(shard.tensors) == 1
-    assert len({shard.name for shard in planned}) == len(planned)
-
-
-@pytest.mark.parametrize("limit", [10**9, 3000])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_what_is_written_is_what_the_safetensors_library_and_we_read(limit, dtype, tmp_path):
-    tensors = {f"layer.{i}.weight": torch.randn(7 + i, 5, 3) for i in range(9)}
-    planned = plan_files({n: tuple(t.shape) for n, t in tensors.items()}, dtype, limit)
-    with SafetensorsWriter(tmp_path, planned, dtype) as writer:
-        for name, tensor in tensors.items():
-            writer.begin(name)
-            writer.write(tensor[:2].contiguous())
-            writer.write(tensor[2:].contiguous())
-    read = {}
-    for path in shards(tmp_path):
-        read |= load_file(path)
-        assert read_header(path)
-    with SafetensorsFolder(tmp_path) as source:
-        for name, tensor in tensors.items():
-            assert torch.equal(read[name], tensor.to(dtype))
-            rows = torch.empty(3, 5, 3, dtype=dtype)
-            source.read_rows(name, 4, rows)
-            assert torch.equal(rows, tensor[4:7].to(dtype))
-            wide = torch.empty(3, 5, 3)
-            source.read_rows(name, 4, wide)
-            assert torch.equal(wide, tensor[4:7].to(dtype).float())
-
-
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc to list what is mapped")
-def test_only_the_file_of_the_tensor_read_last_is_mapped_into_memory(originals):
-    def mapped() -> int:
-        maps = Path("/proc/self/maps").read_text()
-        return sum(path.name in maps for path in shards(originals / "sharded"))
-
-    most = 0
-    with SafetensorsFolder(originals / "sharded") as source:
-        for name, entry in source.entries.items():
-            source.read_rows(name, 0, torch.empty(entry.shape))
-            most = max(most, mapped())
-    assert most == 1 and mapped() == 0
-
-
-@pytest.mark.parametrize(
-    "text, size",
-    [("5GB", 5 * 10**9), ("2GiB", 2**31), ("1.5 MB", 1500000), ("700", 700), ("3kb", 3000)],
-)
-def test_sizes(text, size):
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "GB", "5XB", "-1GB", "0", "five"])
-def test_sizes_that_are_none(text):
-    with pytest.raises(InputError, match="5GB"):
-        parse_size(text)

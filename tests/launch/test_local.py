@@ -127,6 +127,28 @@ def test_ranks_that_a_later_stage_cannot_take_are_said_before_the_first(plan, fa
     assert local.run_stages(made, made.select(["train-base"]), ranks=3) == 0
 
 
+@pytest.mark.parametrize(
+    "change, stage",
+    [
+        ("evaluation.recall.haystack=runs/speeches.txt", "recall-uniform"),
+        ("evaluation.data=runs/theirs", "evaluate-uniform"),
+        ("data.validation=[runs/theirs]", "train-base"),
+    ],
+)
+def test_what_a_later_stage_reads_must_be_there_before_the_first(plan, fake_tools, change, stage):
+    asked = change, "evaluation.recall.lengths=[4096]"
+    made = plan(SINGLE, *asked)
+    missing = change.split("=")[1].strip("[]")
+    with pytest.raises(InputError, match=f"{stage} reads {missing}, which is neither"):
+        local.run_stages(made, made.stages)
+    assert fake_tools() == []
+    file = missing if missing.endswith(".txt") else f"{missing}.idx"
+    Path("runs").mkdir(exist_ok=True)
+    Path(file).write_text("")
+    assert local.run_stages(made, made.select(["prepare"])) == 0
+    local.check_needs(made, made.stages)
+
+
 def test_several_ranks_run_under_torchrun(plan, monkeypatch):
     made = plan()
     train, score = made.select(["train-dense", "score"])[::-1]

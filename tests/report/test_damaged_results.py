@@ -100,3 +100,27 @@ def test_weights_without_a_page_are_reported(tmp_path):
     value["weights"] = "the training data are gone"
     (folder / "evaluation.json").write_text(json.dumps(value))
     assert read_run(folder).weights is None
+
+
+@pytest.mark.parametrize("name", ["evaluation.json", "recall.json"])
+def test_a_result_that_lacks_something_is_one_line(tmp_path, name):
+    folder = write_recall(write_run(tmp_path / "run"))
+    path = folder / name
+    whole = json.loads(path.read_text())
+    assert read_run(folder)
+    parts = {name: whole[name] for name in ("settings", "classes", "distance") if name in whole}
+    parts |= {"cell": whole["cells"][2]} if "cells" in whole else {"longppl": whole["longppl"]}
+    free = {"format", "seconds", "mean", "haystack", "samples", "short"}
+    for part in [whole, *parts.values()]:
+        for key in part.keys() - free:
+            kept, part[key] = part[key], {}
+            path.write_text(json.dumps(whole))
+            with pytest.raises(InputError, match=rf"{name}: damaged \(.*\); ") as error:
+                read_run(folder)
+            assert "\n" not in str(error.value)
+            part[key] = kept
+    rows = whole["cells"][0]["right"] if "cells" in whole else whole["position"]["sequence_loss"][1]
+    rows.pop()
+    path.write_text(json.dumps(whole))
+    with pytest.raises(InputError, match="not a value of every "):
+        read_run(folder)
