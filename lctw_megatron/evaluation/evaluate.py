@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from lctw_megatron.atomic import write_json
+from lctw_megatron.config.rope import longest_context
 from lctw_megatron.config.schema import DataConfig, LayoutConfig
 from lctw_megatron.data.batch import Sample
 from lctw_megatron.data.sequence_source import SequenceSource
@@ -161,11 +162,15 @@ def evaluate(
     def begin() -> tuple[Path, EvaluationSettings, dict[str, Any]]:
         place, manifest = _look(checkpoint)
         completed, dataset = complete(asked, place, manifest), TokenDataset(prefix)
-        check_data(place, manifest, dataset)
+        length, models = completed.sequence_length, [(place, manifest)]
+        assert length
         if completed.key_checkpoint:
-            check_data(*_look(completed.key_checkpoint), dataset)
-        assert completed.sequence_length
-        open_held_out(prefix, completed.sequence_length)  # refused once, and its index made once
+            models.append(_look(completed.key_checkpoint))
+        for at, of in models:
+            check_data(at, of, dataset)
+            if (made_for := longest_context(of.model)) and length > made_for:
+                print(f"{length} tokens are more than {made_for}, what {at} is made for")
+        open_held_out(prefix, length)  # refused once, and its index made once
         return place, completed, describe(completed, place, dataset)
 
     place, settings, described = first_rank_decides(begin)

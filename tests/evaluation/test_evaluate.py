@@ -314,6 +314,15 @@ def test_bad_settings_are_named_in_one_line(trained, changes, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_length_that_a_model_is_not_made_for_is_said(trained, capsys):
+    folder, validation, _ = trained
+    evaluate(folder / "run", validation, replace(SETTINGS, sequence_length=SEQUENCE))
+    assert "made for" not in capsys.readouterr().out
+    evaluate(folder / "run", validation, replace(SETTINGS, sequence_length=SEQUENCE + 8))
+    said = f"72 tokens are more than {SEQUENCE}, what .*run.* is made for"
+    assert re.search(said, capsys.readouterr().out)
+
+
 def test_with_an_evaluator_the_windows_are_longppl_s_own_unless_given(trained):
     from lctw_megatron.evaluation.evaluate import complete
 
