@@ -13,8 +13,10 @@ from lctw_megatron.errors import InputError
 def call(path: str, long_loss: Tensor, short_loss: Tensor, live: Tensor) -> Tensor:
     """Its weights, [sequences, targets] as the arguments. Raises InputError if it fails, or returns
     another shape or, where ``live`` (bool), what is no weight."""
+    # Copies, as it may work in place: on the losses that are trained on, else.
+    given = long_loss.clone(), short_loss.clone(), live.clone()
     try:
-        result = import_function(path)(long_loss, short_loss, live)
+        result = import_function(path)(*given)
     except Exception as error:
         raise InputError(
             f"weighting.function {path} failed: {type(error).__name__}: {error}; "

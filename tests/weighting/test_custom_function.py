@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from lctw_megatron.errors import InputError
+from lctw_megatron.weighting.custom_function import call
 from tests.weighting.test_schemes import LONG, SHORT, weigh
 
 
@@ -31,3 +32,17 @@ def fails(long_loss: Tensor, short_loss: Tensor, mask: Tensor) -> Tensor:
 def test_custom_weights_are_checked(name: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         weigh({"scheme": "custom", "function": f"{__name__}:{name}"}, LONG, SHORT)
+
+
+def in_place(long_loss: Tensor, short_loss: Tensor, mask: Tensor) -> Tensor:
+    """max(short - long, 0), as one writes it to save memory."""
+    mask &= short_loss > long_loss
+    return short_loss.sub_(long_loss).masked_fill_(~mask, 0.0)
+
+
+def test_a_function_may_work_in_place() -> None:
+    """Its arguments are no longer the losses that are trained on, nor the mask that counts."""
+    long, short, live = torch.tensor([LONG]), torch.tensor([SHORT]), torch.ones(1, 5) > 0
+    weights = call(f"{__name__}:in_place", long, short, live)
+    assert weights.tolist() == [[1.0, 0.0, 0.0, 3.0, 0.0]]
+    assert long.tolist() == [LONG] and short.tolist() == [SHORT] and live.all()
