@@ -232,9 +232,9 @@ def test_bf16_scores_agree_with_fp32_to_a_tenth_and_are_no_bf16_numbers(
     assert (values.view(np.uint32) & 0xFFFF == 0).mean() < 0.01
 
 
-def test_a_scorer_with_a_weight_that_is_not_finite_is_refused(copy: Scene) -> None:
+def test_a_scorer_whose_losses_are_not_finite_is_refused(copy: Scene) -> None:
     folder = copy.folder / "broken"
-    model = {**MODEL, "init_method_std": 1e38}
+    model = {**MODEL, "init_method_std": 1e18}  # finite, but their products are not
     assert Ranks(copy.folder / "output", 1, write_checkpoint, folder, 1, model).join().status == 0
     arguments = [*copy.arguments[:2], "--checkpoint", str(folder), *copy.arguments[4:]]
     outcome = score(copy.folder / "output", arguments)
