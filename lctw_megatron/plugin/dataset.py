@@ -65,6 +65,11 @@ class ShortLossGPTDataset(GPTDataset):
         sample["loss_mask"] = short_loss.where(mask != 0, torch.full_like(short_loss, DEAD))
         return sample
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # As this class: a data loader's worker cannot import those of ``dataset_class``, and what
+        # they add has been checked.
+        return object.__new__, (ShortLossGPTDataset,), self.__dict__
+
 
 def dataset_class(weighting: Mapping[str, Any]) -> type[GPTDataset]:
     """Whose samples training with ``weighting``, the fields of a recipe's section, takes: schemes
@@ -73,9 +78,9 @@ def dataset_class(weighting: Mapping[str, Any]) -> type[GPTDataset]:
     parsed = parse_weighting(weighting)
     if not parsed.scheme.needs_short_loss:
         return GPTDataset
-    ShortLossGPTDataset.window = parsed.config.window
-    ShortLossGPTDataset.stride = parsed.config.stride
-    return ShortLossGPTDataset
+    # Of the same name, by which Megatron finds the indices that it has built before.
+    checks = {"window": parsed.config.window, "stride": parsed.config.stride}
+    return type(ShortLossGPTDataset.__name__, (ShortLossGPTDataset,), checks)
 
 
 class _Pieces:

@@ -65,13 +65,6 @@ def test_padding_and_validation_are_not_scored(tmp_path):
     assert any((mask == DEAD).any() for mask in carried), "the last sequence is padded"
 
 
-def test_a_data_loader_s_worker_gets_the_same(tmp_path):
-    write_corpus(tmp_path / "a", [40, 90, 33], 1000)
-    training, _, _ = build(ShortLossGPTDataset, [str(tmp_path / "a")], tmp_path, 4, split="1,0,0")
-    again = pickle.loads(pickle.dumps(training))
-    np.testing.assert_array_equal(again[3]["loss_mask"], training[3]["loss_mask"])
-
-
 @pytest.mark.parametrize(
     "made_with, named",
     [
@@ -87,16 +80,17 @@ def test_sidecars_that_do_not_fit_the_samples(tmp_path, made_with, named):
         build(ShortLossGPTDataset, [str(tmp_path / "a")], tmp_path, 4, split="1,0,0")
 
 
-def test_the_class_is_that_of_the_scheme_and_checks_the_sections_window(tmp_path, monkeypatch):
-    for name in ("window", "stride"):
-        monkeypatch.setattr(ShortLossGPTDataset, name, None)
+def test_each_class_checks_its_own_window_and_a_worker_gets_the_same_samples(tmp_path):
     for without in ({"scheme": "uniform"}, {"scheme": "eslm", "keep_fraction": 0.5}):
         assert dataset_class(without) is GPTDataset
     write_corpus(tmp_path / "a", [40, 90, 33, 70, 61, 20], 1000)
     made = json.loads((tmp_path / "a.short_loss.json").read_text())
     scored = {name: made[name] for name in ("window", "stride")}
-    for right in ({"scheme": "dense"}, {"scheme": "dense", **scored}):
-        build(dataset_class(right), [str(tmp_path / "a")], tmp_path, 4, split="1,0,0")
+    right = dataset_class({"scheme": "dense", **scored})
     wrong = dataset_class({"scheme": "dense", **scored, "window": made["window"] + 1})
+    for cls in (ShortLossGPTDataset, dataset_class({"scheme": "dense"}), right):
+        training, _, _ = build(cls, [str(tmp_path / "a")], tmp_path, 4, split="1,0,0")
+        again = pickle.loads(pickle.dumps(training))
+        np.testing.assert_array_equal(again[3]["loss_mask"], training[3]["loss_mask"])
     with pytest.raises(InputError, match=f"scored with window {made['window']}, but window"):
         build(wrong, [str(tmp_path / "a")], tmp_path, 4, split="1,0,0")
