@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.num_microbatches_calculator import get_micro_batch_size
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from torch import Tensor
 
@@ -33,13 +34,14 @@ def weighted_forward_step(
     functools.partial(loss_func, loss_mask, ...)), whose loss_func(loss_mask, losses, ...) returns
     (sum, number of tokens, report). The batches come from ``ShortLossGPTDataset``, or for schemes
     without short losses (uniform, eslm, position) from GPTDataset; a row of loss_mask is a
-    sequence.
+    sequence, from whose beginning `position` counts the context.
 
     In training the report's own loss is the weighted one; added are `unweighted lm loss` and
     `unscored`, the share of labels without a short loss. In evaluation all weights are 1.
 
-    Raises InputError for what cannot be right: here for `mode: self`, when it is called for a model
-    without `calculate_per_token_loss`, and in the loss for masks of another dataset.
+    Raises InputError for what cannot be right: here for `mode: self` and a ``forward_step`` without
+    `model`, when it is called for a model without `calculate_per_token_loss`, and in the loss for
+    masks of another dataset and for sequences joined to one row.
     """
     parsed = parse_weighting(weighting)
     carries = parsed.scheme.needs_short_loss
@@ -49,6 +51,12 @@ def weighted_forward_step(
             "leave it out and score the data with tools/score.py"
         )
     signature = inspect.signature(forward_step)
+    if "model" not in signature.parameters:
+        name = getattr(forward_step, "__qualname__", repr(forward_step))
+        raise InputError(
+            f"the forward step {name}{signature} has no parameter `model`, whose settings have to "
+            "be looked at; give it one, or put functools.wraps on what is around it"
+        )
     take_out = _TakeOut(carries)
 
     @wraps(forward_step)  # Megatron-Bridge looks at the signature
@@ -85,6 +93,7 @@ def _weighted_loss(
     inner = partial(loss_func.func, live.to(torch.float32))
     if weighting is None:
         return inner(losses, *others, **loss_func.keywords, **kwargs)
+    _check_rows(losses)
     plain = losses.detach()
     weights, counts = compute_weights_and_counts(weighting, plain, short_loss, live, group)
     result = inner(losses * weights, *others, **loss_func.keywords, **kwargs)
@@ -99,6 +108,21 @@ def _weighted_loss(
         "unscored": torch.stack([counts.unscored, tokens]).to(plain.dtype),
     }
     return total, tokens, {**report, **more}
+
+
+def _check_rows(losses: Tensor) -> None:
+    """InputError unless each sequence of the micro batch is a row, as weights are normalised by
+    row."""
+    try:
+        sequences = get_micro_batch_size()
+    except AttributeError:  # a loop of the user's own, which has not set it
+        return
+    if len(losses) != sequences:
+        raise InputError(
+            f"the micro batch has {sequences} sequences, but their losses are {len(losses)} row(s) "
+            f"of {losses.shape[1]}: joined, as by --dataloader-inter-document-masking, they would "
+            "be weighted as one; set --micro-batch-size 1 or leave the joining out"
+        )
 
 
 class _TakeOut:

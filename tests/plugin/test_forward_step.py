@@ -8,6 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.num_microbatches_calculator import (
+    init_num_microbatches_calculator,
+    unset_num_microbatches_calculator,
+)
 
 from lctw_megatron.config.schema import RunConfig
 from lctw_megatron.errors import InputError
@@ -216,9 +220,29 @@ def test_forward_steps_that_cannot_be_wrapped_are_refused():
     def two_values(data_iterator: Any, model: Any) -> Any:
         return model.losses, partial(lambda mask, losses: (losses.sum(), {}), next(data_iterator))
 
+    def unnamed(*args: Any) -> Any:
+        return forward_step(*args)
+
+    with pytest.raises(InputError, match=r"unnamed\(\*args: Any\) -> Any has no parameter `model`"):
+        weighted_forward_step(unnamed, DENSE)
     with pytest.raises(InputError, match="expected functools.partial"):
         one_loss(tiny_model(), MASK, without_mask)
     with pytest.raises(InputError, match="returned 2 values, expected three"):
         one_loss(tiny_model(), MASK, two_values)
     with pytest.raises(InputError, match="score the data with tools/score.py"):
         weighted_forward_step(forward_step, {**DENSE, "mode": "self", "window": 4, "stride": 2})
+
+
+@pytest.fixture
+def micro_batches_of_two():
+    init_num_microbatches_calculator(0, None, 4, 2, 1)
+    yield
+    unset_num_microbatches_calculator()
+
+
+@pytest.mark.parametrize("weighting", [DENSE, {"scheme": "eslm", "keep_fraction": 0.5}])
+def test_sequences_that_are_joined_to_one_row_are_refused(micro_batches_of_two, weighting):
+    mask = MASK if weighting is DENSE else [1.0, 1, 1, 1, 0]
+    with pytest.raises(InputError, match="2 sequences, but their losses are 1 row.* of 5: joined"):
+        one_loss(tiny_model(), mask, weighting=weighting)
+    one_loss(tiny_model(training=False), mask, weighting=weighting)  # which weighs nothing
