@@ -48,7 +48,7 @@ def scores(
     targets = Targets(
         torch.from_numpy(long_known),
         torch.from_numpy(short_known),
-        torch.from_numpy(live),
+        torch.from_numpy(scored if weighting.config.unscored == "one" else live),
         torch.from_numpy(scored),
         _boundaries(samples),
     )

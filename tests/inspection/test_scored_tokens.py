@@ -24,6 +24,7 @@ from lctw_megatron.inspection.scored_tokens import (
 )
 from lctw_megatron.inspection.token_statistics import TokenStatistics, TopTargets
 from lctw_megatron.weighting import compute_weights, parse_weighting
+from lctw_megatron.weighting.selection import normalise
 from tests.data.small_data import write_tokens
 from tests.evaluation.tiny_run import SEQUENCE, WINDOW, make_data, write_sidecar
 from tests.report.test_report import Page, png_size
@@ -64,6 +65,24 @@ def test_weights_are_those_of_the_sequences_that_training_reads(prefix, packing)
         np.testing.assert_array_equal(targets.id, sample.labels[:live])
         for document, token, id in zip(targets.document, targets.token, targets.id, strict=True):
             assert dataset[document][token] == id
+
+
+def of_the_mask(long_loss, short_loss, mask):
+    """|short - long| with mean 1 over the mask."""
+    return normalise((short_loss - long_loss).abs() + 1.0, mask)
+
+
+def test_a_custom_score_is_the_weight_where_unscored_targets_are_left_out(prefix):
+    weighting = parse_weighting(
+        {"scheme": "custom", "function": f"{__name__}:of_the_mask", "unscored": "one"}
+    )
+    scored = ScoredTokens(TokenDataset(prefix), weighting, SequenceSettings(SEQUENCE))
+    partly = 0
+    for targets in all_targets(scored):
+        known = ~np.isnan(targets.score)
+        partly += known.any() and not known.all()
+        np.testing.assert_array_equal(targets.score[known], targets.weight[known])
+    assert partly
 
 
 def test_a_document_is_one_sequence_or_its_chunks(prefix):
