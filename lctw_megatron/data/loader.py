@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lctw_megatron.config.schema import DataConfig
 from lctw_megatron.data.blend import SampleOrder
 from lctw_megatron.data.microbatch import BatchSlice, check_cut, make_microbatch
-from lctw_megatron.data.sequence_source import open_sources
+from lctw_megatron.data.sequence_source import open_sources, unlike_scores_line
 from lctw_megatron.data.sequences import Piece
 from lctw_megatron.errors import InputError
 
@@ -134,8 +134,10 @@ class TokenLoader:
         ]
 
     def scores_lines(self) -> list[str]:
-        """For the log: how many targets have a short loss, one line a corpus with scores."""
-        return [line for source in self.sources if (line := source.scores_line())]
+        """For the log: how many targets have a short loss, one line a corpus with scores, and one
+        if these were not made alike."""
+        lines = [source.scores_line() for source in self.sources]
+        return [line for line in [*lines, unlike_scores_line(self.sources)] if line]
 
     def step(self, step: int) -> Iterator[dict[str, Tensor]]:
         """This rank's microbatches of training step ``step``, counted from 0.

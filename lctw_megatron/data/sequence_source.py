@@ -11,7 +11,7 @@ from lctw_megatron.data.sequence_cache import cached_index
 from lctw_megatron.data.sequences import Piece
 from lctw_megatron.data.sidecar import Sidecar
 from lctw_megatron.data.token_dataset import TokenDataset, bos_words
-from lctw_megatron.errors import InputError
+from lctw_megatron.errors import InputError, few
 
 _FEW_SCORED = 0.2
 """Share of targets with a short loss below which one of them outweighs five others."""
@@ -143,6 +143,27 @@ def open_sources(
     sources = [SequenceSource(corpus.prefix, data, **options) for corpus in corpora]
     check_one_tokenizer(sources)
     return sources
+
+
+def unlike_scores_line(sources: Sequence[SequenceSource]) -> str:
+    """Which short losses of a blend were made in other windows or by another scorer than others:
+    their differences do not mean the same. Empty if all were made alike."""
+    ways: dict[tuple[Any, ...], str] = {}
+    for sidecar in (source.sidecar for source in sources if source.sidecar is not None):
+        made = sidecar.manifest
+        windowing = made.window, made.stride, made.sequence_length, made.score_first_window
+        scorer = made.scorer.get("checkpoint")
+        ways.setdefault(
+            (*windowing, made.scorer.get("digest")),
+            f"{sidecar.prefix} window {made.window}, stride {made.stride}, --sequence-length "
+            f"{made.sequence_length}, first windows {made.score_first_window}, scorer {scorer}",
+        )
+    if len(ways) < 2:
+        return ""
+    return (
+        f"the short losses of the blend were not made alike: {few(list(ways.values()), '; ')}; "
+        "score again what was not meant so"
+    )
 
 
 def check_one_tokenizer(sources: Sequence[SequenceSource]) -> None:

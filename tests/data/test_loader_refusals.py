@@ -123,6 +123,29 @@ def test_how_many_targets_have_scores_is_said(tmp_path, scored, said) -> None:
     assert loader(config(tmp_path, "c")).scores_lines() == []
 
 
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({}, None),
+        ({"scorer": {"checkpoint": "moved/scorer", "digest": "1" * 32}}, None),
+        (
+            {"window": 4},
+            "c.short_loss window 3, .*d.short_loss window 4, .* scorer a/scorer; score",
+        ),
+        ({"scorer": {"checkpoint": "other", "digest": "2" * 32}}, "scorer a/.* scorer other; "),
+    ],
+)
+def test_a_blend_whose_corpora_were_not_scored_alike_is_told(tmp_path, other, said) -> None:
+    corpora = []
+    for name, details in (("c", {}), ("d", other)):
+        write_sidecar(write_tokens(tmp_path / name, count_up([40])), losses([40]), **details)
+        corpora.append(Corpus(prefix=str(tmp_path / name)))
+    data = DataConfig(train=corpora, sequence_length=8)
+    first, second, *unlike = loader(data, scores=True).scores_lines()
+    assert "c: " in first and "d: " in second and len(unlike) == (said is not None)
+    assert said is None or re.search(said, unlike[0])
+
+
 def test_of_sequences_shorter_than_documents_only_what_is_used_counts_as_scored(tmp_path) -> None:
     dataset = write_tokens(tmp_path / "c", count_up([2000]))
     values = np.full(2000, 1.0, np.float32)
