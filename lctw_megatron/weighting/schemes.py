@@ -295,7 +295,8 @@ class Custom(Scheme):
     live targets, all [sequences, targets]. It returns weights of the same shape, at least 0, which
     are taken as they are, but for a sequence of nothing but zeros: that trains with weight 1, as
     under every scheme (the metrics count them). ``selection.normalise`` and ``keep_largest`` are
-    there for it to use.
+    there for it to use. It must give the same whenever it gets the same: all tensor and context
+    ranks of a sequence call it, and each uses its own answer.
     """
 
     function: str
