@@ -34,6 +34,10 @@ def parse_weighting(values: Mapping[str, Any] | WeightingConfig) -> Weighting:
     """
     config = values
     if not isinstance(config, WeightingConfig):
+        if not isinstance(config, Mapping):  # a fragment's name, as recipes may say
+            raise InputError(
+                f"weighting is {config!r}, expected its fields, as {{'scheme': 'dense'}}"
+            )
         config = build(WeightingConfig, dict(config), "weighting")
     name = config.scheme
     if name not in SCHEMES:

@@ -30,6 +30,7 @@ def test_a_dict_and_the_config_give_the_same_weighting() -> None:
 @pytest.mark.parametrize(
     "values, message",
     [
+        ("dense", "weighting is 'dense', expected its fields, as {'scheme': 'dense'}"),
         ({"scheme": "densse"}, "weighting.scheme 'densse': no such scheme; did you mean dense?"),
         ({"scheme": "x"}, "there are: custom, dense, eslm, longce, longppl, npmi, position"),
         ({"scheme": "sparse", "keep_fracton": 0.1}, "keep_fracton: .*did you mean keep_fraction?"),
