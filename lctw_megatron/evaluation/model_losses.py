@@ -105,8 +105,8 @@ class ModelLosses(SequenceLosses):
     ) -> np.ndarray:
         """Losses under the last ``window`` tokens only: float32 [n, S], NaN where not scored.
 
-        Windows and what they score are those of self-scoring in training: the first ``window``
-        targets of a piece have none. A collective call.
+        Windows and what they score are those of self-scoring in training: the first
+        ``window - 1`` targets of a piece have none. A collective call.
         """
         from megatron.core import parallel_state
 
