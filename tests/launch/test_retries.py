@@ -72,6 +72,27 @@ def test_a_controller_that_is_away_for_a_moment_ends_no_chain(plan, run_script):
     assert len(asked.read_text().splitlines()) == 6
 
 
+@pytest.mark.parametrize(
+    ("state", "goes_on"),
+    [
+        ("JobState=RUNNING Reason=None", True),
+        ("JobState=COMPLETING Reason=None PreemptTime=None", False),  # scancel
+        ("JobState=COMPLETING Reason=TimeLimit", True),
+        ("JobState=COMPLETING Reason=None PreemptTime=2026-11-28T00:17:21", True),
+    ],
+)
+@pytest.mark.parametrize("name", ["train-dense", "score-parts"])
+def test_a_job_that_was_cancelled_is_not_brought_back(plan, run_script, name, state, goes_on):
+    made = plan()
+    (job,) = jobs(made, made.recipe.cluster, name)
+    Path("stubs/scontrol").write_text(
+        f'#!/bin/bash\n[ $1 = show ] && {{ echo "{state}"; exit; }}\necho $* >> requeued\n'
+    )
+    array = {"SLURM_ARRAY_JOB_ID": "40", "SLURM_ARRAY_TASK_ID": "1"} if job.parts else {}
+    status, _ = run_script(job.script, STATUS="75", SLURMD_NODENAME="n1", **IN_JOB, **array)
+    assert (status, Path("requeued").exists()) == ((0, True) if goes_on else (1, False))
+
+
 @pytest.mark.parametrize("mistake", [2, 126, 127])
 def test_what_no_retry_can_mend_is_not_tried_again(plan, run_script, mistake):
     made = plan()
