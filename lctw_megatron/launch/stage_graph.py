@@ -25,6 +25,7 @@ from lctw_megatron.errors import InputError
 from lctw_megatron.launch.stages import KINDS, Stage, all_stages
 from lctw_megatron.model.checkpoint_folder import complete_checkpoints
 from lctw_megatron.model.megatron_fields import check_megatron_fields
+from lctw_megatron.scoring.sidecar_shard import shard_path
 
 NOT_DONE = "not done"
 _CLOCKS_APART = 60.0
@@ -56,8 +57,10 @@ class StageGraph:
         return self.folder / f"{stage.name}{array}.done"
 
     def is_done(self, stage: Stage, part: int | None = None) -> bool:
-        if part is not None:
-            return bool(self._marked(stage, part))
+        if part is not None:  # what it has scored waits for the merge, and may have been removed
+            folder = Path(stage.output.removesuffix(".json") + ".shards")
+            shard = shard_path(folder, part, stage.shards)
+            return bool(self._marked(stage, part)) and shard.is_file()
         return self.why_not_done(stage) is None
 
     def why_not_done(self, stage: Stage, outdated: Collection[str] = ()) -> str | None:

@@ -9,6 +9,7 @@ import pytest
 
 from lctw_megatron.launch.slurm import stage_jobs
 from lctw_megatron.launch.stage_graph import StageGraph, build_stage_graph
+from lctw_megatron.scoring.sidecar_shard import shard_path
 from tests.tokenizer_files import sentencepiece_model
 
 __all__ = ["sentencepiece_model"]
@@ -136,3 +137,13 @@ def jobs(plan, cluster, *names):
     """The jobs of these names; of none, all."""
     found = [job for stage in plan.stages for job in stage_jobs(plan, stage, cluster)]
     return [job for job in found if job.name in names] if names else found
+
+
+def finish_part(plan, part: int) -> Path:
+    """What a part of RECIPE's scoring leaves: its mark and its shard, which is returned."""
+    (stage,) = plan.select(["score"])
+    shard = shard_path(Path("data/books.short_loss.shards"), part, stage.shards)
+    shard.parent.mkdir(parents=True, exist_ok=True)
+    shard.touch()
+    plan.mark(stage, part).write_text(plan.fingerprints["score"])
+    return shard

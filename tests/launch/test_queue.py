@@ -14,7 +14,7 @@ from lctw_megatron.launch.launch_request import LaunchRequest, read_request, run
 from lctw_megatron.launch.status import status
 from lctw_megatron.launch.submission import Submission
 from lctw_megatron.ownership import owned
-from tests.launch.conftest import RECIPE
+from tests.launch.conftest import RECIPE, finish_part
 
 CPU = ClusterConfig(nodes=2, gpus_per_node=0, tasks_per_node=2)
 
@@ -93,7 +93,7 @@ def test_submitting_again_leaves_out_what_is_done_or_queued(plan, slurm, capsys)
     queue.submit(made, made.stages, CPU)
     finish(made, "prepare", "train-base")
     for part in (0, 2):
-        made.mark(made.select(["score"])[0], part).write_text(made.fingerprints["score"])
+        finish_part(made, part)
     slurm.waiting("5 RUNNING\n99 PENDING\n")
     Path("said").write_text("\n" * 20)
     capsys.readouterr()
@@ -112,11 +112,25 @@ def test_submitting_again_leaves_out_what_is_done_or_queued(plan, slurm, capsys)
     assert "--dependency=afterok:5 " in lines[3]  # the one in the queue
 
 
+def test_parts_whose_shards_were_removed_are_scored_again(plan, slurm):
+    """As what refuses shards of other settings says to do."""
+    made = plan()
+    made.folder.mkdir(parents=True)
+    finish(made, "prepare", "train-base")
+    shards = [finish_part(made, part) for part in range(4)]
+    queue.submit(made, made.select(["score"]), CPU)
+    assert set(slurm.said()) == {"score"}
+    for shard in shards[1:]:
+        shard.unlink()
+    queue.submit(made, made.select(["score"]), CPU)
+    assert slurm.said()["score-parts"] == "--array=1,2,3"
+
+
 def test_what_comes_after_a_stage_that_is_submitted_again_is_submitted_too(plan, slurm, capsys):
     made = plan()
     finish(made, *(s.name for s in made.stages))
     for part in range(4):
-        made.mark(made.select(["score"])[0], part).write_text(made.fingerprints["score"])
+        finish_part(made, part)
     Path("out/base/checkpoints").rmdir()
     shown = queue.submission(made, queue.plan_jobs(made, made.stages, CPU)).text
     queue.submit(made, made.stages, CPU)
@@ -133,6 +147,7 @@ def test_launching_again_counts_the_failures_anew(plan, slurm):
     gone = [made.folder / f"{name}.failures" for name in ("train-dense", "score.1-of-4")]
     for file in (kept, *gone):
         file.write_text("ended with status 137\n")
+    finish(made, "prepare", "train-base")
     slurm.waiting("5 RUNNING\n")
     queue.submit(made, made.stages, CPU)
     assert kept.exists() and not any(file.exists() for file in gone)
@@ -146,7 +161,7 @@ def test_status_says_where_every_job_stands(plan, slurm):
     }  # fmt: skip
     queue.submit(made, made.stages, CPU)
     finish(made, "prepare")
-    made.mark(made.select(["score"])[0], 1).write_text(made.fingerprints["score"])
+    finish_part(made, 1)
     slurm.waiting("3 PENDING\n3 RUNNING\n3 PENDING\n6 PENDING\n")
     states = {state.name: state for state in queue.stage_states(made, jobs)}
     assert states["prepare"].text == "done" and not states["prepare"].under_way

@@ -85,22 +85,6 @@ def test_a_killed_slurmd_whose_ranks_live_on_ends_the_job_which_goes_on(
     assert_as_undisturbed(again, chain)
 
 
-def test_a_cancelled_job_saves_and_stays_away(
-    slurm: SmallSlurm,
-    chain: Launched,
-    tmp_path: Path,
-) -> None:
-    again, job = start(slurm, chain, tmp_path)
-    slurm.run("scancel", job)
-    deadline = time.monotonic() + BOUND
-    while slurm.jobs().get(job) in ("RUNNING", "COMPLETING"):
-        assert time.monotonic() < deadline, slurm.run("squeue", "--long")
-        time.sleep(0.2)
-    log = again.log("train-base")
-    assert job not in slurm.jobs(), log
-    assert "saved after step" in log and f"error: job {job} was cancelled" in log, log
-
-
 @pytest.mark.timeout(1300)
 def test_the_quickstart_with_fewer_steps(slurm: SmallSlurm, tmp_path: Path) -> None:
     cluster = cluster_file(tmp_path)
