@@ -14,7 +14,7 @@ from pathlib import Path
 from lctw_megatron.atomic import atomic_file, write_json
 from lctw_megatron.config.schema import ClusterConfig
 from lctw_megatron.data.json_object import read_json_object
-from lctw_megatron.errors import InputError
+from lctw_megatron.errors import InputError, few
 from lctw_megatron.launch.local import check_needs
 from lctw_megatron.launch.slurm import Job, stage_jobs
 from lctw_megatron.launch.stage_graph import NOT_DONE, StageGraph
@@ -75,6 +75,7 @@ def _submit(graph: StageGraph, jobs: Sequence[Job], stages: Sequence[Stage]) -> 
     ids, queued = _read_ids(graph), _queued(graph, jobs)
     check_needs(graph, stages, frozenset(queued))
     outdated = _outdated(graph, jobs, queued)
+    _check_queued(graph, jobs, queued, outdated)
     for job in jobs:
         path = script_path(graph, job)
         if job.name in queued:  # and that is what its script stays
@@ -103,6 +104,27 @@ def _submit(graph: StageGraph, jobs: Sequence[Job], stages: Sequence[Stage]) -> 
         after = [waiting_for[other] for other in needs[name] if other in waiting_for]
         said = f" after {' '.join(after)}" if after else ""
         print(f"{name}: submitted as job {id}{said}", flush=True)
+
+
+def _check_queued(
+    graph: StageGraph, jobs: Sequence[Job], queued: Mapping[str, str], outdated: Collection[str]
+) -> None:
+    """InputError for jobs in the queue that do not do what is missing: they are ending, or what
+    they were submitted after has failed, or is to be made anew under their eyes."""
+    undone = [job for job in jobs if not _is_done(graph, job, outdated)]
+    anew = {job.name for job in undone if job.name not in queued}
+    states = _queue(list(queued.values()), jobs)
+    for job in undone:
+        if (id := queued.get(job.name)) is None:
+            continue
+        if states.get(id, {}).keys() <= {"completing"}:
+            raise InputError(f"{job.name}: job {id} is just ending; launch again in a minute")
+        if needs := [need for need in job.needs if need in anew]:
+            raise InputError(
+                f"{job.name}: job {id} is in the queue, but {few(needs)}, which it needs, is to "
+                f"run again; if SLURM does not remove it in a minute, cancel it (scancel {id}), "
+                "and launch again"
+            )
 
 
 def _otherwise(path: Path, job: Job) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from lctw_megatron.config.schema import ClusterConfig
+from lctw_megatron.errors import InputError
 from lctw_megatron.launch import queue
 from lctw_megatron.launch.launch_request import LaunchRequest, run_request
 from lctw_megatron.launch.queue import NoAnswer, NoQueue
@@ -139,6 +140,8 @@ def test_a_job_in_the_queue_keeps_its_script_and_a_changed_recipe_is_said(plan, 
     queue.submit(made, stages, CPU)
     script = made.folder / "train-base.sbatch"
     before = script.read_text()
+    Path(stages[0].output).mkdir(parents=True)
+    made.set_done(stages[0])
     slurm.waiting("2 PENDING\n")
     capsys.readouterr()
     queue.submit(made, stages, CPU)
@@ -150,3 +153,26 @@ def test_a_job_in_the_queue_keeps_its_script_and_a_changed_recipe_is_said(plan, 
         assert "train-base: job 2 is in the queue, submitted as " in said
         assert "have changed since: cancel it (scancel) and launch again" in said
         assert script.read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("waiting", "said"),
+    [
+        ("2 RUNNING None\n5 PENDING Dependency\n", "train-base: job 2 is .* but prepare, which it"),
+        ("2 COMPLETING None\n5 PENDING Dependency\n", "train-base: job 2 is just ending"),
+        (
+            "5 PENDING Dependency\n",
+            "train-uniform: job 5 .* but prepare, train-base, which it .*scancel 5",
+        ),
+    ],
+)
+def test_a_job_in_the_queue_whose_needs_run_again_is_refused(plan, slurm, waiting, said):
+    """It would train on the old data, and be taken for one that has trained on the new."""
+    made = plan()
+    queue.submit(made, made.stages, CPU)
+    made.set_done(made.stages[0])  # and its output was removed
+    slurm.waiting(waiting)
+    Path("said").unlink()
+    with pytest.raises(InputError, match=said):
+        queue.submit(made, made.stages, CPU)
+    assert not Path("said").exists() and made.mark(made.stages[0]).exists()
