@@ -27,6 +27,13 @@ def run_stages(graph: StageGraph, stages: Sequence[Stage], ranks: int | None = N
     check_needs(graph, stages)
     outdated = graph.outdated(stages)
     why = {s.name: graph.why_not_done(s, outdated) for s in stages}
+    for stage in graph.stages:
+        found = holder(running_mark(graph, stage)) if stage.name in outdated else None
+        if found and not found[1]:  # it would be taken for one that was made of what is made anew
+            raise InputError(
+                f"{stage.name}: is run by {found[0]}, and what it needs is to run again; wait for "
+                "it to end, or end it, and start again"
+            )
     # Not after hours of scoring: trackers that are missing, ranks that do not fit.
     for run in graph.runs:
         if why.get(f"train-{run.name}"):

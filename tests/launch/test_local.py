@@ -10,6 +10,7 @@ from torch.distributed.run import parse_args
 from lctw_megatron.errors import InputError
 from lctw_megatron.launch import local
 from lctw_megatron.launch.stage_graph import StageGraph
+from lctw_megatron.ownership import owned
 from lctw_megatron.training import trackers
 from tests.launch.conftest import RECIPE
 
@@ -222,3 +223,17 @@ def test_dry_run_shows_the_commands(plan):
         "# train-dense: not done\npython -m torch.distributed.run --standalone --nproc-per-node=2 "
         "-- tools/train.py recipe.yaml --run dense"
     ]
+
+
+def test_what_a_running_stage_needs_is_not_made_anew_under_it(plan, fake_tools):
+    """Another launcher's training would read the old data, and be marked after the new are made."""
+    made = plan(SINGLE)
+    assert local.run_stages(made, made.select(["prepare"])) == 0
+    training = made.select(["train-base"])[0]
+    made.set_done(training)
+    with owned(local.running_mark(made, training), training.name):
+        Path("data/books.json").rmdir()
+        with pytest.raises(InputError, match="train-base: is run by process .* is to run again"):
+            local.run_stages(made, made.stages)
+        assert len(fake_tools()) == 1 and made.mark(training).exists()
+    assert local.run_stages(made, made.stages) == 0
