@@ -52,7 +52,7 @@ SchedulerParameters=sched_interval=5,bf_interval=5,batch_sched_delay=1
 CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
 SlurmctldTimeout=10
 SlurmdTimeout=10
-KillWait=5
+KillWait=30
 MessageTimeout=30
 ReturnToService=2
 NodeName={nodes[0]} NodeAddr=127.0.0.1 Port={ports[1]} {node}
