@@ -28,10 +28,10 @@ def run_stages(graph: StageGraph, stages: Sequence[Stage], ranks: int | None = N
     outdated = graph.outdated(stages)
     why = {s.name: graph.why_not_done(s, outdated) for s in stages}
     for stage in graph.stages:
-        found = holder(running_mark(graph, stage)) if stage.name in outdated else None
-        if found and not found[1]:  # it would be taken for one that was made of what is made anew
+        # It would be taken for one that was made of what is made anew.
+        if stage.name in outdated and (who := _runner(graph, stage)):
             raise InputError(
-                f"{stage.name}: is run by {found[0]}, and what it needs is to run again; wait for "
+                f"{stage.name}: is run by {who}, and what it needs is to run again; wait for "
                 "it to end, or end it, and start again"
             )
     # Not after hours of scoring: trackers that are missing, ranks that do not fit.
@@ -68,16 +68,21 @@ def running_mark(graph: StageGraph, stage: Stage) -> Path:
     return graph.folder / f".{stage.name}.lock"
 
 
+def _runner(graph: StageGraph, stage: Stage) -> str | None:
+    """Who runs ``stage`` here now."""
+    found = holder(running_mark(graph, stage))
+    return found[0] if found and not found[1] else None
+
+
 def stage_states(graph: StageGraph, stages: Sequence[Stage]) -> list[StageState]:
     """Where each of ``stages`` stands that was started here: done is what the next start of all of
     them would leave out."""
     states, outdated = [], graph.outdated(stages)
     for stage in stages:
-        found = holder(running_mark(graph, stage))
-        runs = found is not None and not found[1]
+        who = _runner(graph, stage)  # first, for it may be done by the next line
         why = graph.why_not_done(stage, outdated)
-        text = f"running, {found[0]}" if why and found and runs else why or "done"
-        states.append(StageState(stage.name, text, not why, bool(runs and why)))
+        text = f"running, {who}" if why and who else why or "done"
+        states.append(StageState(stage.name, text, not why, bool(why and who)))
     return states
 
 

@@ -72,10 +72,13 @@ def submit(graph: StageGraph, stages: Sequence[Stage], cluster: ClusterConfig) -
 
 
 def _submit(graph: StageGraph, jobs: Sequence[Job], stages: Sequence[Stage]) -> None:
-    ids, queued = _read_ids(graph), _queued(graph, jobs)
+    ids = _read_ids(graph)
+    states = _queue(list(ids.values()), jobs)
+    queued = {name: id for name, id in ids.items() if id in states}
     check_needs(graph, stages, frozenset(queued))
     outdated = _outdated(graph, jobs, queued)
-    _check_queued(graph, jobs, queued, outdated)
+    undone = [job for job in jobs if not _is_done(graph, job, outdated)]
+    _check_queued(undone, queued, states)
     for job in jobs:
         path = script_path(graph, job)
         if job.name in queued:  # and that is what its script stays
@@ -107,17 +110,16 @@ def _submit(graph: StageGraph, jobs: Sequence[Job], stages: Sequence[Stage]) -> 
 
 
 def _check_queued(
-    graph: StageGraph, jobs: Sequence[Job], queued: Mapping[str, str], outdated: Collection[str]
+    undone: Sequence[Job], queued: Mapping[str, str], states: Mapping[str, Mapping[str, str]]
 ) -> None:
-    """InputError for jobs in the queue that do not do what is missing: they are ending, or what
-    they were submitted after has failed, or is to be made anew under their eyes."""
-    undone = [job for job in jobs if not _is_done(graph, job, outdated)]
+    """InputError for jobs in the queue, in these ``states``, that do not do what is missing: they
+    are ending, or what they were submitted after has failed, or is to be made anew under their
+    eyes."""
     anew = {job.name for job in undone if job.name not in queued}
-    states = _queue(list(queued.values()), jobs)
     for job in undone:
         if (id := queued.get(job.name)) is None:
             continue
-        if states.get(id, {}).keys() <= {"completing"}:
+        if states[id].keys() <= {"completing"}:
             raise InputError(f"{job.name}: job {id} is just ending; launch again in a minute")
         if needs := [need for need in job.needs if need in anew]:
             raise InputError(
