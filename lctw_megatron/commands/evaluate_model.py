@@ -313,6 +313,7 @@ def _harness(options: argparse.Namespace) -> int:
     from lctw_megatron.evaluation.harness import check, harness_to_file
     from lctw_megatron.evaluation.harness_library import HarnessSettings
     from lctw_megatron.evaluation.harness_result import to_rows
+    from lctw_megatron.model.checkpoint import find_checkpoint
     from lctw_megatron.report.table import to_text
 
     settings = HarnessSettings(
@@ -329,12 +330,13 @@ def _harness(options: argparse.Namespace) -> int:
     check(settings)
     if options.hf and (options.export or not options.output):
         raise InputError("--hf: needs --output and takes no --export, which --checkpoint does")
-    folder, output = options.hf, options.output
+    folder, output, checkpoint = options.hf, options.output, None
     if options.checkpoint:
+        checkpoint = find_checkpoint(options.checkpoint)
         folder = Path(options.export or Path(options.checkpoint) / "hf")
-        export_hf(Path(options.checkpoint), folder)
+        export_hf(checkpoint, folder)
         output = output or Path(options.checkpoint) / "harness.json"
-    result = harness_to_file(folder, output, settings)
+    result = harness_to_file(folder, output, settings, checkpoint)
     print(f"{to_text(to_rows(result))}\n{output}")
     return 0
 

@@ -43,11 +43,16 @@ def check(settings: HarnessSettings) -> list[Call]:
 
 
 def harness_to_file(
-    folder: str | Path, output: str | Path, settings: HarnessSettings
+    folder: str | Path,
+    output: str | Path,
+    settings: HarnessSettings,
+    checkpoint: Path | None = None,
 ) -> dict[str, Any]:
     """Measure the Hugging Face folder, and write ``output`` (see ``harness_result.FORMAT``) after
     every call, so that what is done is not done again; what was asked for, as in the file. The
-    harness's own results lie beside it, in a folder of its name. InputError.
+    harness's own results lie beside it, in a folder of its name. ``checkpoint``: what the folder
+    was exported from, which the file names: a run that goes back to an earlier step sets the
+    results of later ones aside. InputError.
     """
     output, calls = Path(output), check(settings)
     model = ModelFolder(Path(folder))
@@ -56,6 +61,8 @@ def harness_to_file(
     if any(call.task == "ruler_vt" for call in calls):
         check_words(model)
     described = describe(model, settings)
+    if checkpoint:
+        described["checkpoint"] = str(checkpoint)
     library = Library(model, settings)
     with sole_writer(output, print):
         found = read_harness(output)

@@ -16,7 +16,8 @@ from lctw_megatron.evaluation.saved_result import Shape, read_result
 FORMAT = "lctw-megatron harness 1"
 """Of harness.json. Its keys:
 
-settings    what the results depend on besides task and length, with the identity of the weights
+settings    what the results depend on besides task and length, with the identity of the weights,
+            and the `checkpoint` that was exported
 results     one of each call: `call` (what was asked for), `task`, `length` (null but for RULER),
             `metrics`: name: [value, standard error or null], `main` (the metric to show),
             `lower_is_better` (of that metric; files of before lack it), `samples`, `fewshot`,

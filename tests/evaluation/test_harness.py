@@ -198,6 +198,7 @@ def test_the_command_exports_first_and_does_not_measure_again(folder, tmp_path, 
     result = read_harness(checkpoint / "harness.json")
     assert result is not None and result["ruler"]["2048"]["mean"] == 0.5
     assert result["settings"]["folder"] == str(checkpoint / "hf")
+    assert result["settings"]["checkpoint"] == str(checkpoint)  # and so its step
     assert re.search(r"ruler, 2 of 13 tasks +1,024 +score +0.5000 ±0.1443", answer.out)
     assert re.search(r"arc_easy +- +acc +0.2500 +4", answer.out)
     own = checkpoint / "harness"

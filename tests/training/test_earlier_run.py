@@ -69,7 +69,7 @@ def test_results_of_steps_to_come_are_set_aside(
     run = make(tmp_path, steps=9)
     names = ["evaluation.json", "harness.json", "recall.json"]
     write_result(tmp_path / names[0], "elsewhere/checkpoints/step_00000006")
-    write_result(tmp_path / names[1], None)  # of an exported folder
+    write_result(tmp_path / names[1], None)  # as files of before have none
     write_result(tmp_path / names[2], "run/checkpoints/step_00000002")
     set_aside(run, 6)
     assert sorted(path.name for path in tmp_path.iterdir()) == names
@@ -82,3 +82,11 @@ def test_results_of_steps_to_come_are_set_aside(
     set_aside(run, 0)
     assert not [name for name in names if (tmp_path / name).exists()]
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_what_the_harness_returned_goes_with_its_result(tmp_path: Path) -> None:
+    write_result(tmp_path / "harness.json", "run/checkpoints/step_00000006")
+    (tmp_path / "harness").mkdir()
+    set_aside(make(tmp_path, steps=9), 4)
+    file, folder = sorted(tmp_path.iterdir(), key=Path.is_dir)
+    assert file.stem == folder.name != "harness"
