@@ -14,39 +14,43 @@ KINDS = {"right": "share of answers right", "nats": "nats an answer token"}
 
 def recall_tables(groups: Sequence[Group]) -> list[Rows]:
     """Share right and nats of every task and group, a column a length; then what further groups
-    differ from the first by, on the same samples."""
+    differ from the first by, on the same samples. Last, of several tasks, the mean of those that
+    all groups have."""
     measured = [group for group in groups if measures.has_recall(group)]
     if not measured:
         return []
     lengths, tables = measures.lengths_of(measured), []
-    for kind, name in KINDS.items():
-        rows = [[f"recall, {name}", *(f"{length:,}" for length in lengths)]]
-        for task in measures.tasks_of(measured):
+    parts = {task: [task] for task in measures.tasks_of(measured)}
+    if len(shared := measures.shared_tasks(measured)) > 1:
+        parts[f"mean of {len(shared)}"] = shared
+    for kind, unit in KINDS.items():
+        rows = [[f"recall, {unit}", *(f"{length:,}" for length in lengths)]]
+        for name, tasks in parts.items():
             for group in measured:
-                found = [measures.recall(group, [task], length, kind) for length in lengths]
+                found = [measures.recall(group, tasks, length, kind) for length in lengths]
                 if any(value is not None for value in found):
                     values = ["-" if x is None else show(level(x)) for x in found]
-                    rows.append([f"{task}: {group.name}", *values])
-            rows += [
-                _difference_row(group, measured[0], task, lengths, kind) for group in measured[1:]
-            ]
+                    rows.append([f"{name}: {group.name}", *values])
+            for group in measured[1:]:
+                gaps = _differences(group, measured[0], tasks, lengths, kind)
+                rows.append([f"{name}: {group.name} - {measured[0].name}", *gaps])
         tables.append(rows)
     return tables
 
 
-def _difference_row(
-    group: Group, first: Group, task: str, lengths: Sequence[int], kind: str
+def _differences(
+    group: Group, first: Group, tasks: Sequence[str], lengths: Sequence[int], kind: str
 ) -> list[str]:
-    row = [f"{task}: {group.name} - {first.name}"]
+    cells = []
     for length in lengths:
-        ours, theirs = (measures.recall(each, [task], length, kind) for each in (group, first))
+        ours, theirs = (measures.recall(each, tasks, length, kind) for each in (group, first))
         found = difference(ours, theirs)
         if found is None:
-            row.append("other samples" if ours and theirs else "-")
+            cells.append("other samples" if ours and theirs else "-")
         else:
             better = (found.mean < 0) == (kind == "nats")
-            row.append(marked(show(found, "+"), better, is_beyond(found)))
-    return row
+            cells.append(marked(show(found, "+"), better, is_beyond(found)))
+    return cells
 
 
 def recall_lines(groups: Sequence[Group]) -> list[str]:

@@ -44,6 +44,9 @@ def test_means_are_over_samples_and_differences_over_the_same_samples(folders):
     ]
     assert rows["one_key: dense - uniform"] == ["-0.500 ±0.000 ✓"] * 2
     assert rows["one_key: other - uniform"] == ["other samples"] * 2
+    # Better by 0.5 in every task, and so in their mean.
+    assert rows["mean of 3: dense - uniform"] == ["-0.500 ±0.000 ✓"] * 2
+    assert rows["mean of 3: other - uniform"] == ["other samples"] * 2
     # By hand: a sample's depths are one story, so four samples, not eight.
     cells = [
         c
