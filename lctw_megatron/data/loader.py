@@ -54,8 +54,8 @@ class TokenLoader:
 
     Every batch holds, b = micro_batch_size and S cut by cp_size, zigzag: tokens, labels,
     position_ids int64 [b, S]; loss_mask float32 [b, S]; with ``scores`` short_loss float32 [b, S];
-    and uncut: sequence_tokens, sequence_labels int64 [b, S]; document_ids int64 [b, P]; with
-    data.packing=pack boundaries int32 [b, P+1].
+    and uncut: sequence_tokens, sequence_labels int64 [b, S]; with data.packing=pack also boundaries
+    int32 [b, P+1].
     """
 
     def __init__(
