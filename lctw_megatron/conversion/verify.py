@@ -21,7 +21,7 @@ from lctw_megatron.conversion.placement import (
     query_groups,
     stored_tensors,
 )
-from lctw_megatron.errors import InputError
+from lctw_megatron.errors import InputError, one_line
 from lctw_megatron.model.checkpoint import read_manifest
 from lctw_megatron.progress import Progress
 
@@ -148,10 +148,9 @@ def hf_logits(hf: Path, tokens: Tensor, rounded_to: torch.dtype = torch.float32)
         # return_dict: a config.json may say false, by which transformers' own forward ends in 5.
         model = AutoModelForCausalLM.from_pretrained(hf, return_dict=True, **{dtype: rounded_to})
     except Exception as error:  # whatever its classes raise
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise InputError(
-            f"{hf}: transformers cannot load it ({reason}), so there are no logits to compare; "
-            "mend the folder, or compare the tensors alone with --no-logits"
+            f"{hf}: transformers cannot load it ({one_line(error)}), so there are no logits to "
+            "compare; mend the folder, or compare the tensors alone with --no-logits"
         ) from None
     model = model.float().to(default_device()).eval()
     return model(tokens.to(default_device()), use_cache=False).logits.float().cpu()
