@@ -276,6 +276,7 @@ class Trainer:
 
     def _open_data(self, run: RunConfig) -> TokenLoader:
         world, weighting = self.world, run.weighting
+        compares = needs_short_loss(weighting.scheme)
         return TokenLoader(
             run.data,
             seed=run.seed,
@@ -285,8 +286,8 @@ class Trainer:
             dp_size=world.data_size,
             cp_rank=world.context_rank,
             cp_size=run.layout.context,
-            scores=weighting.mode == "frozen" and needs_short_loss(run.weighting.scheme),
-            window=weighting.window if needs_short_loss(run.weighting.scheme) else None,
+            scores=compares and weighting.mode == "frozen",
+            window=weighting.window if compares else None,
             stride=weighting.stride,
             vocab_size=run.model.vocab_size,
         )
