@@ -61,7 +61,7 @@ class SequenceSource:
         self._own_window = window if scores is None else None
         self._vocab_size = vocab_size or self.tokenizer.vocab_size
         self.dataset.check_fits(self._vocab_size, "the model")
-        self._bos_id = self.tokenizer.bos_id if self.tokenizer.add_bos else None
+        self._bos_id = self.tokenizer.first_id
         self.index, self.packing_cost = cached_index(
             self.dataset,
             data.sequence_length,

@@ -67,7 +67,7 @@ class Tokenizer(ABC):
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text as a stored document: BOS first and EOS last, where there are any."""
         known = self.identity
-        first = [known.bos_id] if known.add_bos else []
+        first = [] if known.first_id is None else [known.first_id]
         last = [known.eos_id] if known.add_eos else []
         before, after = np.array(first, np.int32), np.array(last, np.int32)
         return [np.concatenate([before, ids, after]) for ids in self.encode_batch(texts)]

@@ -307,7 +307,6 @@ def read_losses(
 ) -> Iterator[ReadLosses]:
     """The sequences ``numbers`` of ``source`` with their losses under ``model``."""
     assert settings.sequence_length
-    bos_id = source.tokenizer.bos_id if source.tokenizer.add_bos else None
     at_once = model.sequences_at_once(settings.sequence_length)
     stream = model.world.progress_stream
     with Progress(label, len(numbers), "sequences", stream=stream) as progress:
@@ -316,7 +315,9 @@ def read_losses(
             long_loss = model.losses(samples)
             short_loss = None
             if settings.window and settings.stride:
-                short_loss = model.short_losses(samples, settings.window, settings.stride, bos_id)
+                short_loss = model.short_losses(
+                    samples, settings.window, settings.stride, source.tokenizer.first_id
+                )
             for i, sample in enumerate(samples):
                 short_row = None if short_loss is None else short_loss[i]
                 yield ReadLosses(begin + i, sample, long_loss[i], short_row)

@@ -120,8 +120,7 @@ class ScoredTokens:
         for sidecar in (self.long, self.short):
             if sidecar is not None:
                 sidecar.check(sequence_length=settings.sequence_length, packing=settings.packing)
-        tokenizer = dataset.manifest.tokenizer
-        self._bos_id = tokenizer.bos_id if tokenizer.add_bos else None
+        self._bos_id = dataset.manifest.tokenizer.first_id
         self._index: SequenceIndex | None = None
 
     @property

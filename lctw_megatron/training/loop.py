@@ -137,9 +137,7 @@ class Trainer:
             self.first_step = manifest.step
         clock.end("optimizer")
         self.log = on_first_rank(self._open_log)
-        self.stepper = Stepper(
-            run, self.wrapped, self.optimizer, tokenizer.bos_id if tokenizer.add_bos else None
-        )
+        self.stepper = Stepper(run, self.wrapped, self.optimizer, tokenizer.first_id)
         self.writer = CheckpointWriter(
             folder,
             run.training.keep_last,
