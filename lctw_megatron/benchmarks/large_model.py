@@ -1,4 +1,4 @@
-"""A Llama of 1.24 B parameters at 32k tokens: steps under each weighting, and their kernels."""
+"""A Llama of 1.24 B parameters at 32k tokens: steps under each weighting, packed, deterministic."""
 
 from collections.abc import Callable
 from functools import partial

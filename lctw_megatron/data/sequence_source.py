@@ -29,9 +29,9 @@ class SequenceSource:
 
     ``scores`` is the name of the sidecar to read, None for none; ``window`` and ``stride`` are what
     it must have been made with, None for anything. Without a sidecar ``window`` is that of a run
-    which scores itself. ``vocab_size`` is the model's, which must know
-    every token; None takes the tokenizer's. ``cache_setting`` is what the user calls
-    ``data.index_cache``, None where it cannot be set.
+    which scores itself. ``vocab_size`` is the model's, which must know every token; None takes the
+    tokenizer's. ``cache_setting`` is what the user calls ``data.index_cache``, None where it cannot
+    be set.
     """
 
     def __init__(
