@@ -118,11 +118,17 @@ def collate(samples: Sequence[Sample], with_boundaries: bool) -> dict[str, np.nd
             [unscored if sample.short_loss is None else sample.short_loss for sample in samples]
         )
     if with_boundaries:
-        most = max(len(sample.boundaries) for sample in samples)
-        boundaries = batch["boundaries"] = np.full((rows, most), length, dtype=np.int32)
-        for row, sample in enumerate(samples):
-            boundaries[row, : len(sample.boundaries)] = sample.boundaries
+        batch["boundaries"] = stack_boundaries(samples)
     return batch
+
+
+def stack_boundaries(samples: Sequence[Sample]) -> np.ndarray:
+    """int32 [b, P+1], padded with S."""
+    most = max(len(sample.boundaries) for sample in samples)
+    stacked = np.full((len(samples), most), len(samples[0].tokens), dtype=np.int32)
+    for row, sample in zip(stacked, samples, strict=True):
+        row[: len(sample.boundaries)] = sample.boundaries
+    return stacked
 
 
 def cut_batch(batch: dict[str, np.ndarray], cp_rank: int, cp_size: int) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lctw_megatron.data.batch import IGNORE, Sample
+from lctw_megatron.data.batch import IGNORE, Sample, stack_boundaries
 from lctw_megatron.weighting.compute import compute_weights, known_targets
 from lctw_megatron.weighting.occurrence import CLASSES
 from lctw_megatron.weighting.parse import Weighting
@@ -28,7 +28,7 @@ def sequence_weights(
         torch.from_numpy(long_loss),
         torch.from_numpy(short_loss),
         mask=torch.from_numpy(live),
-        boundaries=_boundaries(samples),
+        boundaries=torch.from_numpy(stack_boundaries(samples)),
     )
     return weights.numpy(), live
 
@@ -39,7 +39,7 @@ def scores(
     """What the scheme thinks of every target before it makes weights of it: float32 [sequences, S];
     NaN where there is no target, or no short loss for a scheme that needs one."""
     streams = (torch.from_numpy(x) for x in (long_loss, short_loss, live_targets(samples)))
-    targets = known_targets(weighting, *streams, _boundaries(samples))
+    targets = known_targets(weighting, *streams, torch.from_numpy(stack_boundaries(samples)))
     found = weighting.scheme.scores(targets)
     return found.where(targets.scored, torch.nan).numpy()
 
@@ -47,15 +47,6 @@ def scores(
 def live_targets(samples: Sequence[Sample]) -> np.ndarray:
     """bool [sequences, S]: where there is a target."""
     return np.stack([sample.labels != IGNORE for sample in samples])
-
-
-def _boundaries(samples: Sequence[Sample]) -> torch.Tensor:
-    """int64 [sequences, pieces + 1], padded with S."""
-    most = max(len(sample.boundaries) for sample in samples)
-    boundaries = np.full((len(samples), most), len(samples[0].tokens), dtype=np.int64)
-    for row, sample in enumerate(samples):
-        boundaries[row, : len(sample.boundaries)] = sample.boundaries
-    return torch.from_numpy(boundaries)
 
 
 def weight_histogram(weights: np.ndarray) -> dict[str, list[float]]:
