@@ -38,8 +38,13 @@ def scores(
 ) -> np.ndarray:
     """What the scheme thinks of every target before it makes weights of it: float32 [sequences, S];
     NaN where there is no target, or no short loss for a scheme that needs one."""
-    streams = (torch.from_numpy(x) for x in (long_loss, short_loss, live_targets(samples)))
-    targets = known_targets(weighting, *streams, torch.from_numpy(stack_boundaries(samples)))
+    targets = known_targets(
+        weighting,
+        torch.from_numpy(long_loss),
+        torch.from_numpy(short_loss),
+        torch.from_numpy(live_targets(samples)),
+        torch.from_numpy(stack_boundaries(samples)),
+    )
     found = weighting.scheme.scores(targets)
     return found.where(targets.scored, torch.nan).numpy()
 
