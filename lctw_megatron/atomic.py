@@ -30,24 +30,20 @@ def sync_directory(directory: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Let one process of all in. It is let go by a crash too.
+def locked(path: Path) -> Iterator[bool]:
+    """Let one process of all in, the others wait. It is let go by a crash too.
 
     Yields whether it is the only one: where the file system has no locks, all are let in. The file
-    ``path`` is made if it is missing, and never written to. BlockingIOError, without ``wait``, if
-    another process holds it; InputError if it is a link.
+    ``path`` is made if it is missing, and never written to. InputError if it is a link.
     """
     descriptor = open_lock(path)
     try:
-        alone = True
         try:
-            entered = lock_descriptor(descriptor, blocking=wait)
+            alone = lock_descriptor(descriptor)
         except OSError as error:
             if error.errno not in LOCKLESS:
                 raise
-            entered, alone = True, False
-        if not entered:
-            raise BlockingIOError(errno.EWOULDBLOCK, "another process holds the lock", str(path))
+            alone = False
         yield alone
     finally:
         os.close(descriptor)  # which lets go

@@ -1,4 +1,4 @@
-"""The one exception for mistakes a user can mend, and how its one line lists things."""
+"""The one exception for mistakes a user can mend, and how its one line says things."""
 
 import errno
 from collections.abc import Sequence
@@ -34,6 +34,11 @@ def exit_status(error: InputError | OSError) -> int:
     """What a command ends with: 2 for what a user can mend, 1, which batch scripts try again, for
     what may be the machine's."""
     return 2 if isinstance(error, InputError) or error.errno in MENDABLE else 1
+
+
+def one_line(error: BaseException) -> str:
+    """What a library says, on one line of at most 300 characters; its type if that is nothing."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def few(items: Sequence[object], separator: str = ", ", most: int = 8) -> str:

@@ -73,7 +73,7 @@ PARTS: dict[str, Callable[[dict[str, Any]], None]] = {
 
 def gpu_benchmark(output: Path, only: list[str]) -> int:
     """Measure all PARTS (or ``only`` those named); print each number, and write all to ``output``,
-    as soon as it is there; of several ranks (`overlap`) the first prints and writes.
+    as soon as it is there; of several ranks the first prints and writes.
 
     A part that fails does not keep the others from running; the exit status is then 1.
     """

@@ -30,6 +30,7 @@ from lctw_megatron.model.spec import DTYPES
 from lctw_megatron.platform.peak_memory import peak_memory_bytes
 from lctw_megatron.platform.world import initialize
 from lctw_megatron.scoring.windows import Table, document_windows
+from lctw_megatron.training.flops import forward_flops
 
 
 class Task(NamedTuple):
@@ -207,18 +208,11 @@ def _run_once(sender: Connection, side: Callable[..., Losses], arguments: tuple[
 
 
 def _flops_ratio(model: ModelConfig, task: Task) -> float:
-    """What leaving out the rows of the head without a target saves. Products only; attention at
-    half of its square, as causal kernels do it."""
-    hidden, heads = model.hidden_size, model.num_attention_heads
-    width = model.kv_channels or hidden // heads
-    groups = model.num_query_groups or heads
-    projections = 2 * hidden * width * (heads + groups) + 3 * hidden * model.ffn_hidden_size
-    body = 2 * projections * model.num_layers
-    body += 2 * heads * width * task.window * model.num_layers
-    head = 2 * hidden * (model.vocab_size or 0)
+    """What leaving out the rows of the head without a target saves."""
     table = task.table()
-    scored = (table[:, 4] - table[:, 3]).sum() / (table[:, 2] - table[:, 1]).sum()
-    return float((body + head) / (body + head * scored))
+    lengths = (table[:, 2] - table[:, 1]).tolist()
+    scored = int((table[:, 4] - table[:, 3]).sum())
+    return forward_flops(model, lengths, sum(lengths)) / forward_flops(model, lengths, scored)
 
 
 def _shares(losses: Losses) -> dict[str, float]:

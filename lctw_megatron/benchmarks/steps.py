@@ -41,14 +41,12 @@ class StepBench:
         self.wrapped = wrap_data_parallel(self.chunks, run.megatron.ddp)
         self.optimizer = build_optimizer(self.wrapped, run.training, run.megatron.optimizer)
 
-    def batches(
-        self, seed: int = 0, documents: Sequence[int] | None = None
-    ) -> list[dict[str, Tensor]]:
+    def batches(self, documents: Sequence[int] | None = None) -> list[dict[str, Tensor]]:
         """The micro batches (of one sequence unless the run says) of this rank's part of a step, as
         the loader gives them: random tokens with made-up short losses, one document a sequence, or
-        documents of so many tokens.
+        ``documents`` of so many tokens.
         """
-        run, world, random = self.run, self.world, np.random.default_rng(seed)
+        run, world, random = self.run, self.world, np.random.default_rng(0)
         length, vocabulary = run.data.sequence_length, run.model.vocab_size or 0
 
         def piece(number: int, length: int) -> PieceData:

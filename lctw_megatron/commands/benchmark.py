@@ -14,7 +14,7 @@ def main(arguments: list[str]) -> int:
     cpu = commands.add_parser("cpu", help="loss, steps, attention and sparse backward on this CPU")
     cpu.add_argument("--output", default="benchmark.json", help="all numbers go there")
     cpu.add_argument("--full-head", action="store_true", help="the loss at 8,192 x 128,256 (slow)")
-    gpu = commands.add_parser("gpu", help="timings on one GPU, a 1B model at 32k tokens")
+    gpu = commands.add_parser("gpu", help="timings on GPUs, most on one: a 1B model at 32k tokens")
     gpu.add_argument("--output", default="benchmark_gpu.json", help="all numbers go there")
     gpu.add_argument(
         "--only",

@@ -290,8 +290,7 @@ def _recall(options: argparse.Namespace) -> int:
 
     given = {name: getattr(options, name) for name in RecallProbes.model_fields}
     probes = build(RecallProbes, given, "the options").model_dump()
-    probes["tasks"] = list(dict.fromkeys(probes["tasks"]))
-    probes["lengths"] = sorted(set(probes["lengths"]))
+    probes["lengths"].sort()
     settings = RecallSettings(**probes, seed=options.seed)
     output = options.output or Path(options.checkpoint) / "recall.json"
     result = recall_to_file(

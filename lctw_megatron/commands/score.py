@@ -1,7 +1,7 @@
 """Score every token of a corpus under a short-context model: PREFIX.short_loss.bin, .idx, .json.
 
-Alone, under torchrun (data-parallel ranks take shards), or as independent jobs, one for
-each `--shard I/N`, and then once with `--merge`. Start it again to finish what is missing.
+Alone, under torchrun (data-parallel ranks take shards), or as independent jobs, one for each
+`--shard I/N`, and then once with `--merge`. Start it again to finish what is missing.
 """
 
 import argparse

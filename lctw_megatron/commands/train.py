@@ -86,9 +86,9 @@ def _train(options: argparse.Namespace) -> int:
             describe_micro_batch,
             with_micro_batch,
         )
-        from lctw_megatron.training.save_estimate import describe_save
+        from lctw_megatron.training.save_estimate import WRITE_SPEED, describe_save
 
-        write_speed = 5.0 if options.write_speed is None else options.write_speed
+        write_speed = WRITE_SPEED if options.write_speed is None else options.write_speed
         if not 0 < write_speed < 1e9:
             raise InputError(f"--write-speed is {write_speed}, expected GB/s above 0")
         if options.memory is not None and not 0 < options.memory < 1e9:

@@ -1,1 +1,1 @@
-"""Checkpoints to and from Hugging Face."""
+"""Checkpoints to and from Hugging Face and Megatron-LM."""

@@ -28,7 +28,8 @@ _KNOWN = {
     "dtype", "eos_token_id", "head_dim", "hidden_act", "hidden_size", "initializer_range",
     "intermediate_size", "layer_types", "max_position_embeddings", "max_window_layers",
     "model_type", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
-    "original_max_position_embeddings", "pad_token_id", "partial_rotary_factor",
+    "original_max_position_embeddings", "output_router_logits", "pad_token_id",
+    "partial_rotary_factor",
     "pretraining_tp",  # how the matrices were cut in training; the product is the same
     "quantization_config", "rope_parameters", "rope_scaling", "rope_theta",
     "sliding_window", "tie_word_embeddings", "torch_dtype", "transformers_version",
@@ -139,7 +140,7 @@ def read_config(folder: Path) -> HFConfig:
             set(values)
             - _KNOWN
             - {*_SHARED_OPTIONS, *table.options, *table.dropouts, table.epsilon[0]}
-            - _known_of_experts(table)
+            - {name for name, _ in table.experts.values()}
         ),
         notes=rope_notes + _notes(values, table, model, path),
     )
@@ -175,10 +176,6 @@ def config_values(model: ModelConfig, dtype: str, token_ids: dict[str, Any]) -> 
         **token_ids,
         "torch_dtype": dtypes.CONFIG[dtype],
     }
-
-
-def _known_of_experts(table: type[Llama]) -> set[str]:
-    return {name for name, _ in table.experts.values()} | {"output_router_logits"}
 
 
 _WINDOW = ("sliding_window", "use_sliding_window", "layer_types")

@@ -53,9 +53,7 @@ def export_hf(
     parameters = sum(math.prod(shape) for shape in shapes.values())
     settings = {"step": manifest.step, "dtype": name, "max_shard_bytes": max_file_bytes}
     source = source_of(checkpoint, "lctw-megatron export 1", **settings)
-    config_values(
-        manifest.model, name, {}
-    )  # refuses what has no config.json, before anything is written
+    config_values(manifest.model, name, {})  # refuses what has none, before anything is written
     with conversion_into(output, source, log, [checkpoint]) as folder:
         if folder is None:
             return Conversion(len(shapes), parameters, 0)

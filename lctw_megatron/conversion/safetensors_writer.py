@@ -33,14 +33,10 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
 def parse_size(text: str) -> int:
     """Bytes of `5GB` (decimal), `5GiB` (binary) or a plain number. Raises InputError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    size = float(match[1]) * _UNITS[match[2].upper()] if _known_unit(match) else 0  # type: ignore[index]
+    size = float(match[1]) * _UNITS.get(match[2].upper(), 0) if match else 0
     if not 1 <= size < 2**63:
         raise InputError(f"size {text!r}: expected a number and a unit, for example 5GB or 512MiB")
     return int(size)
-
-
-def _known_unit(match: re.Match[str] | None) -> bool:
-    return match is not None and match[2].upper() in _UNITS
 
 
 @dataclass(frozen=True)

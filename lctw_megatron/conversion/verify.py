@@ -21,7 +21,7 @@ from lctw_megatron.conversion.placement import (
     query_groups,
     stored_tensors,
 )
-from lctw_megatron.errors import InputError
+from lctw_megatron.errors import InputError, one_line
 from lctw_megatron.model.checkpoint import read_manifest
 from lctw_megatron.progress import Progress
 
@@ -70,12 +70,13 @@ def compare_tensors(hf: Path, checkpoint: Path) -> list[Comparison]:
     Where the dtypes differ the wider side is first rounded to the narrower, which is what a
     conversion does. Raises InputError for missing, unknown and wrongly shaped tensors.
     """
-    tensors = list(stored_tensors(read_config(hf).model))
+    model = read_config(hf).model
+    tensors = list(stored_tensors(model))
     reader = open_checked(checkpoint)
     reader.check(tensors)
     results: dict[str, Comparison] = {}
     with SafetensorsFolder(hf) as source:
-        check_tensors(source, read_config(hf).model, tensors)
+        check_tensors(source, model, tensors)
         size = largest_bytes(tensors, torch.float32)
         memory = [np.empty(size, np.uint8) for _ in range(2)]
         with Progress("compare", len(tensors), "tensors") as progress:
@@ -116,10 +117,11 @@ def compare_logits(hf: Path, checkpoint: Path, tokens: Tensor) -> LogitsComparis
     """Run both models in float32 on ``tokens`` (int64 [sequences, length]), the weights of both
     rounded to the narrower dtype of the two, as compare_tensors does. InputError for a token that
     the model does not have."""
-    size = read_manifest(checkpoint).model.vocab_size or 0
+    manifest = read_manifest(checkpoint)
+    size = manifest.model.vocab_size or 0
     if wrong := [token for token in tokens.flatten().tolist() if not 0 <= token < size]:
         raise InputError(f"token id {wrong[0]}: {checkpoint} has a vocabulary of {size}")
-    rounded_to = dtypes.TORCH[read_manifest(checkpoint).dtype]
+    rounded_to = dtypes.TORCH[manifest.dtype]
     with SafetensorsFolder(hf) as source:
         tensors = list(stored_tensors(read_config(hf).model))
         split_fused(source.entries, tensors)
@@ -148,10 +150,9 @@ def hf_logits(hf: Path, tokens: Tensor, rounded_to: torch.dtype = torch.float32)
         # return_dict: a config.json may say false, by which transformers' own forward ends in 5.
         model = AutoModelForCausalLM.from_pretrained(hf, return_dict=True, **{dtype: rounded_to})
     except Exception as error:  # whatever its classes raise
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise InputError(
-            f"{hf}: transformers cannot load it ({reason}), so there are no logits to compare; "
-            "mend the folder, or compare the tensors alone with --no-logits"
+            f"{hf}: transformers cannot load it ({one_line(error)}), so there are no logits to "
+            "compare; mend the folder, or compare the tensors alone with --no-logits"
         ) from None
     model = model.float().to(default_device()).eval()
     return model(tokens.to(default_device()), use_cache=False).logits.float().cpu()

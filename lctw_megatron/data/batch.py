@@ -101,8 +101,8 @@ def collate(samples: Sequence[Sample], with_boundaries: bool) -> dict[str, np.nd
     """Stack samples to a batch.
 
     tokens, labels, position_ids int64 [b, S]; loss_mask float32 [b, S], 1 at targets, else 0;
-    short_loss float32 [b, S], if any sample has it; document_ids int64 [b, P], padded with -1; and
-    ``with_boundaries``: boundaries int32 [b, P+1], padded with S.
+    short_loss float32 [b, S], if any sample has it; and ``with_boundaries``: boundaries int32
+    [b, P+1], padded with S.
     """
     labels = np.stack([sample.labels for sample in samples])
     rows, length = labels.shape
@@ -117,15 +117,18 @@ def collate(samples: Sequence[Sample], with_boundaries: bool) -> dict[str, np.nd
         batch["short_loss"] = np.stack(
             [unscored if sample.short_loss is None else sample.short_loss for sample in samples]
         )
-    pieces = max(len(sample.documents) for sample in samples)
-    batch["document_ids"] = np.full((rows, pieces), -1, dtype=np.int64)
-    boundaries = np.full((rows, pieces + 1), length, dtype=np.int32)
-    for row, sample in enumerate(samples):
-        batch["document_ids"][row, : len(sample.documents)] = sample.documents
-        boundaries[row, : len(sample.boundaries)] = sample.boundaries
     if with_boundaries:
-        batch["boundaries"] = boundaries
+        batch["boundaries"] = stack_boundaries(samples)
     return batch
+
+
+def stack_boundaries(samples: Sequence[Sample]) -> np.ndarray:
+    """int32 [b, P+1], padded with S."""
+    most = max(len(sample.boundaries) for sample in samples)
+    stacked = np.full((len(samples), most), len(samples[0].tokens), dtype=np.int32)
+    for row, sample in zip(stacked, samples, strict=True):
+        row[: len(sample.boundaries)] = sample.boundaries
+    return stacked
 
 
 def cut_batch(batch: dict[str, np.ndarray], cp_rank: int, cp_size: int) -> dict[str, np.ndarray]:

@@ -54,8 +54,8 @@ class TokenLoader:
 
     Every batch holds, b = micro_batch_size and S cut by cp_size, zigzag: tokens, labels,
     position_ids int64 [b, S]; loss_mask float32 [b, S]; with ``scores`` short_loss float32 [b, S];
-    and uncut: sequence_tokens, sequence_labels int64 [b, S]; document_ids int64 [b, P]; with
-    data.packing=pack boundaries int32 [b, P+1].
+    and uncut: sequence_tokens, sequence_labels int64 [b, S]; with data.packing=pack also boundaries
+    int32 [b, P+1].
     """
 
     def __init__(
@@ -196,7 +196,7 @@ class TokenLoader:
         Raises InputError, both sides named, if the data or what decides its order has changed,
         unless ``allow_changes``: then sample numbers go on counting in the new order.
         """
-        changed = self._changed_since(state)
+        changed = self.changed_since(state)
         if changed and not allow_changes:
             prefixes = ", ".join(source.prefix for source in self.sources)
             raise InputError(
@@ -215,11 +215,9 @@ class TokenLoader:
             self._batch_sizes.append([step, self.consumed_samples, self._global_batch_size])
         self._forget_ahead()
 
-    def changed_since(self, state: dict[str, Any]) -> list[str]:
-        """What of the data, or of what decides its order, was another when ``state`` was saved."""
-        return list(self._changed_since(state).values())
-
-    def _changed_since(self, state: dict[str, Any]) -> dict[str, str]:
+    def changed_since(self, state: dict[str, Any]) -> dict[str, str]:
+        """What of the data, or of what decides its order, was another when ``state`` was saved: its
+        name -> in words."""
         ours, theirs = self.state_dict()["data"], state["data"]
         return {
             name: f"{name} was {theirs.get(name)}, is {ours.get(name)}"

@@ -37,6 +37,11 @@ class TokenizerIdentity(_Strict):
     add_eos: bool
     """Every stored document ends with EOS."""
 
+    @property
+    def first_id(self) -> int | None:
+        """The token that every text begins with: BOS, or None."""
+        return self.bos_id if self.add_bos else None
+
 
 class TokenManifest(_Strict):
     """Of PREFIX.bin and PREFIX.idx."""

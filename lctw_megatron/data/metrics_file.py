@@ -33,12 +33,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [steps[step][1] for step in sorted(steps)]
 
 
-def last_metrics(path: Path, most_bytes: int = 1 << 16) -> list[dict[str, Any]]:
-    """The whole lines in the last ``most_bytes`` of a metrics.jsonl that may be being written;
-    nothing else is said of the others."""
+def last_metrics(path: Path) -> list[dict[str, Any]]:
+    """The whole lines in the last 64 KiB of a metrics.jsonl that may be being written; nothing is
+    said of the others."""
     try:
         with open(path, "rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - most_bytes))
+            file.seek(max(0, file.seek(0, os.SEEK_END) - (1 << 16)))
             text = file.read()
     except FileNotFoundError:
         return []

@@ -32,7 +32,7 @@ class ModelSettings:
 def read_settings(model: bytes) -> ModelSettings:
     """From the bytes of a .model file, a protobuf message (sentencepiece_model.proto upstream).
 
-    Read by hand: protobuf is no dependency of sentencepiece, and five fields need no schema.
+    Read by hand: six fields need no schema.
     """
     user_defined = False
     trainer: dict[int, int | bytes] = {}

@@ -29,9 +29,9 @@ class SequenceSource:
 
     ``scores`` is the name of the sidecar to read, None for none; ``window`` and ``stride`` are what
     it must have been made with, None for anything. Without a sidecar ``window`` is that of a run
-    which scores itself. ``vocab_size`` is the model's, which must know
-    every token; None takes the tokenizer's. ``cache_setting`` is what the user calls
-    ``data.index_cache``, None where it cannot be set.
+    which scores itself. ``vocab_size`` is the model's, which must know every token; None takes the
+    tokenizer's. ``cache_setting`` is what the user calls ``data.index_cache``, None where it cannot
+    be set.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class SequenceSource:
         self._own_window = window if scores is None else None
         self._vocab_size = vocab_size or self.tokenizer.vocab_size
         self.dataset.check_fits(self._vocab_size, "the model")
-        self._bos_id = self.tokenizer.bos_id if self.tokenizer.add_bos else None
+        self._bos_id = self.tokenizer.first_id
         self.index, self.packing_cost = cached_index(
             self.dataset,
             data.sequence_length,

@@ -93,6 +93,13 @@ class PackingCost:
         return text
 
 
+def evenly_spaced(available: int, most: int) -> list[int]:
+    """At most ``most`` numbers below ``available``, so that few sequences still come from many
+    documents."""
+    count = min(most, available)
+    return [i * available // count for i in range(count)]
+
+
 def _percent(part: int, whole: int) -> str:
     return f" ({100 * part / whole:.2f} %)" if whole else ""
 

@@ -35,7 +35,7 @@ from lctw_megatron.data.tokenizer_files import (
     copy_tokenizer_files,
     has_tokenizer,
 )
-from lctw_megatron.errors import InputError
+from lctw_megatron.errors import InputError, one_line
 
 REPLACEMENT = "\ufffd"
 """Stands for bytes that are no text on their own."""
@@ -67,7 +67,7 @@ class Tokenizer(ABC):
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text as a stored document: BOS first and EOS last, where there are any."""
         known = self.identity
-        first = [known.bos_id] if known.add_bos else []
+        first = [] if known.first_id is None else [known.first_id]
         last = [known.eos_id] if known.add_eos else []
         before, after = np.array(first, np.int32), np.array(last, np.int32)
         return [np.concatenate([before, ids, after]) for ids in self.encode_batch(texts)]
@@ -119,7 +119,7 @@ class SentencePieceTokenizer(Tokenizer):
             self._in_parts = breaks_at_newlines(self._processor, self._settings)
             self.pieces()  # the library reads pieces that are no text, and gives none
         except Exception as error:  # RuntimeError or ValueError, as the version has it, and others
-            raise InputError(f"{path}: not a SentencePiece model ({_line(error)})") from None
+            raise InputError(f"{path}: not a SentencePiece model ({one_line(error)})") from None
         self._model = model
         self.unk_id = self._processor.unk_id()
         bos, eos = self._processor.bos_id(), self._processor.eos_id()
@@ -221,7 +221,7 @@ class HuggingFaceTokenizer(Tokenizer):
                 self._fast = FastTokenizer.from_file(str(path))
             except Exception as error:  # the library raises plain Exception
                 raise InputError(
-                    f"{path}: not a tokenizer.json that can be read ({_line(error)})"
+                    f"{path}: not a tokenizer.json that can be read ({one_line(error)})"
                 ) from None
             check_added_tokens(folder, self._fast.token_to_id)
         else:
@@ -307,7 +307,7 @@ def _by_transformers(folder: Path) -> tuple[FastTokenizer, tuple[str | None, str
     except Exception as error:  # whatever its converters raise
         raise InputError(
             f"tokenizer {folder}: transformers cannot read its tokenizer.model together with the "
-            f"tokens that its other files add ({_line(error)}); add tokenizer.json, as "
+            f"tokens that its other files add ({one_line(error)}); add tokenizer.json, as "
             "AutoTokenizer's save_pretrained writes it"
         ) from None
 
@@ -335,11 +335,6 @@ def _as_sentencepiece(model: Path, folder: HuggingFaceTokenizer) -> SentencePiec
         and all(map(np.array_equal, *(t.encode_batch([_PROBE]) for t in (tokenizer, folder))))
     )
     return tokenizer if agree else None
-
-
-def _line(error: Exception) -> str:
-    """What a library says of a file, which may quote it."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _byte_text(piece: str) -> str:

@@ -12,6 +12,7 @@ from lctw_megatron.config.schema import DataConfig
 from lctw_megatron.data.batch import Sample, assemble
 from lctw_megatron.data.microbatch import BatchSlice, check_cut, make_microbatch
 from lctw_megatron.data.sequence_source import open_sources
+from lctw_megatron.data.sequences import evenly_spaced
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,9 +21,8 @@ if TYPE_CHECKING:
 class ValidationLoader:
     """At most ``sequences`` of the sequences of ``data.validation``, one corpus after the other.
 
-    They are evenly spaced, so that few of them still come from many documents. Iterating gives this
-    rank's microbatches, like TokenLoader's, the same number on every rank; the rows that fill up
-    the last ones are masked altogether.
+    They are evenly spaced. Iterating gives this rank's microbatches, like TokenLoader's, the same
+    number on every rank; the rows that fill up the last ones are masked altogether.
     """
 
     def __init__(
@@ -44,9 +44,7 @@ class ValidationLoader:
         self._data = data
         self.sources = open_sources(data.validation, data, vocab_size=vocab_size)
         self._ends = list(itertools.accumulate(len(source) for source in self.sources))
-        available = self._ends[-1] if self._ends else 0
-        count = min(sequences, available)
-        self._chosen = [i * available // count for i in range(count)]
+        self._chosen = evenly_spaced(self._ends[-1] if self._ends else 0, sequences)
         self._padding = assemble([], data.sequence_length, None)
         self._multiple = multiple
 

@@ -1,1 +1,1 @@
-"""Long-range probes and the report."""
+"""What a model can do: held-out losses taken apart, recall, public benchmarks."""

@@ -73,13 +73,12 @@ def bin_means(loss: np.ndarray, targets: np.ndarray) -> list[float | None]:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """How much one model's mean loss differs from another's."""
+class Estimate:
+    """A mean over samples, or the difference of two models' means, and how sure it is."""
 
     mean: float
-    """nats a target; negative: lower than the other's."""
     error: float | None
-    """Standard error of ``mean``, from sequence to sequence; None with fewer than two."""
+    """Standard error of ``mean``; None where one sample says nothing of others."""
 
 
 class Pair(NamedTuple):
@@ -93,7 +92,7 @@ class Pair(NamedTuple):
     """[N]"""
 
 
-def paired_difference(pair: Pair) -> Difference | None:
+def paired_difference(pair: Pair) -> Estimate | None:
     """The difference of the mean losses of two models, ours - theirs. None without targets.
 
     Sequences are the sampling units and hold different numbers of targets, so the mean is a ratio;
@@ -110,7 +109,7 @@ def paired_difference(pair: Pair) -> Difference | None:
     used = targets > 0
     units = int(used.sum())
     if units < 2:
-        return Difference(mean, None)
+        return Estimate(mean, None)
     residual = (gap - mean * targets)[used]
     error = float(np.sqrt(units / (units - 1) * (residual**2).sum()) / total)
-    return Difference(mean, error)
+    return Estimate(mean, error)

@@ -14,6 +14,7 @@ from lctw_megatron.config.rope import longest_context
 from lctw_megatron.config.schema import DataConfig, LayoutConfig
 from lctw_megatron.data.batch import Sample
 from lctw_megatron.data.sequence_source import SequenceSource
+from lctw_megatron.data.sequences import evenly_spaced
 from lctw_megatron.data.token_dataset import TokenDataset
 from lctw_megatron.errors import InputError
 from lctw_megatron.evaluation.longppl import STRIDE, WINDOW, key_tokens, summary
@@ -177,7 +178,7 @@ def evaluate(
     assert settings.sequence_length and settings.near
     length = settings.sequence_length
     source = open_held_out(prefix, length)
-    numbers = chosen_sequences(len(source), settings.max_sequences)
+    numbers = evenly_spaced(len(source), settings.max_sequences)
     losses = np.full((len(numbers), length), np.nan, dtype=np.float32)
     keys = np.zeros(losses.shape, dtype=bool)
     if settings.key_checkpoint:
@@ -285,13 +286,6 @@ def open_held_out(prefix: str, sequence_length: int) -> SequenceSource:
     return SequenceSource(prefix, data, cache_setting=None)
 
 
-def chosen_sequences(available: int, most: int) -> list[int]:
-    """At most ``most`` numbers below ``available``, evenly spaced, so that few sequences still come
-    from many documents."""
-    count = min(most, available)
-    return [i * available // count for i in range(count)]
-
-
 class ReadLosses(NamedTuple):
     """One sequence and what a model gives it."""
 
@@ -313,7 +307,6 @@ def read_losses(
 ) -> Iterator[ReadLosses]:
     """The sequences ``numbers`` of ``source`` with their losses under ``model``."""
     assert settings.sequence_length
-    bos_id = source.tokenizer.bos_id if source.tokenizer.add_bos else None
     at_once = model.sequences_at_once(settings.sequence_length)
     stream = model.world.progress_stream
     with Progress(label, len(numbers), "sequences", stream=stream) as progress:
@@ -322,7 +315,9 @@ def read_losses(
             long_loss = model.losses(samples)
             short_loss = None
             if settings.window and settings.stride:
-                short_loss = model.short_losses(samples, settings.window, settings.stride, bos_id)
+                short_loss = model.short_losses(
+                    samples, settings.window, settings.stride, source.tokenizer.first_id
+                )
             for i, sample in enumerate(samples):
                 short_row = None if short_loss is None else short_loss[i]
                 yield ReadLosses(begin + i, sample, long_loss[i], short_row)

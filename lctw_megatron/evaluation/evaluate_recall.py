@@ -69,7 +69,7 @@ def recall_to_file(
     """Measure, unless ``output`` holds the result already; write it there, and the samples as JSON
     lines to ``samples_file``. The result, on the first rank. All ranks call it. InputError for
     whatever does not fit."""
-    from lctw_megatron.evaluation.model_losses import ModelLosses, open_tokenizer
+    from lctw_megatron.evaluation.model_losses import ModelLosses, tokenizer_of
 
     if settings.seed < 0:
         raise InputError(f"--seed {settings.seed}: a seed is not negative; give 0 or more")
@@ -82,7 +82,7 @@ def recall_to_file(
         check_earlier_lines("--write-samples", samples_file, "list of samples", keys)
     first = join(layout)
     place, manifest = agreed_checkpoint(checkpoint)
-    tokenizer = open_tokenizer(place, manifest)
+    tokenizer = first_rank_decides(lambda: tokenizer_of(place, manifest))
     maker = SampleMaker(tokenizer, settings.haystack, settings.seed, manifest.model.vocab_size or 0)
     digest = tokenizer.identity.digest
     described = first_rank_decides(lambda: describe(settings, place, manifest, maker, digest))
@@ -132,8 +132,6 @@ def describe(
     own = manifest.run.weighting.window if manifest.run else None
     return {
         **asdict(settings),
-        "tasks": list(settings.tasks),
-        "lengths": list(settings.lengths),
         "depths": np.linspace(0, 1, settings.depths).round(6).tolist()
         if settings.depths > 1
         else [0.5],

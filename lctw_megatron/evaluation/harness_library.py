@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from lctw_megatron.data.json_object import parse_json
-from lctw_megatron.errors import InputError
+from lctw_megatron.errors import InputError, one_line
 from lctw_megatron.evaluation.harness_folder import ModelFolder
 from lctw_megatron.evaluation.harness_tasks import MARGIN, Call, without_network
 
@@ -140,7 +140,7 @@ class Library:
                     "tasks) nor a YAML file that defines one; sets are ruler, longbench, short"
                 ) from None
             raise InputError(
-                f"task {call.task}: its data can't be had ({_line(error)}); {without_network()}"
+                f"task {call.task}: its data can't be had ({one_line(error)}); {without_network()}"
             ) from error
         if call.length is not None:
             _check_samples(call, loaded["tasks"][call.task])
@@ -182,7 +182,7 @@ class Library:
                 )
             except Exception as error:  # of any library that reads it
                 raise InputError(
-                    f"{self._model.folder}: {settings.backend} can't load it ({_line(error)})"
+                    f"{self._model.folder}: {settings.backend} can't load it ({one_line(error)})"
                 ) from error
             self._max_length = max_length
         return self._language_model
@@ -204,8 +204,3 @@ def _quiet() -> Iterator[None]:
     """Standard output is ours; some of RULER's generators print what they do."""
     with contextlib.redirect_stdout(sys.stderr):
         yield
-
-
-def _line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:297]}..."

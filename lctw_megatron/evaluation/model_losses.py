@@ -25,7 +25,7 @@ from lctw_megatron.model.checkpoint import (
     agreed_checkpoint,
     load_weights,
 )
-from lctw_megatron.platform.world import first_rank_decides, initialize, join
+from lctw_megatron.platform.world import initialize, join
 
 
 def check_data(checkpoint: Path, manifest: CheckpointManifest, dataset: TokenDataset) -> None:
@@ -134,11 +134,6 @@ class ModelLosses(SequenceLosses):
         gc.collect()
         if self.world.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def open_tokenizer(checkpoint: Path, manifest: CheckpointManifest) -> Tokenizer:
-    """``tokenizer_of``, as the first rank reads it. All ranks call it."""
-    return first_rank_decides(lambda: tokenizer_of(checkpoint, manifest))
 
 
 def tokenizer_of(checkpoint: Path, manifest: CheckpointManifest) -> Tokenizer:

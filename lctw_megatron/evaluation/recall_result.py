@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field, model_validator
 
-from lctw_megatron.evaluation.buckets import Difference, Pair, paired_difference
+from lctw_megatron.evaluation.buckets import Estimate, Pair, paired_difference
 from lctw_megatron.evaluation.saved_result import Count, Shape, read_result
 
 FORMAT = "lctw-megatron recall 1"
@@ -42,7 +42,7 @@ class Sums:
     units: np.ndarray
     """int64 [samples]: answer tokens of nats, 1 of shares."""
 
-    def mean(self) -> Difference:
+    def mean(self) -> Estimate:
         """With its standard error."""
         found = paired_difference(Pair(self.values, np.zeros_like(self.values), self.units))
         assert found is not None
@@ -178,7 +178,7 @@ def to_rows(result: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def show(value: Difference, sign: str = "", digits: int = 3) -> str:
+def show(value: Estimate, sign: str = "", digits: int = 3) -> str:
     """0.950 ±0.012; with ``sign`` "+" always a sign."""
     error = "" if value.error is None else f" ±{value.error:.{digits}f}"
     return f"{value.mean:{sign}.{digits}f}{error}"

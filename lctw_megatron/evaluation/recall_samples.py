@@ -88,7 +88,7 @@ class SampleMaker:
         does not fit, or a tokenizer that loses the words of the samples."""
         self.seed = seed
         self._vocab_size = vocab_size
-        self.bos_id = tokenizer.identity.bos_id if tokenizer.identity.add_bos else None
+        self.bos_id = tokenizer.identity.first_id
         self._tokenizer = tokenizer
         self._encode = PartEncoder(tokenizer)
         self._sentences = Sentences(self._encode)

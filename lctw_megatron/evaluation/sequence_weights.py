@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from lctw_megatron.data.batch import IGNORE, Sample
-from lctw_megatron.weighting.compute import compute_weights
+from lctw_megatron.data.batch import IGNORE, Sample, stack_boundaries
+from lctw_megatron.weighting.compute import compute_weights, known_targets
 from lctw_megatron.weighting.occurrence import CLASSES
 from lctw_megatron.weighting.parse import Weighting
-from lctw_megatron.weighting.schemes import Targets
 
 HISTOGRAM_STARTS = np.concatenate([[0.0], 2.0 ** (np.arange(-24, 21) / 2)])
 """Weight 0, then half-octaves from 2^-12 (anything smaller counts there) to 2^10."""
@@ -29,7 +28,7 @@ def sequence_weights(
         torch.from_numpy(long_loss),
         torch.from_numpy(short_loss),
         mask=torch.from_numpy(live),
-        boundaries=_boundaries(samples),
+        boundaries=torch.from_numpy(stack_boundaries(samples)),
     )
     return weights.numpy(), live
 
@@ -39,34 +38,20 @@ def scores(
 ) -> np.ndarray:
     """What the scheme thinks of every target before it makes weights of it: float32 [sequences, S];
     NaN where there is no target, or no short loss for a scheme that needs one."""
-    live = live_targets(samples)
-    scored = live
-    if weighting.scheme.needs_short_loss:
-        scored = live & np.isfinite(long_loss) & np.isfinite(short_loss)
-    long_known = np.where(live & np.isfinite(long_loss), long_loss, 0)
-    short_known = np.where(scored, short_loss, long_known)
-    targets = Targets(
-        torch.from_numpy(long_known),
-        torch.from_numpy(short_known),
-        torch.from_numpy(scored if weighting.config.unscored == "one" else live),
-        torch.from_numpy(scored),
-        _boundaries(samples),
+    targets = known_targets(
+        weighting,
+        torch.from_numpy(long_loss),
+        torch.from_numpy(short_loss),
+        torch.from_numpy(live_targets(samples)),
+        torch.from_numpy(stack_boundaries(samples)),
     )
-    return np.where(scored, weighting.scheme.scores(targets).numpy(), np.float32(np.nan))
+    found = weighting.scheme.scores(targets)
+    return found.where(targets.scored, torch.nan).numpy()
 
 
 def live_targets(samples: Sequence[Sample]) -> np.ndarray:
     """bool [sequences, S]: where there is a target."""
     return np.stack([sample.labels != IGNORE for sample in samples])
-
-
-def _boundaries(samples: Sequence[Sample]) -> torch.Tensor:
-    """int64 [sequences, pieces + 1], padded with S."""
-    most = max(len(sample.boundaries) for sample in samples)
-    boundaries = np.full((len(samples), most), len(samples[0].tokens), dtype=np.int64)
-    for row, sample in enumerate(samples):
-        boundaries[row, : len(sample.boundaries)] = sample.boundaries
-    return torch.from_numpy(boundaries)
 
 
 def weight_histogram(weights: np.ndarray) -> dict[str, list[float]]:

@@ -101,7 +101,7 @@ def _is_sidecar(prefix: str) -> bool:
     return False
 
 
-def make_manifest(prefix: str, tokenizer_path: str) -> TokenManifest:
+def make_manifest(prefix: str, tokenizer_path: str) -> None:
     """Write PREFIX.json for a corpus in Megatron format that has none. Reads all tokens.
 
     BOS and EOS are looked for in the data: the manifest says a document has one if all have.
@@ -125,7 +125,6 @@ def make_manifest(prefix: str, tokenizer_path: str) -> TokenManifest:
         source={"inputs": MADE_ELSEWHERE},
     )
     write_manifest(prefix, manifest)
-    return manifest
 
 
 def _what_is_there(prefix: str) -> str:

@@ -122,10 +122,10 @@ def document_sums(dataset: TokenDataset, long: Sidecar, short: Sidecar) -> Docum
     return DocumentSums(totals[0].astype(np.int64), totals[1], totals[2], totals[3])
 
 
-def describe_ranking(ranking: Ranking, rows: int = 20) -> str:
-    """The first and the last documents of a ranking, and where it stands."""
+def describe_ranking(ranking: Ranking) -> str:
+    """The first 20 and the last 5 documents of a ranking, and how many there are."""
     heading = ["place", "document", "tokens", "scored", "gain", "|difference|", "long loss"]
-    places = list(range(min(rows, len(ranking))))
+    places = list(range(min(20, len(ranking))))
     places += list(range(max(len(ranking) - 5, len(places)), len(ranking)))
     table = [heading]
     for place in places:

@@ -21,7 +21,7 @@ from lctw_megatron.data.sequences import Packing, Piece, SequenceIndex, Tails, b
 from lctw_megatron.data.sidecar import Sidecar, sidecar_prefix
 from lctw_megatron.data.token_dataset import TokenDataset
 from lctw_megatron.errors import InputError
-from lctw_megatron.evaluation.probes import context_of, distance_of
+from lctw_megatron.evaluation.probes import distance_of
 from lctw_megatron.evaluation.sequence_weights import scores, sequence_weights
 from lctw_megatron.weighting.parse import Weighting, parse_weighting
 
@@ -65,8 +65,6 @@ class ScoredTargets:
     """float32; NaN where not scored"""
     distance: np.ndarray
     """int64: how far back its token last stood; -1 for first seen"""
-    context: np.ndarray
-    """int64: tokens of its piece before it"""
 
     @property
     def difference(self) -> np.ndarray:
@@ -122,8 +120,7 @@ class ScoredTokens:
         for sidecar in (self.long, self.short):
             if sidecar is not None:
                 sidecar.check(sequence_length=settings.sequence_length, packing=settings.packing)
-        tokenizer = dataset.manifest.tokenizer
-        self._bos_id = tokenizer.bos_id if tokenizer.add_bos else None
+        self._bos_id = dataset.manifest.tokenizer.first_id
         self._index: SequenceIndex | None = None
 
     @property
@@ -231,7 +228,6 @@ class ScoredTokens:
                 weights[row, keep],
                 found[row, keep],
                 distance_of(sample)[keep],
-                context_of(sample)[keep],
             )
 
     def _sample(self, pieces: list[Piece]) -> Sample:

@@ -43,8 +43,8 @@ def step_documents(run_dir: str | Path, step: int) -> list[TracedSample]:
             if changed := loader.changed_since(state):
                 raise InputError(
                     f"{folder}: its newest checkpoint was trained on other data than its run.yaml "
-                    f"names ({'; '.join(changed)}), so what a step read is not known; go on with "
-                    "the run until its next checkpoint"
+                    f"names ({'; '.join(changed.values())}), so what a step read is not known; go "
+                    "on with the run until its next checkpoint"
                 )
             loader.load_state_dict(state)
         return loader.documents(step)

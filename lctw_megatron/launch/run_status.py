@@ -14,7 +14,7 @@ from statistics import mean
 
 from lctw_megatron.config.schema import RunConfig
 from lctw_megatron.data.metrics_file import last_metrics
-from lctw_megatron.model.checkpoint_folder import complete_checkpoints
+from lctw_megatron.model.checkpoint_folder import complete_checkpoints, step_of
 from lctw_megatron.ownership import holder
 from lctw_megatron.progress import clock, human
 from lctw_megatron.training.heartbeat import INTERVAL_SECONDS, Beat, read_beat
@@ -84,7 +84,7 @@ def _sign_of_life(beat: Beat | None, owner: str, allowed: float) -> str:
 
 def _newest_checkpoint(folder: Path) -> int | None:
     found = complete_checkpoints(folder)
-    return int(found[-1].name.removeprefix("step_")) if found else None
+    return step_of(found[-1]) if found else None
 
 
 _START = re.compile(r"lctw-megatron \S+, megatron-core ")

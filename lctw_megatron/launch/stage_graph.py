@@ -23,7 +23,7 @@ from lctw_megatron.config.validation_errors import nearest
 from lctw_megatron.data.manifest import TokenManifest, manifest_path, read_manifest
 from lctw_megatron.errors import InputError
 from lctw_megatron.launch.stages import KINDS, Stage, all_stages
-from lctw_megatron.model.checkpoint_folder import complete_checkpoints
+from lctw_megatron.model.checkpoint_folder import complete_checkpoints, step_of
 from lctw_megatron.model.megatron_fields import check_megatron_fields
 from lctw_megatron.scoring.sidecar_shard import shard_path
 
@@ -188,8 +188,8 @@ def _is_there(stage: Stage) -> bool:
     output = Path(stage.output)
     if stage.steps is None or not (output.parent / "run.yaml").is_file():
         return output.exists()
-    saved = [int(path.name.removeprefix("step_")) for path in complete_checkpoints(output)]
-    return bool(saved) and saved[-1] >= stage.steps
+    saved = complete_checkpoints(output)
+    return bool(saved) and step_of(saved[-1]) >= stage.steps
 
 
 def _in_order(stages: list[Stage]) -> list[Stage]:

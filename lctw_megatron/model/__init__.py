@@ -1,1 +1,1 @@
-"""The GPT model, its per-token loss and its attention."""
+"""The model, its per-token loss and its attention; and checkpoints of it."""

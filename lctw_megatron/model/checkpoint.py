@@ -30,7 +30,7 @@ from pydantic import ValidationError
 from lctw_megatron.atomic import write_json
 from lctw_megatron.config.schema import ModelConfig, RunConfig, Section
 from lctw_megatron.data.json_object import read_json, read_json_object
-from lctw_megatron.errors import InputError
+from lctw_megatron.errors import InputError, one_line
 from lctw_megatron.model.checkpoint_folder import MANIFEST, complete_checkpoints
 from lctw_megatron.model.checkpoint_metadata import read_index
 from lctw_megatron.model.checksums import check_sums_together, folder_names, sum_files
@@ -310,8 +310,8 @@ _CONNECTION = re.compile("gloo|nccl|connection|cuda error|timed out", re.IGNOREC
 
 def _unloadable(checkpoint: Path, error: BaseException) -> InputError:
     # torch's words about a damaged pickle end with the advice to trust it.
-    known = "" if isinstance(error, pickle.UnpicklingError) else str(error)
-    reason = " ".join(known.split())[:300] or type(error).__name__
+    pickled = isinstance(error, pickle.UnpicklingError)
+    reason = type(error).__name__ if pickled else one_line(error)
     return InputError(
         f"{checkpoint}: cannot be loaded ({reason}); it is damaged or holds another model"
     )

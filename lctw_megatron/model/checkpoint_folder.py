@@ -4,18 +4,21 @@ import re
 from pathlib import Path
 
 MANIFEST = "checkpoint.json"
-_STEP_NAME = re.compile(r"step_(\d+)")
+_STEP_NAME = re.compile(r"step_\d+")
 
 
 def step_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    """Of a folder with such a name."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
 def complete_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints inside ``folder``, oldest first."""
-    found = [
-        (int(match.group(1)), path)
-        for path in (folder.iterdir() if folder.is_dir() else ())
-        if (match := _STEP_NAME.fullmatch(path.name)) and (path / MANIFEST).is_file()
-    ]
-    return [path for _, path in sorted(found)]
+    paths = folder.iterdir() if folder.is_dir() else ()
+    named = (path for path in paths if _STEP_NAME.fullmatch(path.name))
+    whole = [path for path in named if (path / MANIFEST).is_file()]
+    return sorted(whole, key=lambda path: (step_of(path), path))

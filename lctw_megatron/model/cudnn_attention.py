@@ -54,16 +54,16 @@ class _Block(NamedTuple):
 
     log_sum_exp: Tensor
     """float32 [1, n, rows, 1]"""
-    unused: tuple[Any, ...]
+    rest: tuple[Any, ...]
     """Of dropout and of sequences of many lengths."""
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, _Block]:
     """One cuDNN call; q [1, n, rows, d], k and v [1, g, keys, d] -> output [1, n, rows, d]."""
-    out, log_sum_exp, *unused, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+    out, log_sum_exp, *rest, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
         q, k, v, None, True, 0.0, causal, False, scale=scale
     )
-    return out, _Block(log_sum_exp, tuple(unused))
+    return out, _Block(log_sum_exp, tuple(rest))
 
 
 def _backward(
@@ -71,7 +71,7 @@ def _backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of q, k and v, given the output and log-sum-exp over all blocks."""
-    q_starts, k_starts, q_length, k_length, seed, offset = block.unused
+    q_starts, k_starts, q_length, k_length, seed, offset = block.rest
     gradients: tuple[Tensor, Tensor, Tensor] = (
         torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
             grad, q, k, v, out, block.log_sum_exp, seed, offset, None,
@@ -98,15 +98,15 @@ class _Rectangle(torch.autograd.Function):
         )
         out = (full + square).to(q.dtype)
         ctx.save_for_backward(q, k, v, out, merged)
-        ctx.unused, ctx.scale = [block.unused for block in blocks], scale
+        ctx.rest, ctx.scale = [block.rest for block in blocks], scale
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
         q, k, v, out, merged = ctx.saved_tensors
         parts = [
-            _backward(grad, q, key, value, out, _Block(merged, unused), causal, ctx.scale)
-            for unused, (causal, key, value) in zip(ctx.unused, _blocks(q, k, v), strict=True)
+            _backward(grad, q, key, value, out, _Block(merged, rest), causal, ctx.scale)
+            for rest, (causal, key, value) in zip(ctx.rest, _blocks(q, k, v), strict=True)
         ]
         queries, keys, values = zip(*parts, strict=True)
         return queries[0] + queries[1], torch.cat(keys, 2), torch.cat(values, 2), None

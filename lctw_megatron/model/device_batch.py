@@ -6,19 +6,17 @@ from torch import Tensor
 from lctw_megatron.data.batch import IGNORE
 from lctw_megatron.platform.host_copies import to_device
 
-_ON_HOST = ("boundaries", "document_ids")
-
 
 def move(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """``batch``, as the loader gives it, on ``device``, except what only the host reads (piece
-    boundaries, document ids); and with it
+    """``batch``, as the loader gives it, on ``device``, but for the piece boundaries, which the
+    host reads; and with it
 
     live_rows: of its labels, see ``live_rows``;
     host_tokens, host_labels: its whole sequences where they were, which self-scoring cuts;
     device_boundaries: the piece boundaries, if there are any, on the device.
     """
     moved = {
-        name: tensor if name in _ON_HOST else to_device(tensor, device)
+        name: tensor if name == "boundaries" else to_device(tensor, device)
         for name, tensor in batch.items()
     }
     moved["live_rows"] = to_device(live_rows(batch["labels"]), device)

@@ -16,7 +16,7 @@ from lctw_megatron.model.attention import SDPACoreAttention
 from lctw_megatron.model.norms import LayerNorm, RMSNorm
 from lctw_megatron.platform.capabilities import capabilities
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def takes_engine_layers(model: ModelConfig, dtype: torch.dtype, there: bool) -> bool:

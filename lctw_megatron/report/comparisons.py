@@ -6,7 +6,7 @@ from functools import partial
 from typing import NamedTuple
 
 from lctw_megatron.errors import few
-from lctw_megatron.evaluation.buckets import Difference
+from lctw_megatron.evaluation.buckets import Estimate
 from lctw_megatron.evaluation.recall_result import show
 from lctw_megatron.report import measures
 from lctw_megatron.report.benchmarks import benchmark, benchmark_names, lower_is_better
@@ -92,7 +92,7 @@ def _loss_comparisons(groups: Sequence[Group]) -> list[Comparison]:
     return found
 
 
-def verdict(found: Difference | None, comparison: Comparison) -> tuple[bool, bool]:
+def verdict(found: Estimate | None, comparison: Comparison) -> tuple[bool, bool]:
     """Whether it is better, and whether that is sure: beyond two standard errors."""
     better = found is not None and (found.mean < 0) == comparison.lower_is_better
     return better, is_beyond(found)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lctw_megatron.evaluation.buckets import Difference, Pair, paired_difference
+from lctw_megatron.evaluation.buckets import Estimate, Pair, paired_difference
 
 BEYOND = 2.0
 """Standard errors from which on a difference is called one."""
@@ -65,15 +65,15 @@ def of_blocks(seeds: Sequence[int], samples: Hashable, blocks: Sequence[Block]) 
     return Measured(tuple(seeds), samples, by_seed, tuple(blocks))
 
 
-def level(measured: Measured) -> Difference:
+def level(measured: Measured) -> Estimate:
     """Its mean with the error of the module's docstring; no error with one seed and one sample."""
-    return Difference(
+    return Estimate(
         float(measured.by_seed.mean()),
         _error(_spread(measured.by_seed), _sample_error(measured.blocks, measured.error)),
     )
 
 
-def difference(ours: Measured | None, theirs: Measured | None) -> Difference | None:
+def difference(ours: Measured | None, theirs: Measured | None) -> Estimate | None:
     """ours - theirs; None if one is missing or they were measured on other samples."""
     if ours is None or theirs is None or ours.samples != theirs.samples:
         return None
@@ -88,13 +88,13 @@ def difference(ours: Measured | None, theirs: Measured | None) -> Difference | N
             Block(a.values.mean(0)[None] - b.values.mean(0)[None], a.units)
             for a, b in zip(ours.blocks, theirs.blocks, strict=True)
         ]
-        return Difference(mean, _error(spread, _sample_error(gaps, None)))
+        return Estimate(mean, _error(spread, _sample_error(gaps, None)))
     both = [ours.error, theirs.error]
     error = None if None in both else math.hypot(*(e for e in both if e is not None))
-    return Difference(mean, _error(spread, error))
+    return Estimate(mean, _error(spread, error))
 
 
-def is_beyond(found: Difference | None) -> bool:
+def is_beyond(found: Estimate | None) -> bool:
     """Whether a difference is more than BEYOND standard errors from 0."""
     return found is not None and found.error is not None and abs(found.mean) > BEYOND * found.error
 

@@ -70,10 +70,6 @@ def shift_of(run: Named, runs: Sequence[Named]) -> float:
     return (number_of(run, runs) + 0.5) / len(runs) - 0.5
 
 
-def colour_of(run: Named, runs: Sequence[Named]) -> str:
-    return COLOURS[number_of(run, runs) % len(COLOURS)]
-
-
 def marker_of(run: Named, runs: Sequence[Named]) -> str:
     """The second round of colours has other markers than the first."""
     return MARKERS[number_of(run, runs) % len(MARKERS)]
@@ -83,7 +79,7 @@ def line_of(run: Named, runs: Sequence[Named]) -> dict[str, Any]:
     """Colour, dash and width. The first one's is broad, so that it shows under others on it."""
     number = number_of(run, runs)
     return {
-        "color": colour_of(run, runs),
+        "color": COLOURS[number % len(COLOURS)],
         "linestyle": DASHES[number // len(COLOURS) % len(DASHES)],
         "linewidth": 1.5 if number else 3.0,
     }

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lctw_megatron.evaluation.buckets import Difference
+from lctw_megatron.evaluation.buckets import Estimate
 from lctw_megatron.report import measures
 from lctw_megatron.report.estimate import BEYOND, Measured, difference, level
 from lctw_megatron.report.groups import Group
@@ -131,7 +131,7 @@ def _gains(group: Group) -> list[tuple[Any, dict[str, Any]]]:
     return [(how, evaluation) for how, evaluation in found if how == found[0][0]]
 
 
-def _means(found: Sequence[Difference | None]) -> np.ndarray:
+def _means(found: Sequence[Estimate | None]) -> np.ndarray:
     return np.array([np.nan if x is None else x.mean for x in found])
 
 

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lctw_megatron.errors import few
-from lctw_megatron.evaluation.buckets import Difference
+from lctw_megatron.evaluation.buckets import Estimate
 from lctw_megatron.evaluation.recall_result import select
 from lctw_megatron.report import measures
 from lctw_megatron.report.estimate import BEYOND, difference, level
@@ -178,7 +178,7 @@ def _depth_map(
 
 def _line(
     axes: Axes,
-    found: Sequence[Difference | None],
+    found: Sequence[Estimate | None],
     group: Group,
     groups: Sequence[Group],
     look: str,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from lctw_megatron.errors import few
-from lctw_megatron.evaluation.buckets import Difference
+from lctw_megatron.evaluation.buckets import Estimate
 from lctw_megatron.evaluation.recall_result import show
 from lctw_megatron.report import measures
 from lctw_megatron.report.estimate import Measured, difference, is_beyond, level
@@ -185,7 +185,7 @@ def _loss(value: Measured | None) -> str:
     return "-" if value is None else f"{level(value).mean:.4f}"
 
 
-def _marked_difference(value: Difference | None) -> str:
+def _marked_difference(value: Estimate | None) -> str:
     if value is None:
         return "-"
     return marked(show(value, "+", 4), value.mean < 0, is_beyond(value))

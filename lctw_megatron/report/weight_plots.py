@@ -26,7 +26,8 @@ def weight_histogram(runs: Sequence[RunRecord]) -> Figure | None:
     if not shown:
         return None
     zeros = any(run.weights and run.weights["histogram"]["targets"][0] for run in shown)
-    low, high = _lowest(shown), _highest(shown)
+    used = _used(shown)
+    low, high = float(np.floor(used[0])), float(np.ceil(used[-1] + 0.5))
     with new_figure(8, 5.4) as figure:
         upper = figure.add_subplot(2, 1, 1)
         lower = figure.add_subplot(2, 1, 2, sharex=upper)
@@ -160,14 +161,6 @@ def _used(shown: Sequence[RunRecord]) -> np.ndarray:
         )
         used.update(np.log2(np.array(histogram["starts"])[1:][visible_part[1:]]).tolist())
     return np.array(sorted(used))
-
-
-def _lowest(shown: Sequence[RunRecord]) -> float:
-    return float(np.floor(_used(shown)[0]))
-
-
-def _highest(shown: Sequence[RunRecord]) -> float:
-    return float(np.ceil(_used(shown)[-1] + 0.5))
 
 
 def _power(exponent: int) -> str:

@@ -126,8 +126,7 @@ class Job:
     @property
     def bos_id(self) -> int | None:
         """What windows that begin in the middle of a document read first; None: as stored."""
-        tokenizer = self.dataset.manifest.tokenizer
-        return tokenizer.bos_id if tokenizer.add_bos else None
+        return self.dataset.manifest.tokenizer.first_id
 
     @cached_property
     def _asked(self) -> Settings:

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lctw_megatron.data.indexed_array import data_path, index_path
-from lctw_megatron.data.manifest import SidecarManifest, manifest_path
+from lctw_megatron.data.manifest import SidecarManifest, files_of
 from lctw_megatron.data.sidecar import SidecarWriter
 from lctw_megatron.errors import InputError
 from lctw_megatron.progress import Progress
@@ -25,7 +24,7 @@ def merge(job: Job, shards: int) -> SidecarManifest:
     """
     readers = job.finished_shards(shards)
     job.dataset.verify()
-    for path in (data_path(job.prefix), index_path(job.prefix), manifest_path(job.prefix)):
+    for path in files_of(job.prefix):
         remove_leftovers(Path(path), print)
     with (
         Progress("merge", job.dataset.num_tokens, "tokens") as progress,

@@ -19,6 +19,7 @@ from lctw_megatron.platform.world import (
     first_rank_decides,
     initialize,
     shut_down,
+    started_ranks,
     started_together,
 )
 from lctw_megatron.progress import Progress, human
@@ -110,7 +111,7 @@ def _survey(
         return None
     if request.shard is None:
         job.dataset.verify()
-    ranks = int(os.environ.get("WORLD_SIZE", "1")) // (job.layout.tensor * job.layout.pipeline)
+    ranks = started_ranks() // (job.layout.tensor * job.layout.pipeline)
     shards = job.shards(request.shards, ranks, request.overwrite)
     if request.merge_only:
         return _Work(shards, [], job.settings)

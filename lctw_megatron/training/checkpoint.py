@@ -29,7 +29,12 @@ from lctw_megatron.model.checkpoint import (
     read_manifest,
     write_manifest,
 )
-from lctw_megatron.model.checkpoint_folder import MANIFEST, complete_checkpoints, step_name
+from lctw_megatron.model.checkpoint_folder import (
+    MANIFEST,
+    complete_checkpoints,
+    step_name,
+    step_of,
+)
 from lctw_megatron.model.checksums import check_sums_together
 from lctw_megatron.model.initialize import sharded_parameters
 from lctw_megatron.model.not_taken import not_taken
@@ -38,7 +43,7 @@ from lctw_megatron.training.exit_status import serve_until_parent_ends
 from lctw_megatron.training.nonfinite import check_state
 from lctw_megatron.training.optimizer_state import keep_own_settings, optimizer_shards
 from lctw_megatron.training.shared_writing import collect_sums, sharing_strategy
-from lctw_megatron.work_folder import remove
+from lctw_megatron.work_folder import remove, temporary_name
 
 Result = TypeVar("Result")
 _LEFTOVER = re.compile(r"\.step_\d+\.[0-9a-f]{8}\.tmp")
@@ -130,7 +135,7 @@ class CheckpointWriter:
         """
         self.before()
         self._remove_leftovers()
-        temporary = self.folder / f".{name}.{secrets.token_hex(4)}.tmp"
+        temporary = temporary_name(self.folder / name)
         temporary.mkdir(parents=True)
         # megatron-core's first file, a small one, is written by this rank alone while the others
         # wait for it: a disk that is full already must be found here.
@@ -170,13 +175,9 @@ class CheckpointWriter:
     def _remove_old(self, newest: int) -> None:
         """What is beyond ``newest``, the step just saved, was damaged and skipped: it must not
         count as kept."""
-        kept = [
-            (step, path)
-            for path in complete_checkpoints(self.folder)
-            if (step := int(path.name.removeprefix("step_"))) <= newest
-        ]
-        for step, path in kept[: -self.keep_last]:
-            if not (self.keep_every and step % self.keep_every == 0):
+        kept = [path for path in complete_checkpoints(self.folder) if step_of(path) <= newest]
+        for path in kept[: -self.keep_last]:
+            if not (self.keep_every and step_of(path) % self.keep_every == 0):
                 self._discard(path)
 
     def _discard(self, path: Path) -> None:
@@ -186,7 +187,7 @@ class CheckpointWriter:
         if path.is_symlink():
             path.unlink()
             return
-        leftover = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        leftover = temporary_name(path)
         os.replace(path, leftover)
         remove(leftover)
 

@@ -2,9 +2,8 @@
 
 Model FLOPs: every matrix product counted exactly (2 m n k), attention by its causal pairs (those of
 a training step as if each sequence were one document), of experts those that a token goes to, the
-backward pass as twice the forward. What
-a layout or recomputation does on top is not counted, so that figures compare between layouts
-(Chowdhery et al. 2022, "PaLM", appendix B).
+backward pass as twice the forward. What a layout or recomputation does on top is not counted, so
+that figures compare between layouts (Chowdhery et al. 2022, "PaLM", appendix B).
 """
 
 from collections.abc import Iterable

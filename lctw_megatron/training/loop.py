@@ -137,9 +137,7 @@ class Trainer:
             self.first_step = manifest.step
         clock.end("optimizer")
         self.log = on_first_rank(self._open_log)
-        self.stepper = Stepper(
-            run, self.wrapped, self.optimizer, tokenizer.bos_id if tokenizer.add_bos else None
-        )
+        self.stepper = Stepper(run, self.wrapped, self.optimizer, tokenizer.first_id)
         self.writer = CheckpointWriter(
             folder,
             run.training.keep_last,
@@ -276,6 +274,7 @@ class Trainer:
 
     def _open_data(self, run: RunConfig) -> TokenLoader:
         world, weighting = self.world, run.weighting
+        compares = needs_short_loss(weighting.scheme)
         return TokenLoader(
             run.data,
             seed=run.seed,
@@ -285,8 +284,8 @@ class Trainer:
             dp_size=world.data_size,
             cp_rank=world.context_rank,
             cp_size=run.layout.context,
-            scores=weighting.mode == "frozen" and needs_short_loss(run.weighting.scheme),
-            window=weighting.window if needs_short_loss(run.weighting.scheme) else None,
+            scores=compares and weighting.mode == "frozen",
+            window=weighting.window if compares else None,
             stride=weighting.stride,
             vocab_size=run.model.vocab_size,
         )

@@ -10,28 +10,30 @@ from lctw_megatron.data.loader import TokenLoader
 from lctw_megatron.errors import few
 from lctw_megatron.training.nonfinite import describe_samples
 
+_MEMORY, _FEWEST = 64, 16
+"""Steps that a loss is compared with: the last, and at least."""
+_DEVIATIONS, _NATS = 8.0, 0.3
+
 
 class SpikeWatch:
     """Notices a loss far above those of the steps before.
 
-    A spike is a loss above the median of the last ``memory`` steps by more than ``times`` their
-    median absolute deviation (times 1.48, which estimates a standard deviation) and by more than
-    ``least`` nats.
+    A spike is a loss above their median by more than _DEVIATIONS times their median absolute
+    deviation (times 1.48, which estimates a standard deviation) and by more than _NATS.
     """
 
-    def __init__(self, memory: int = 64, times: float = 8.0, least: float = 0.3) -> None:
-        self._losses: deque[float] = deque(maxlen=memory)
-        self._times, self._least = times, least
+    def __init__(self) -> None:
+        self._losses: deque[float] = deque(maxlen=_MEMORY)
 
     def is_spike(self, loss: float) -> bool:
         """Whether ``loss`` is one; it counts as seen from now on."""
         known = list(self._losses)
         self._losses.append(loss)
-        if len(known) < 16:
+        if len(known) < _FEWEST:
             return False
         middle = statistics.median(known)
         spread = 1.48 * statistics.median(abs(value - middle) for value in known)
-        return loss - middle > max(self._times * spread, self._least)
+        return loss - middle > max(_DEVIATIONS * spread, _NATS)
 
     def seen(
         self, step: int, metrics: dict[str, float], loader: TokenLoader, run_dir: Path

@@ -74,17 +74,11 @@ def compute_weights_and_counts(
         zero = torch.zeros((), dtype=torch.int64, device=long_loss.device)
         return own_live.to(dtype), WeightCounts(own_live.sum(), zero, zero)
 
-    use_short = short_loss is not None and scheme.needs_short_loss
-    streams = (long_loss, short_loss if use_short else long_loss, own_live)
+    streams = (long_loss, short_loss if scheme.needs_short_loss else long_loss, own_live)
     long_loss, short_loss, live = whole_sequences([x.to(dtype) for x in streams], group)  # type: ignore[union-attr]
     live = live != 0
-    scored = live & long_loss.isfinite() & short_loss.isfinite() if use_short else live
-    zeros = torch.zeros_like(long_loss)
-    long_loss = long_loss.where(live & long_loss.isfinite(), zeros)
-    short_loss = short_loss.where(scored, long_loss)
-
-    weighted = scored if config.unscored == "one" else live
-    targets = Targets(long_loss, short_loss, weighted, scored, boundaries)
+    targets = known_targets(weighting, long_loss, short_loss, live, boundaries)
+    weighted, scored = targets.live, targets.scored
     scores = scheme.scores(targets)
     weights = scheme.weights(scores, targets)
     flat = ((scores == 0) | ~weighted).all(1, keepdim=True)
@@ -96,6 +90,24 @@ def compute_weights_and_counts(
     fallback = (flat & weighted.any(1, keepdim=True)).sum() * is_first(group)
     counts = WeightCounts(own_live.sum(), (own_live & ~own_scored).sum(), fallback)
     return own_part(weights, group), counts
+
+
+def known_targets(
+    weighting: Weighting,
+    long_loss: Tensor,
+    short_loss: Tensor,
+    live: Tensor,
+    boundaries: Tensor | None,
+) -> Targets:
+    """What the scheme sees of whole sequences [sequences, targets]: of losses that may be anything
+    where ``live`` (bool) is false, and NaN or infinite elsewhere, those that are known."""
+    scored, known = live, live & long_loss.isfinite()
+    if weighting.scheme.needs_short_loss:
+        scored = known & short_loss.isfinite()
+    long_loss = long_loss.where(known, torch.zeros_like(long_loss))
+    short_loss = short_loss.where(scored, long_loss)
+    weighted = scored if weighting.config.unscored == "one" else live
+    return Targets(long_loss, short_loss, weighted, scored, boundaries)
 
 
 def _working_dtype(

@@ -79,12 +79,10 @@ def test_batches_have_the_promised_names_types_and_values() -> None:
         "labels": ("int64", (2, 4)),
         "loss_mask": ("float32", (2, 4)),
         "position_ids": ("int64", (2, 4)),
-        "document_ids": ("int64", (2, 3)),
         "boundaries": ("int32", (2, 4)),
     }
     assert batch["loss_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3], [0, 1, 2, 3]]
-    assert batch["document_ids"].tolist() == [[4, 9, -1], [5, -1, -1]]
     assert batch["boundaries"].tolist() == [[0, 2, 3, 4], [0, 4, 4, 4]]
     assert "boundaries" not in collate([one, two], with_boundaries=False)
 
@@ -121,7 +119,7 @@ def test_parts_of_all_ranks_join_to_the_batch(size: int, lengths: list[int]) -> 
     batch = collate(samples, with_boundaries=True)
     parts = [cut_batch(batch, rank, size) for rank in range(size)]
     for name, whole in batch.items():
-        if name in ("boundaries", "document_ids"):
+        if name == "boundaries":
             for part in parts:
                 np.testing.assert_array_equal(part[name], whole)
         else:

@@ -22,7 +22,7 @@ def rows(batches) -> dict[str, list]:
     return {
         name: [[repr(x) for x in row] for batch in batches for row in batch[name].tolist()]
         for name in batches[0]
-        if name not in ("boundaries", "document_ids")  # as wide as the batch needs
+        if name != "boundaries"  # as wide as the batch needs
     }
 
 
@@ -35,12 +35,11 @@ def test_a_batch_by_eye(folder) -> None:
         "loss_mask": (torch.float32, (2, 8)),
         "short_loss": (torch.float32, (2, 8)),
         "position_ids": (torch.int64, (2, 8)),
-        "document_ids": (torch.int64, (2, 1)),
         "sequence_tokens": (torch.int64, (2, 8)),
         "sequence_labels": (torch.int64, (2, 8)),
     }
     # document 0: 9 tokens, one chunk; document 1: 30 tokens, chunks at 0, 8, 16, 24
-    assert [b["document_ids"].tolist() for b in batches] == [[[0], [1]], [[1], [1]]]
+    assert [b["tokens"][:, 0].tolist() for b in batches] == [[1000, 2000], [2008, 2016]]
     assert batches[0]["tokens"].tolist()[1] == list(range(2000, 2008))
     assert batches[0]["labels"].tolist()[1] == list(range(2001, 2009))
     assert batches[1]["tokens"].tolist()[0] == list(range(2008, 2016))
@@ -68,7 +67,6 @@ def test_a_packed_batch_by_eye(folder) -> None:
     assert batches[0]["boundaries"].dtype == torch.int32
     assert batches[0]["boundaries"].tolist() == [[0, 8]] * 4
     assert batches[1]["boundaries"].tolist() == [[0, 3, 8], [0, 8, 8], [0, 8, 8], [0, 8, 8]]
-    assert batches[1]["document_ids"].tolist() == [[0, -1], [0, -1], [1, -1], [1, -1]]
     assert batches[1]["loss_mask"].tolist()[0] == [1, 1, 1, 0, 0, 0, 0, 0]
 
 
@@ -88,8 +86,6 @@ def test_tokens_are_where_documents_says(folder) -> None:
                 labels += document_tokens[offset + 1 : offset + length + 1]
             assert batch["tokens"][row, : len(tokens)].tolist() == tokens
             assert batch["labels"][row].tolist() == labels + [-100] * (8 - len(labels))
-            documents = [piece.document for piece in sample.pieces]
-            assert batch["document_ids"][row, : len(documents)].tolist() == documents
 
 
 @settings(
@@ -129,7 +125,7 @@ def test_parts_of_context_parallel_ranks_join_to_the_batch(folder) -> None:
     assert [part["position_ids"][0].tolist() for part in parts] == [[0, 1, 6, 7], [2, 3, 4, 5]]
     for name, tensor in whole.items():
         got = [part[name] for part in parts]
-        if name in ("boundaries", "document_ids", "sequence_tokens", "sequence_labels"):
+        if name in ("boundaries", "sequence_tokens", "sequence_labels"):
             assert all(torch.equal(part, tensor) for part in got)
         else:
             assert all(part.is_contiguous() for part in got)

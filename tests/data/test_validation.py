@@ -41,7 +41,6 @@ def test_all_sequences_once_and_then_masked_rows(data) -> None:
         "labels": [-100] * 4,
         "loss_mask": [0] * 4,
         "position_ids": [0, 1, 2, 3],
-        "document_ids": [-1],
         "sequence_tokens": [0] * 4,
         "sequence_labels": [-100] * 4,
     }

@@ -3,7 +3,6 @@
 Longer than 350 lines: one run is trained for all of it.
 """
 
-import importlib.util
 import json
 import math
 import re
@@ -11,7 +10,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -20,6 +19,7 @@ import pytest
 import torch
 import yaml
 
+from lctw_megatron.commands import evaluate_model, inspect_data
 from lctw_megatron.config.schema import LayoutConfig
 from lctw_megatron.data.token_dataset import TokenDataset
 from lctw_megatron.data.tokenizers import load_tokenizer
@@ -62,15 +62,6 @@ def trained(tmp_path_factory) -> tuple[Path, str, list[list[dict[str, Any]]]]:
     train, validation = make_data(folder)
     results = run_distributed(train_and_evaluate, 2, str(folder), train, validation)
     return folder, validation, results
-
-
-def tool(name: str) -> ModuleType:
-    path = Path(__file__).parents[2] / "tools" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def close(ours: Any, theirs: Any) -> None:
@@ -242,7 +233,6 @@ def test_a_function_that_a_checkpoint_names_is_shown_and_not_imported(trained):
 def test_tools_from_checkpoint_to_report(trained, capsys):
     folder, validation, results = trained
     run = str(folder / "run")
-    evaluate_model = tool("evaluate_model")
     arguments = ["losses", "--checkpoint", run, "--data", validation, "--max-sequences", "6"]
     arguments += ["--window", str(WINDOW), "--stride", str(STRIDE), "--alpha", "0", "--beta", "-9"]
     assert evaluate_model.main(arguments) == 0
@@ -271,7 +261,6 @@ def test_inspect_data_looks_at_a_step_and_through_a_model(trained, capsys, monke
         other = SimpleNamespace(identity=SimpleNamespace(digest="other"))
         patch.setattr(step_documents_module, "load_tokenizer", lambda path: other)
         assert not re.search(r"tokens \d+ to \d+:", describe_step(run, 0))
-    inspect_data = tool("inspect_data")
     inspect_data.main([run, "--step", "3"])
     assert f"sequence {step_documents(run, 3)[0].sequence} of" in capsys.readouterr().out
     page = folder / "page.html"

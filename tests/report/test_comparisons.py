@@ -14,14 +14,14 @@ from lctw_megatron.errors import InputError
 from lctw_megatron.report.benchmarks import benchmark_table
 from lctw_megatron.report.comparisons import judge, overview_table, reading_lines, verdict_lines
 from lctw_megatron.report.cost import cost_table, cost_words, training_cost
-from lctw_megatron.report.groups import Group, group_runs
+from lctw_megatron.report.groups import Group
 from lctw_megatron.report.left_out import left_out
 from lctw_megatron.report.report import write_report
 from lctw_megatron.report.result_tables import weight_table
 from lctw_megatron.report.runs import read_run, read_runs
 from lctw_megatron.training.flops import step_flops
 from tests.evaluation.tiny_run import make_run
-from tests.report.written_runs import write_recall, write_run
+from tests.report.written_runs import groups_of, write_recall, write_run
 
 SCHEMES = {"uniform": 0.0, "dense": 0.5, "rho": 0.0}
 RANKS, SECONDS = 4, 0.5
@@ -63,8 +63,7 @@ def folders(tmp_path_factory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def groups(folders):
-    runs, first = read_runs(folders)
-    return group_runs(runs, first)
+    return groups_of(*folders)
 
 
 def test_the_overview_has_a_line_a_group_and_marks_what_is_sure(groups):
@@ -106,8 +105,7 @@ def test_what_a_run_cost_is_said_beside_the_baseline(groups):
 
 
 def test_one_seed_is_said(groups):
-    runs, first = read_runs([group.first.folder for group in groups])
-    found = group_runs(runs, first)
+    found = groups_of(*(group.first.folder for group in groups))
     assert any("All have one seed" in line for line in reading_lines(found, judge(found)))
 
 
@@ -174,8 +172,7 @@ def test_means_over_other_tasks_of_ruler_or_other_samples_are_not_compared(tmp_p
         mean("fewer_samples", ["ruler_cwe", "ruler_fwe"], 0.9, 50),
         mean("like_plain", ["ruler_fwe", "ruler_cwe"], 0.9, 100),
     ]
-    runs, first = read_runs(folders)
-    table = benchmark_table(group_runs(runs, first))
+    table = benchmark_table(groups_of(*folders))
     (row,) = [row for row in table if row[0] == "ruler, 2 of 13 tasks at 4k"]
     assert [cell.endswith("✓") for cell in row[1:]] == [False, False, False, True]
 
@@ -189,10 +186,11 @@ def test_each_number_of_shots_is_a_row(tmp_path):
         ]  # fmt: skip
         return str(with_harness(tmp_path / name, results, {}))
 
-    runs, first = read_runs(
-        [shots("plain", [(5, 0.40), (None, 0.33)]), shots("dense", [(None, 0.25), (5, 0.41)])]
+    plain, dense = (
+        shots("plain", [(5, 0.40), (None, 0.33)]),
+        shots("dense", [(None, 0.25), (5, 0.41)]),
     )
-    rows = benchmark_table(group_runs(runs, first))
+    rows = benchmark_table(groups_of(plain, dense))
     assert [row[0] for row in rows[1:]] == ["mmlu, 5 shots", "mmlu"]
     assert rows[1][2] == "0.410 ±0.001 ✓" and rows[2][2] == "0.250 ±0.001 ✗"
 
@@ -205,8 +203,7 @@ def test_of_a_perplexity_less_is_better(folders, tmp_path):
         record |= {"metrics": {"word_perplexity": [value, 0.1]}, "lower_is_better": True}
         content = {"format": "lctw-megatron harness 1", "results": [record], "ruler": {}}
         (made[-1] / "harness.json").write_text(json.dumps(content))
-    runs, first = read_runs([str(folder) for folder in made])
-    found = group_runs(runs, first)
+    found = groups_of(*made)
     assert benchmark_table(found)[1] == ["wikitext", "9.000 ±0.100", "5.000 ±0.100 ✓"]
     assert any(
         "better in benchmark wikitext" in line for line in verdict_lines(found[0], judge(found))
@@ -254,8 +251,7 @@ def test_what_was_measured_on_other_samples_than_its_group_is_said(folders, grou
     other = write_recall(tmp_path / "uniform-seed3", seed=1)
     config = groups[0].first.config.model_copy(update={"seed": 3})
     (other / "run.yaml").write_text(dump_yaml(config))
-    runs, first = read_runs([*folders, other])
-    found = group_runs(runs, first)
+    found = groups_of(*folders, other)
     assert len(found[0].runs) == 3
     lines = [line for line in left_out(found) if ": recall: " in line]
     assert lines == [
@@ -297,15 +293,14 @@ def test_runs_evaluated_at_another_length_are_shown_but_not_compared(folders, tm
     for key in ("sequence_loss", "sequence_targets"):
         evaluation["position"][key] = [row[:9] for row in evaluation["position"][key]]
     (short / "evaluation.json").write_text(json.dumps(evaluation))
-    runs, first = read_runs([folders[0], str(short)])
-    assert overview_table(group_runs(runs, first))[2][5:8] == [
+    assert overview_table(groups_of(folders[0], short))[2][5:8] == [
         "-",
         "other samples",
         "other samples",
     ]
     assert "short" in write_report([folders[0], str(short)], tmp_path / "out", None)
     # Seeds of one group, too.
-    config = dump_yaml(runs[0].config.model_copy(update={"seed": 9}))
+    config = dump_yaml(read_run(folders[0]).config.model_copy(update={"seed": 9}))
     (short / "run.yaml").write_text(config)
     assert "left out" in write_report([folders[0], str(short)], tmp_path / "seeds", None)
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from lctw_megatron.evaluation.buckets import Difference
+from lctw_megatron.evaluation.buckets import Estimate
 from lctw_megatron.report.estimate import (
     Block,
     Measured,
@@ -78,8 +78,8 @@ def test_scores_without_their_samples_keep_the_error_that_came_with_them():
 
 
 def test_only_what_is_beyond_two_standard_errors_is_sure():
-    assert is_beyond(Difference(-2.01, 1.0)) and not is_beyond(Difference(2.0, 1.0))
-    assert not is_beyond(Difference(5.0, None)) and not is_beyond(None)
+    assert is_beyond(Estimate(-2.01, 1.0)) and not is_beyond(Estimate(2.0, 1.0))
+    assert not is_beyond(Estimate(5.0, None)) and not is_beyond(None)
 
 
 def test_the_error_is_about_right_for_seeds_and_samples_drawn_anew():

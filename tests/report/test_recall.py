@@ -16,8 +16,15 @@ from lctw_megatron.report.recall_plots import (
 from lctw_megatron.report.recall_table import recall_tables
 from lctw_megatron.report.report import write_report
 from lctw_megatron.report.runs import read_run
-from tests.report.test_report import groups_of
-from tests.report.written_runs import DEPTHS, LENGTHS, TASKS, write_metrics, write_recall, write_run
+from tests.report.written_runs import (
+    DEPTHS,
+    LENGTHS,
+    TASKS,
+    groups_of,
+    write_metrics,
+    write_recall,
+    write_run,
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +38,7 @@ def folders(tmp_path_factory) -> list[str]:
 
 
 def test_means_are_over_samples_and_differences_over_the_same_samples(folders):
-    groups = groups_of(folders)
+    groups = groups_of(*folders)
     right, nats = recall_tables(groups)
     assert right[0] == ["recall, share of answers right", "1,024", "4,096"]
     rows = {row[0]: row[1:] for row in nats}
@@ -62,7 +69,7 @@ def test_means_are_over_samples_and_differences_over_the_same_samples(folders):
 
 
 def test_figures_show_every_task_the_short_context_and_every_depth(folders):
-    groups = groups_of(folders[:2])
+    groups = groups_of(*folders[:2])
     lines = recall_by_length(groups)
     assert [axes.get_title("left") for axes in lines.axes[:3]] == list(TASKS)
     share = lines.axes[0]
@@ -82,7 +89,7 @@ def test_figures_show_every_task_the_short_context_and_every_depth(folders):
 
 def test_a_model_that_was_not_trained_leaves_the_panels_to_those_that_were(folders, tmp_path):
     write_recall(tmp_path / "before", better=-50)
-    with_base = groups_of([*folders[:2], str(tmp_path / "before")])
+    with_base = groups_of(*folders[:2], tmp_path / "before")
     for plot in (recall_by_length, recall_difference):
         nats = [plot(groups).axes[-1] for groups in (with_base[:2], with_base)]
         assert nats[0].get_ylim() == nats[1].get_ylim()

@@ -1,6 +1,5 @@
 """The report of written runs: files, one page that needs nothing else, and the table."""
 
-import importlib.util
 import json
 import os
 import re
@@ -13,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lctw_megatron.commands.report import main
 from lctw_megatron.config.load import dump_yaml
 from lctw_megatron.errors import InputError
 from lctw_megatron.report.comparisons import judge, verdict_lines
 from lctw_megatron.report.curve_plots import difference_curves, same_batches
-from lctw_megatron.report.groups import Group, group_runs
+from lctw_megatron.report.groups import Group
 from lctw_megatron.report.probe_plots import gain_by_distance, loss_by_position
 from lctw_megatron.report.report import write_report
 from lctw_megatron.report.result_tables import explain, loss_table, run_table
@@ -25,7 +25,7 @@ from lctw_megatron.report.runs import read_run, read_runs
 from lctw_megatron.report.table import to_text
 from lctw_megatron.report.weight_plots import lay_out
 from tests.evaluation.tiny_run import make_run
-from tests.report.written_runs import write_recall, write_run
+from tests.report.written_runs import groups_of, write_recall, write_run
 
 NOTE = "A run this small proves the road, <b>not</b> the method."
 VOID = {"meta", "img", "br", "link"}
@@ -55,11 +55,6 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.text += data
-
-
-def groups_of(folders: list) -> list:
-    runs, first = read_runs(folders)
-    return group_runs(runs, first)
 
 
 def png_size(path: Path) -> tuple[int, int]:
@@ -128,14 +123,14 @@ def test_the_table_tells_near_far_and_first_seen_apart_and_ends_with_note_and_pa
 def test_gains_on_other_windows_or_other_data_are_not_drawn_beside_the_first(tmp_path):
     settings = {"a": {}, "b": {}, "c": {"window": 32}, "d": {"tokens_fingerprint": "g"}}
     folders = [write_run(tmp_path / name, **changed) for name, changed in settings.items()]
-    figure = gain_by_distance(groups_of([str(folder) for folder in folders]))
+    figure = gain_by_distance(groups_of(*folders))
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
     assert len(figure.axes[0].containers) == 2 * 2  # numbers and first seen
 
 
 def test_with_another_near_only_near_and_far_targets_are_not_compared(tmp_path):
     folders = [str(write_run(tmp_path / name, near=near)) for name, near in (("a", 16), ("b", 8))]
-    row = loss_table(groups_of(folders))[-1]
+    row = loss_table(groups_of(*folders))[-1]
     assert row == ["b - a", "+0.0000 ±0.0000", "-", "-", "+0.0000 ±0.0000"]
     assert any(
         line.startswith("--near was 16 for a; 8 for b: losses of near and of far targets are")
@@ -144,20 +139,20 @@ def test_with_another_near_only_near_and_far_targets_are_not_compared(tmp_path):
 
 
 def test_differences_have_no_error_where_runs_agree_or_differ_by_a_constant(report):
-    rows = loss_table(groups_of([str(report[0] / "uniform"), str(report[0] / "dense")]))
+    rows = loss_table(groups_of(report[0] / "uniform", report[0] / "dense"))
     assert rows[-1][2:] == ["+0.0000 ±0.0000", "-0.2500 ±0.0000 ✓", "+0.0000 ±0.0000"]
 
 
 def test_runs_measured_on_other_sequences_are_not_compared(tmp_path):
     folders = [write_run(tmp_path / "a"), write_run(tmp_path / "b", tokens_fingerprint="other")]
-    rows = loss_table(groups_of(folders))
+    rows = loss_table(groups_of(*folders))
     assert "not compared" in to_text(rows) and "±" not in to_text(rows)
     for name in ("a", "b"):  # the same tokens, but one other sequence
         evaluation = json.loads((tmp_path / name / "evaluation.json").read_text())
         evaluation["settings"]["tokens_fingerprint"] = "f"
         evaluation["sequences"][0] = [ord(name), 64]
         (tmp_path / name / "evaluation.json").write_text(json.dumps(evaluation))
-    assert "not compared" in to_text(loss_table(groups_of(folders)))
+    assert "not compared" in to_text(loss_table(groups_of(*folders)))
 
 
 def test_longppl_is_compared_on_the_same_key_tokens_only(tmp_path):
@@ -167,7 +162,7 @@ def test_longppl_is_compared_on_the_same_key_tokens_only(tmp_path):
         evaluation = json.loads(path.read_text())
         sums = {"sequence_loss": [loss] * 6, "sequence_targets": [3] * 6, "keys": keys}
         path.write_text(json.dumps(evaluation | {"longppl": evaluation["longppl"] | sums}))
-    groups = groups_of(folders)
+    groups = groups_of(*folders)
     rows = loss_table(groups)
     assert rows[0][-1] == "key tokens"
     assert [row[-1] for row in rows[1:]] == [
@@ -243,7 +238,7 @@ def test_a_folder_may_be_called_anything(tmp_path):
 
 def test_the_legend_has_every_name_as_it_is(tmp_path):
     names = [r"a$\frac$", "_under", "plain"]
-    groups = group_runs(*read_runs([write_run(tmp_path / name) for name in names]))
+    groups = groups_of(*(write_run(tmp_path / name) for name in names))
     figure = loss_by_position(groups)
     figure.draw_without_rendering()
     assert [text.get_text() for text in figure.legends[0].get_texts()] == names
@@ -251,7 +246,7 @@ def test_the_legend_has_every_name_as_it_is(tmp_path):
 
 def test_many_long_names_stay_inside_the_figure(tmp_path):
     names = [f"a_scheme_of_a_long_name_lr1e-{number}" for number in range(12)]
-    groups = group_runs(*read_runs([write_run(tmp_path / name) for name in names]))
+    groups = groups_of(*(write_run(tmp_path / name) for name in names))
     figure = loss_by_position(groups)
     figure.draw_without_rendering()
     (made,) = figure.legends
@@ -310,11 +305,7 @@ def test_text_is_laid_out_in_lines_of_cells():
 
 
 def test_the_tool_writes_where_it_is_told(report, tmp_path, capsys):
-    path = Path(__file__).parents[2] / "tools" / "report.py"
-    spec = importlib.util.spec_from_file_location("report_tool", path)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    assert tool.main([str(report[0] / "dense"), "--output", str(tmp_path), "--note", "a note"]) == 0
+    assert main([str(report[0] / "dense"), "--output", str(tmp_path), "--note", "a note"]) == 0
     shown = capsys.readouterr().out
     assert "a note" in shown and str(tmp_path / "report.html") in shown
 

@@ -11,7 +11,6 @@ from lctw_megatron.evaluation.recall_result import select
 from lctw_megatron.report import measures
 from lctw_megatron.report.comparisons import overview_table
 from lctw_megatron.report.estimate import difference
-from lctw_megatron.report.groups import Group, group_runs
 from lctw_megatron.report.left_out import left_out
 from lctw_megatron.report.recall_table import recall_lines
 from lctw_megatron.report.report import write_report
@@ -20,7 +19,7 @@ from lctw_megatron.report.runs import read_runs
 from lctw_megatron.report.shared_recall import with_shared_depths
 from lctw_megatron.report.shared_samples import with_shared_samples
 from tests.evaluation.tiny_run import make_run
-from tests.report.written_runs import DEPTHS, LENGTHS, TASKS, write_recall, write_run
+from tests.report.written_runs import DEPTHS, LENGTHS, TASKS, groups_of, write_recall, write_run
 
 FIVE, THREE = (0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.5, 1.0)
 
@@ -38,10 +37,6 @@ def write(tmp_path: Path):
         return str(folder)
 
     return one
-
-
-def groups_of(*folders: str) -> list[Group]:
-    return group_runs(*read_runs(folders))
 
 
 def test_seeds_and_schemes_are_compared_at_the_depths_that_all_have(write) -> None:

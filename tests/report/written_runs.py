@@ -13,8 +13,14 @@ from lctw_megatron.evaluation.recall_result import FORMAT as RECALL
 from lctw_megatron.evaluation.recall_result import digest_of, with_means
 from lctw_megatron.evaluation.result_file import FORMAT
 from lctw_megatron.evaluation.sequence_weights import weight_by_class, weight_histogram
+from lctw_megatron.report.groups import Group, group_runs
+from lctw_megatron.report.runs import read_runs
 
 SEQUENCES, LENGTH, NEAR = 6, 64, 16
+
+
+def groups_of(*folders: str | Path) -> list[Group]:
+    return group_runs(*read_runs(folders))
 
 
 def write_run(folder: Path, better: float = 0.0, weighted: bool = False, **settings: Any) -> Path:

@@ -1,1 +1,1 @@
-"""From a corpus of text to a token dataset. Nothing else of the project imports it."""
+"""From a corpus of text to a token dataset. Training and evaluation never import it."""

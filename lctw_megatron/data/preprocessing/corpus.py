@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from lctw_megatron.data.preprocessing.our_files import is_of_a_dataset, is_own
-from lctw_megatron.errors import InputError, few
+from lctw_megatron.errors import InputError, few, one_line
 from lctw_megatron.work_folder import MARK
 
 KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".txt": "txt", ".parquet": "parquet"}
@@ -312,5 +312,4 @@ def parquet_errors(path: str) -> Iterator[None]:
     except Exception as error:
         if getattr(error, "errno", None) is not None:
             raise  # the operating system's
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise InputError(f"{path}: not a parquet file, or damaged ({reason})") from None
+        raise InputError(f"{path}: not a parquet file, or damaged ({one_line(error)})") from None

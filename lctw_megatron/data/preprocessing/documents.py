@@ -47,8 +47,8 @@ def read_documents(
 
     A document that cannot be read, or is longer than ``most_bytes`` (a jsonl line with all its
     fields), raises an InputError that names file and line (or row), or comes as ``text`` None if
-    ``skip_bad``. Lines of white space are passed over. A file whose compression
-    or format is damaged raises InputError either way. ``scratch`` is a folder for temporary files.
+    ``skip_bad``. Lines of white space are passed over. A file whose compression or format is
+    damaged raises InputError either way. ``scratch`` is a folder for temporary files.
     """
     file = part.file
     try:

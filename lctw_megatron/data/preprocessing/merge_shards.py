@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 
 from lctw_megatron.atomic import sync_directory
-from lctw_megatron.data.indexed_array import data_path, index_path
-from lctw_megatron.data.manifest import TokenizerIdentity, manifest_path, remove_manifest
+from lctw_megatron.data.manifest import TokenizerIdentity, files_of, remove_manifest
 from lctw_megatron.data.preprocessing.corpus import Shard
 from lctw_megatron.data.preprocessing.our_files import VALIDATION
 from lctw_megatron.data.preprocessing.token_shard import (
@@ -204,9 +203,7 @@ def publish(work_prefix: str, prefix: str) -> None:
     for name in (prefix, prefix + VALIDATION):
         remove_manifest(name)
     for part in (VALIDATION, ""):
-        paths = (data_path, index_path, manifest_path)
-        endings = [".jsonl"] * bool(part) + [path("") for path in paths]
-        for ending in endings:
+        for ending in [".jsonl"] * bool(part) + files_of(""):
             source, target = work_prefix + part + ending, prefix + part + ending
             if os.path.exists(source):
                 os.replace(source, target)

@@ -144,8 +144,6 @@ def _say_if_all_shorter(prefix: str, window: int | None) -> None:
 
 
 def _check(config: PrepareConfig) -> None:
-    if config.tokenizer == "":
-        raise InputError("--tokenizer: is empty; give a model file or a folder")
     check_prefix(config.output_prefix)
     if (config.tokenizer is None) == (config.train_sentencepiece is None):
         both = "both" if config.tokenizer else "neither"
