@@ -69,6 +69,9 @@ def _empty_like(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor
     return torch.empty_like(tensor, *args, **kwargs)
 
 
+_empty = _on_cpu(torch.empty)
+
+
 class _Stream:
     """Stands for a CUDA stream, and for an event of it, which is past as soon as it is there."""
 
@@ -132,6 +135,10 @@ def patch_megatron() -> None:
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()  # type: ignore
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)  # type: ignore
     logging.getLogger(random.__name__).addFilter(_is_no_false_alarm)
+    # A rank that loads is also sent what only others hold, their experts. The place for it is made
+    # by the real torch.empty, the default of a parameter.
+    mapping = sys.modules["megatron.core.dist_checkpointing.mapping"]
+    mapping.ShardedTensor.init_data.__defaults__ = (_empty,)  # type: ignore[attr-defined]
     # How many tokens go to which rank: numbers, which gloo wants, once they are off the GPU.
     dispatcher = sys.modules["megatron.core.transformer.moe.token_dispatcher"]
     dispatcher.maybe_move_tensor_to_cpu = _moved_to_cpu  # type: ignore[attr-defined]

@@ -16,6 +16,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
@@ -46,7 +47,6 @@ class _TwoRanks:
 def workout(prefix: str, folder: Path) -> None:
     """What training does with megatron-core, on one rank."""
     from megatron.core import tensor_parallel
-    from megatron.core.dist_checkpointing import ShardedTensor
     from megatron.core.dist_checkpointing.exchange_utils import _get_empty_tensor_for_exchange
     from megatron.core.models.common.embeddings.rope_utils import get_pos_emb_on_this_cp_rank
 
@@ -77,6 +77,8 @@ def workout(prefix: str, folder: Path) -> None:
     part = torch.zeros(2)
     shards = {("part",): ShardedTensor.from_rank_offsets("part", part)}
     assert _get_empty_tensor_for_exchange(("part",), shards, {}, {})[0] is part
+    others = {("part",): ShardedTensor.from_rank_offsets("part", part).without_data()}
+    assert _get_empty_tensor_for_exchange(("part",), {}, others, {})[0].shape == part.shape
     assert get_pos_emb_on_this_cp_rank(torch.zeros(8, 1, 1, 2), 0, _TwoRanks()).shape[0] == 4
 
     def draw(inside: bool) -> tuple[Any, Any]:
@@ -100,6 +102,9 @@ def patches() -> dict[str, Callable[[], Any]]:
     for name, real in REAL_RANDOM.items():
         found[name] = lambda name=name, real=real: mock.patch.object(megatron_random, name, real)
     found["torch.Tensor.cuda"] = lambda: _without(torch.Tensor, "cuda")
+    found["ShardedTensor.init_data"] = lambda: mock.patch.object(
+        ShardedTensor.init_data, "__defaults__", (torch.empty,)
+    )
     found["pinned memory"] = _with_pinned_memory
     found["optimizer_construction"] = lambda: mock.patch(
         "lctw_megatron.training.optimizer.optimizer_construction", nullcontext
