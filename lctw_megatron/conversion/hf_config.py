@@ -38,8 +38,12 @@ _KNOWN = {
 }  # fmt: skip
 
 # Options of every architecture. By this one transformers 5 lets tokens see what follows them; a
-# null does so in its eager attention, and not in others.
-_SHARED_OPTIONS = {"is_causal": Option(True, (True,))}
+# null does so in its eager attention, and not in others. By the other it gives layers fields of
+# their own.
+_SHARED_OPTIONS = {
+    "is_causal": Option(True, (True,)),
+    "per_layer_config": Option(None, (None, {})),
+}
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """Text to token ids and back: SentencePiece models and Hugging Face tokenizer folders.
 
-What transformers' AutoTokenizer makes of a folder is what is meant by it. Neither torch nor
-transformers is imported where `tokenizers` and `sentencepiece` can do the work: SentencePiece, the
-faster, encodes for a folder whose other files say the same as its model file (Llama 2's), so that a
-corpus tokenised with either has one identity.
+What transformers' AutoTokenizer makes of a folder is what is meant by it; version 4's, where one of
+5's classes (GPT2Tokenizer, Qwen2Tokenizer) cuts texts otherwise than tokenizer.json. transformers
+is imported only for what `tokenizers` and `sentencepiece` cannot do. SentencePiece, the faster,
+encodes for a folder whose other files say the same as its model file (Llama 2's): one identity.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ import numpy as np
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer as FastTokenizer
 
-from lctw_megatron.data.added_tokens import check_added_tokens
+from lctw_megatron.data.added_tokens import follow_small_files
 from lctw_megatron.data.json_object import parse_json, read_json_object
 from lctw_megatron.data.manifest import TokenizerIdentity
 from lctw_megatron.data.sentencepiece_model import (
@@ -223,7 +223,7 @@ class HuggingFaceTokenizer(Tokenizer):
                 raise InputError(
                     f"{path}: not a tokenizer.json that can be read ({one_line(error)})"
                 ) from None
-            check_added_tokens(folder, self._fast.token_to_id)
+            source |= follow_small_files(folder, self._fast)
         else:
             self._fast, names = _by_transformers(folder)
             description = parse_json(self._fast.to_str())
@@ -234,9 +234,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self._fast.no_padding()
         bos, eos = (self._id(name, folder) for name in names)
         first = self._adds_first()
-        # A template may add a token that no file names as BOS; AutoTokenizer adds it.
-        bos = first if bos is None else bos
-        add_bos = bos is not None and first == bos
+        # A template may add a token that no file names as BOS, or another; AutoTokenizer adds it.
+        bos = bos if first is None else first
+        add_bos = first is not None
         content = json.dumps([source, bos, eos, add_bos], sort_keys=True)
         self.identity = TokenizerIdentity(
             kind="huggingface",

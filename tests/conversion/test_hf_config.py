@@ -113,6 +113,9 @@ UNSUPPORTED = {
         "layer_types 'sliding_attention'",
     ),
     "tokens that see what follows": ("llama", {"is_causal": False}, "is_causal False"),
+    "layers of their own": (
+        "llama", {"per_layer_config": {"1": {"hidden_act": "relu"}}}, "per_layer_config {'1'",
+    ),
     "perhaps the same: a null": ("qwen2", {"is_causal": None}, "is_causal None"),
     "quantised": ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
     "own code": ("llama", {"auto_map": {"AutoModel": "x.Y"}}, "auto_map"),

@@ -1,4 +1,5 @@
-"""A folder whose small files add tokens to tokenizer.json, as AutoTokenizer has it, is refused."""
+"""Small files of a folder that say more of tokens than its tokenizer.json: AutoTokenizer goes by
+them, so do we, and a token that tokenizer.json has not at all is refused."""
 
 import json
 import subprocess
@@ -102,3 +103,45 @@ def test_saving_again_helps(folder_with, hf_folder, tmp_path):
     again = load_tokenizer(tmp_path / "again")
     assert again.encode_batch(["a <tool> b"])[0].tolist() == json.loads(result.stdout)
     assert again.identity.vocab_size == load_tokenizer(hf_folder).identity.vocab_size + 1
+
+
+SAME = """
+import json, sys
+from transformers import AutoTokenizer
+texts = json.load(sys.stdin)
+tokenizers = map(AutoTokenizer.from_pretrained, sys.argv[1:])
+json.dump([[each(text)["input_ids"] for text in texts] for each in tokenizers], sys.stdout)
+"""
+TEXTS = ["a <|end|> b", "ended in one string <|begin|>", "  for in in:\n"]
+
+
+def test_what_small_files_say_of_a_known_token_is_what_autotokenizer_makes_of_it(
+    folder_with, hf_folder
+):
+    plain = load_tokenizer(hf_folder)
+    word = plain.token_text(id := int(plain.encode_batch(["in"])[0][0]))
+    assert word == "in"
+    base = {"tokenizer_class": "PreTrainedTokenizerFast", **NAMED}
+    stripping = {"added_tokens_decoder": KNOWN | {"1": KNOWN["1"] | {"lstrip": True}}}
+    folders = [
+        folder_with(base | stripping, "stripping"),
+        folder_with(base | {"added_tokens_decoder": {**KNOWN, str(id): TOOL | {"content": "in"}}},
+                    "decoder"),
+        folder_with(base | {"pad_token": "in"}, "named"),
+        folder_with(base | {"additional_special_tokens": ["in"]}, "listed"),
+        folder_with(base, "map", special_tokens_map={"unk_token": "in"}),
+        folder_with(base, "legacy", added_tokens={"in": id}),
+        folder_with(base | {"split_special_tokens": True}, "letters"),
+        folder_with(base | {"bos_token": "<|end|>"}, "other_bos"),
+    ]  # fmt: skip
+    command = [sys.executable, "-c", SAME, *map(str, folders)]
+    result = subprocess.run(command, input=json.dumps(TEXTS), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    ids = [array.tolist() for array in plain.encode_batch(TEXTS)]
+    for folder, theirs in zip(folders, json.loads(result.stdout), strict=True):
+        tokenizer = load_tokenizer(folder)
+        ours = [array.tolist() for array in tokenizer.encode_batch(TEXTS)]
+        assert [[0, *text] for text in ours] == theirs, folder.name  # the template's BOS
+        assert tokenizer.identity.add_bos and tokenizer.identity.bos_id == 0, folder.name
+        assert (ours != ids) == (folder.name != "other_bos"), folder.name
+        assert (tokenizer.identity.digest != plain.identity.digest) == (ours != ids), folder.name
