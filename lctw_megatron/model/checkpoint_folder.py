@@ -19,3 +19,13 @@ def complete_checkpoints(folder: Path) -> list[Path]:
         if (match := _STEP_NAME.fullmatch(path.name)) and (path / MANIFEST).is_file()
     ]
     return [path for _, path in sorted(found)]
+
+
+def newest_complete(path: Path) -> Path | None:
+    """``path`` itself, or the newest complete checkpoint of a run folder or its `checkpoints`."""
+    if (path / MANIFEST).is_file():
+        return path
+    for folder in (path / "checkpoints", path):
+        if steps := complete_checkpoints(folder):
+            return steps[-1]
+    return None
