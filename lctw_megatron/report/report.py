@@ -210,7 +210,9 @@ def _drawn(figures: Figures, groups: Sequence[Group], folder: Path) -> list[Sect
     sections = []
     for name, title, draw in figures:
         figure, path = draw(groups), folder / f"{name}.png"
-        png = _remove(path) if figure is None else write_png(path, figure)
+        png = None if figure is None else write_png(path, figure)
+        if png is None:
+            _remove(path)
         lines = difference_lines(groups) if draw is difference_curves else []
         if png or lines:
             sections.append(Section(title, png=png, lines=lines))
