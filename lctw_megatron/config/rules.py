@@ -6,6 +6,7 @@ from pathlib import Path
 from lctw_megatron.config.layout_rules import check_layout, check_sequence
 from lctw_megatron.config.schema import EvaluationConfig, Recipe, RunConfig, ScoringConfig
 from lctw_megatron.config.schemes import needs_short_loss
+from lctw_megatron.config.sidecar_name import NAME_RULE, is_sidecar_name
 from lctw_megatron.config.validation_errors import nearest
 from lctw_megatron.errors import InputError
 
@@ -85,7 +86,9 @@ def check_run(run: RunConfig) -> None:
 
 
 def check_scoring(scoring: ScoringConfig) -> None:
-    """Refuse windows that do not fit together. Raises InputError."""
+    """Refuse windows that do not fit together, and a name that no sidecar has. InputError."""
+    if not is_sidecar_name(scoring.name):
+        raise InputError(f"scoring.name is {scoring.name!r}, expected {NAME_RULE}")
     _check_windows("scoring", scoring.window, scoring.stride, scoring.sequence_length)
 
 

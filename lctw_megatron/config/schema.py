@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from lctw_megatron.config.time_limit import limit_seconds
+from lctw_megatron.config.written_path import WrittenPath
 
 Positive = Annotated[int, Field(gt=0, le=2**31 - 1)]
 Bytes = Annotated[int, Field(gt=0, le=2**62)]
@@ -73,7 +74,7 @@ class PrepareConfig(Section):
     inputs: list[str]
     """Files, folders or globs: jsonl, txt, parquet; plain, .gz or .zst. `stdlib` is the installed
     Python standard library, modules joined per package."""
-    output_prefix: str
+    output_prefix: WrittenPath
     """Where PREFIX.bin, .idx and .json are written."""
     tokenizer: str | None = None
     """A SentencePiece .model file or a Hugging Face tokenizer folder."""
@@ -573,7 +574,7 @@ class Experiment(Section):
     """What a recipe says once, for all its runs."""
 
     name: str
-    output_dir: str
+    output_dir: WrittenPath
     """Every run writes to OUTPUT_DIR/<run name>."""
     prepare: PrepareConfig | None = None
     scoring: ScoringConfig | None = None

@@ -110,7 +110,7 @@ def manifest_path(prefix: str) -> str:
 
 
 def files_of(prefix: str) -> list[str]:
-    """All of a token dataset or a sidecar."""
+    """All of a token dataset or a sidecar; last its manifest, without which it is not whole."""
     return [data_path(prefix), index_path(prefix), manifest_path(prefix)]
 
 

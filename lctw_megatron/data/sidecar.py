@@ -12,7 +12,6 @@ weight.
 import hashlib
 import math
 import os
-import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -43,12 +42,6 @@ from lctw_megatron.errors import InputError
 
 FLOAT32 = np.dtype("<f4")
 _SAMPLED_LENGTHS = 64
-
-
-def is_sidecar_name(name: str) -> bool:
-    """Whether a sidecar may be called so. Without a dot: PREFIX.v2 is another dataset's prefix, and
-    PREFIX.v2.short_loss a sidecar of that."""
-    return re.fullmatch(r"[A-Za-z0-9_-]+", name) is not None
 
 
 def sidecar_prefix(dataset_prefix: str, name: str) -> str:

@@ -6,6 +6,7 @@ import os
 
 import numpy as np
 
+from lctw_megatron.config.sidecar_name import is_sidecar_name
 from lctw_megatron.data.fingerprint import content_fingerprint, sample_digest
 from lctw_megatron.data.indexed_array import index_path
 from lctw_megatron.data.json_object import read_json
@@ -19,7 +20,7 @@ from lctw_megatron.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from lctw_megatron.data.sidecar import Sidecar, is_sidecar_name
+from lctw_megatron.data.sidecar import Sidecar
 from lctw_megatron.data.token_dataset import TokenDataset, check_vocabulary
 from lctw_megatron.data.tokenizers import load_tokenizer
 from lctw_megatron.errors import InputError

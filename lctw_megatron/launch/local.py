@@ -12,6 +12,7 @@ from pathlib import Path
 from lctw_megatron.config.shipped import PROJECT
 from lctw_megatron.data.indexed_array import index_path
 from lctw_megatron.errors import InputError
+from lctw_megatron.launch.inputs import is_there
 from lctw_megatron.launch.stage_graph import NOT_DONE, StageGraph
 from lctw_megatron.launch.stages import Stage, StageState, runnable
 from lctw_megatron.ownership import holder, owned
@@ -116,10 +117,11 @@ def check_needs(
                     f"--stages: {stage.name} needs {need}, which is {why}; add it to --stages"
                 )
         for path in stage.reads if stage.name not in ahead else ():
-            if not (Path(path).is_file() or Path(index_path(path)).is_file()):
+            if not is_there(path):
                 raise InputError(
-                    f"{stage.name} reads {path}, which is neither the prefix of a token dataset "
-                    f"({index_path(path)}) nor a file; make it, or change the recipe"
+                    f"{stage.name} reads {path}, which is neither the prefix of a token dataset or "
+                    f"sidecar ({index_path(path)}) nor a file or checkpoint; make it, or change "
+                    "the recipe"
                 )
 
 

@@ -10,16 +10,20 @@ from lctw_megatron.config.schema import Recipe, RunConfig
 from lctw_megatron.config.schemes import needs_short_loss
 
 
-def reads_scores(recipe: Recipe, run: RunConfig) -> bool:
-    """Whether the run reads the sidecar that the recipe's scoring section makes."""
-    needs = needs_short_loss(run.weighting.scheme)
-    frozen = run.weighting.mode == "frozen"
-    return bool(needs and frozen and recipe.scoring and run.data.scores == recipe.scoring.name)
+def reads_scores(run: RunConfig) -> bool:
+    """Whether the run reads sidecars."""
+    return needs_short_loss(run.weighting.scheme) and run.weighting.mode == "frozen"
+
+
+def makes_scores(recipe: Recipe, run: RunConfig) -> bool:
+    """Whether the recipe's scoring section makes the sidecars that the run reads."""
+    scoring = recipe.scoring
+    return reads_scores(run) and scoring is not None and run.data.scores == scoring.name
 
 
 def scored_prefixes(recipe: Recipe, runs: Iterable[RunConfig]) -> dict[str, str]:
     """Prefix of each token dataset that is to be scored -> name of its stage."""
-    corpora = [corpus for run in runs if reads_scores(recipe, run) for corpus in run.data.train]
+    corpora = [corpus for run in runs if makes_scores(recipe, run) for corpus in run.data.train]
     prefixes = list(dict.fromkeys(os.path.normpath(corpus.prefix) for corpus in corpora))
     if len(prefixes) == 1:
         return {prefixes[0]: "score"}

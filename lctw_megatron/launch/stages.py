@@ -31,8 +31,16 @@ from lctw_megatron.config.schema import (
     ScoringConfig,
 )
 from lctw_megatron.conversion.architectures import architecture
+from lctw_megatron.data.sidecar import sidecar_prefix
 from lctw_megatron.errors import InputError
-from lctw_megatron.launch.scored_datasets import reads_scores, scored_prefixes, smallest_window
+from lctw_megatron.launch.inputs import of_checkpoint, of_datasets
+from lctw_megatron.launch.scored_datasets import (
+    makes_scores,
+    reads_scores,
+    scored_prefixes,
+    smallest_window,
+)
+from lctw_megatron.model.checkpoint_folder import complete_checkpoints
 
 KINDS = ("prepare", "score", "train", "export", "verify", "evaluate", "recall", "report")
 
@@ -60,7 +68,8 @@ class Stage:
     needs: tuple[str, ...] = ()
     """Names of the stages that must be done before."""
     reads: tuple[str, ...] = ()
-    """Token datasets and texts that no stage makes, so that they must be there already."""
+    """Token datasets, sidecars, texts and checkpoints that no stage makes, so that they must be
+    there already."""
     model_ranks: int = 1
     """Ranks that share one model; a multiple of it is started."""
     scales: bool = False
@@ -136,16 +145,6 @@ def final_runs(recipe: Recipe, runs: Iterable[RunConfig]) -> list[RunConfig]:
     return [run for run in runs if run.name not in used] or runs
 
 
-def _data(recipe: Recipe, *prefixes: str) -> tuple[list[str], tuple[str, ...]]:
-    """`prepare`, if it makes one of the token datasets; and those that it does not make."""
-    made = set()
-    if recipe.prepare:
-        prefix = os.path.abspath(recipe.prepare.output_prefix)
-        made = {prefix, f"{prefix}-validation"}
-    given = tuple(prefix for prefix in prefixes if os.path.abspath(prefix) not in made)
-    return (["prepare"] if len(given) < len(prefixes) else []), given
-
-
 def _prepare_stage(prepare: PrepareConfig, window: int | None) -> Stage:
     arguments = ["tools/preprocess.py", "--input", *prepare.inputs]
     arguments += ["--output-prefix", prepare.output_prefix]
@@ -195,16 +194,15 @@ def _score_stage(recipe: Recipe, scoring: ScoringConfig, prefix: str, name: str)
     decides = tuple(arguments)
     if scoring.tokens_per_forward is not None:
         arguments += ["--tokens-per-forward", str(scoring.tokens_per_forward)]
-    needs, reads = _data(recipe, prefix)
-    if scorer := run_of(recipe, scoring.scorer):
-        needs.append(f"train-{scorer}")
+    needs, reads = of_datasets(recipe, prefix)
+    scorer, given = of_checkpoint(recipe, scoring.scorer)
     return Stage(
         name,
         "score",
         tuple(arguments),
         f"{prefix}.{scoring.name}.json",
-        needs=tuple(needs),
-        reads=reads,
+        needs=(*needs, *scorer),
+        reads=(*reads, *given),
         model_ranks=scoring.tensor * scoring.pipeline,
         scales=True,
         shards=scoring.shards,
@@ -223,17 +221,21 @@ def _train_stage(
     arguments = ["tools/train.py", recipe_path, "--run", run.name]
     for override in overrides:
         arguments += ["--set", override]
-    needs, reads = _data(recipe, *(c.prefix for c in (*run.data.train, *run.data.validation)))
-    if reads_scores(recipe, run):
+    corpora = [*run.data.train, *run.data.validation]
+    needs, reads = of_datasets(recipe, *(corpus.prefix for corpus in corpora))
+    if makes_scores(recipe, run):
         needs += [scored[os.path.normpath(corpus.prefix)] for corpus in run.data.train]
-    if start := run_of(recipe, recipe.runs[run.name].get("start")):
-        needs.append(f"train-{start}")
+    elif reads_scores(run):
+        reads += tuple(sidecar_prefix(c.prefix, run.data.scores) for c in run.data.train)
+    start, given = of_checkpoint(recipe, recipe.runs[run.name].get("start"))
+    if not complete_checkpoints(Path(run.run_dir, "checkpoints")):  # or it goes on without
+        reads += given
     return Stage(
         f"train-{run.name}",
         "train",
         tuple(arguments),
         f"{run.run_dir}/checkpoints",
-        needs=tuple(dict.fromkeys(needs)),
+        needs=tuple(dict.fromkeys([*needs, *start])),
         reads=reads,
         model_ranks=run.layout.fewest_ranks,
         scales=True,
@@ -277,7 +279,7 @@ def _evaluate_stage(recipe: Recipe, evaluation: EvaluationConfig, run: RunConfig
     arguments += ["--checkpoint", f"{run.run_dir}/checkpoints"]
     output = f"{run.run_dir}/evaluation.json"
     arguments += ["--data", evaluation.data, "--output", output]
-    needs, reads = _data(recipe, evaluation.data)
+    needs, reads = of_datasets(recipe, evaluation.data)
     needs.append(f"train-{run.name}")
     for option, value in [
         ("--sequence-length", evaluation.sequence_length),
@@ -291,14 +293,14 @@ def _evaluate_stage(recipe: Recipe, evaluation: EvaluationConfig, run: RunConfig
             arguments += [option, str(value)]
     if key := evaluation.key_checkpoint:
         arguments += ["--key-checkpoint", checkpoints_of(recipe, key)]
-        if (name := run_of(recipe, key)) and name != run.name:
-            needs.append(f"train-{name}")
+        picker, given = of_checkpoint(recipe, key)
+        needs, reads = [*needs, *picker], (*reads, *given)
     return Stage(
         f"evaluate-{run.name}",
         "evaluate",
         tuple(arguments),
         output,
-        needs=tuple(needs),
+        needs=tuple(dict.fromkeys(needs)),
         reads=reads,
         model_ranks=run.layout.model_ranks,
         scales=True,
@@ -319,7 +321,7 @@ def _recall_stage(recipe: Recipe, recall: RecallProbes, run: RunConfig) -> Stage
     ]:
         if value is not None:
             arguments += [option, str(value)]
-    needs, reads = _data(recipe, *([recall.haystack] if recall.haystack else []))
+    needs, reads = of_datasets(recipe, *([recall.haystack] if recall.haystack else []))
     return Stage(
         f"recall-{run.name}",
         "recall",

@@ -31,7 +31,7 @@ from lctw_megatron.atomic import write_json
 from lctw_megatron.config.schema import ModelConfig, RunConfig, Section
 from lctw_megatron.data.json_object import read_json, read_json_object
 from lctw_megatron.errors import InputError, one_line
-from lctw_megatron.model.checkpoint_folder import MANIFEST, complete_checkpoints
+from lctw_megatron.model.checkpoint_folder import MANIFEST, newest_complete
 from lctw_megatron.model.checkpoint_metadata import read_index
 from lctw_megatron.model.checksums import check_sums_together, folder_names, sum_files
 from lctw_megatron.model.initialize import sharded_parameters, sharding
@@ -84,13 +84,9 @@ class CheckpointManifest(Section):
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """``path`` itself, or the newest complete checkpoint of a run folder or its `checkpoints`."""
-    path = Path(path)
-    if (path / MANIFEST).is_file():
-        return path
-    for folder in (path / "checkpoints", path):
-        if steps := complete_checkpoints(folder):
-            return steps[-1]
+    """What ``newest_complete`` finds. InputError if that is nothing."""
+    if found := newest_complete(Path(path)):
+        return found
     raise InputError(
         f"{path}: no complete checkpoint found (a folder with {MANIFEST}, or a run folder with "
         "checkpoints/step_*); train, or import one with tools/convert.py"

@@ -22,3 +22,13 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     named = (path for path in paths if _STEP_NAME.fullmatch(path.name))
     whole = [path for path in named if (path / MANIFEST).is_file()]
     return sorted(whole, key=lambda path: (step_of(path), path))
+
+
+def newest_complete(path: Path) -> Path | None:
+    """``path`` itself, or the newest complete checkpoint of a run folder or its `checkpoints`."""
+    if (path / MANIFEST).is_file():
+        return path
+    for folder in (path / "checkpoints", path):
+        if steps := complete_checkpoints(folder):
+            return steps[-1]
+    return None

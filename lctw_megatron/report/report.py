@@ -101,7 +101,8 @@ def write_report(
     output: default: `report` beside the first run's folder. markdown: tables as Markdown. baseline:
     the run to compare with, and others of its group; default: the first. The HTML file comes last,
     so that a report that is there is complete. Raises InputError, also for a file under one of the
-    report's names that no report wrote.
+    report's names that no report wrote. Pictures under these names that this one has not are
+    removed: they are of a report before.
     """
     runs, first = read_runs(folders, baseline)
     groups, fewer = with_shared_samples(group_runs(runs, first))
@@ -147,6 +148,12 @@ def _text_png(folder: Path, run: RunRecord) -> Path:
     return folder / f"text_{run.name.replace('/', '_')}.png"
 
 
+def _remove(path: Path) -> None:
+    """A picture of an earlier report that would be taken for one of this."""
+    if path.is_file():
+        path.unlink()
+
+
 def _text(sections: Sequence[Section], write: Callable[[Rows], str]) -> list[str]:
     """Tables and what explains them, paragraph by paragraph, without figures and coloured text."""
     text = []
@@ -179,6 +186,9 @@ def _results(groups: Sequence[Group], exceptions: Sequence[str]) -> Section:
 def _weights(groups: Sequence[Group], folder: Path) -> list[Section]:
     """The statistics, and a page of text of each group that has weights; folded if several."""
     shown = [(group.example, group.example.weights) for group in groups]
+    for run, found in shown:
+        if not (found and found["page"]):
+            _remove(_text_png(folder, run))
     texts = [_text_section(run, found, folder) for run, found in shown if found and found["page"]]
     if len(texts) > 1:
         texts = [replace(text, folded="show the text") for text in texts]
@@ -199,8 +209,10 @@ def _drawn(figures: Figures, groups: Sequence[Group], folder: Path) -> list[Sect
     """A section for each figure that has something to show, or of which something is to be said."""
     sections = []
     for name, title, draw in figures:
-        figure = draw(groups)
-        png = None if figure is None else write_png(folder / f"{name}.png", figure)
+        figure, path = draw(groups), folder / f"{name}.png"
+        png = None if figure is None else write_png(path, figure)
+        if png is None:
+            _remove(path)
         lines = difference_lines(groups) if draw is difference_curves else []
         if png or lines:
             sections.append(Section(title, png=png, lines=lines))

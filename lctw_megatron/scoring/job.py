@@ -12,9 +12,10 @@ from lctw_megatron.config.layout_rules import check_model, without_gradients
 from lctw_megatron.config.model_sizes import forward_tokens
 from lctw_megatron.config.rope import longest_context
 from lctw_megatron.config.schema import LayoutConfig
+from lctw_megatron.config.sidecar_name import NAME_RULE, is_sidecar_name
 from lctw_megatron.data.indexed_array import data_path, stored_dtype
 from lctw_megatron.data.manifest import SidecarManifest, read_manifest
-from lctw_megatron.data.sidecar import Sidecar, is_sidecar_name, sidecar_prefix
+from lctw_megatron.data.sidecar import Sidecar, sidecar_prefix
 from lctw_megatron.data.token_dataset import TokenDataset
 from lctw_megatron.errors import InputError, few
 from lctw_megatron.model import checkpoint as checkpoints
@@ -53,9 +54,7 @@ class Job:
 
     def __post_init__(self) -> None:
         if not is_sidecar_name(self.name):
-            raise InputError(
-                f"--name {self.name!r}: it becomes part of file names; use letters, digits, _ and -"
-            )
+            raise InputError(f"--name is {self.name!r}, expected {NAME_RULE}")
         self._check_name()
         _ = self.plan  # refuses windows that cannot be
         self._check_model()

@@ -75,6 +75,18 @@ def test_nothing_is_no_name_and_no_path(recipe, override):
         load_recipe(recipe, [override])
 
 
+@pytest.mark.parametrize("field", ["output_dir", "prepare.output_prefix"])
+def test_what_only_a_shell_would_put_in_names_no_folder_to_write_to(recipe, field):
+    """Else a folder of the name ~ or $SCRATCH is made in the current one."""
+    for path in ("~", "~/runs", "~me/runs", "$SCRATCH/runs", "/scratch/${USER}/runs"):
+        with pytest.raises(
+            InputError, match=rf"{field} is .*, expected a path written out, .*[~$]"
+        ):
+            load_recipe(recipe, [f"{field}='{path}'"])
+    for path in ("./~/runs", "a~/b", "cost 1$", "$1", "läufe/mein versuch.v1"):
+        load_recipe(recipe, [f"{field}='{path}'"])
+
+
 def test_a_field_of_a_list_is_looked_for_among_its_own(recipe):
     with pytest.raises(InputError, match="data.train.0.wieght: no such field; did you mean weight"):
         resolve_run(load_recipe(recipe, ["data.train=[{prefix: x, wieght: 2}]"]))

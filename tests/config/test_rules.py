@@ -49,6 +49,14 @@ def test_scoring_windows_follow_the_same_rules():
         check_scoring(ScoringConfig(**fitting, sequence_length=128))
 
 
+def test_a_name_that_no_sidecar_may_have_is_refused_before_its_scorer_is_trained():
+    fitting = {"scorer": "base", "window": 128, "stride": 96}
+    check_scoring(ScoringConfig(**fitting, name="short_2-a"))
+    for name in ("v2.short", "../a", "short loss"):
+        with pytest.raises(InputError, match="scoring.name is .*, expected letters, digits, _ and"):
+            check_scoring(ScoringConfig(**fitting, name=name))
+
+
 def test_evaluation_windows_follow_the_same_rules_and_are_needed():
     check_evaluation(EvaluationConfig(data="held-out", window=64, stride=64, sequence_length=65))
     for wrong, rule in [

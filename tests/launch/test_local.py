@@ -10,6 +10,7 @@ from torch.distributed.run import parse_args
 from lctw_megatron.errors import InputError
 from lctw_megatron.launch import local
 from lctw_megatron.launch.stage_graph import StageGraph
+from lctw_megatron.model.checkpoint_folder import MANIFEST, step_name
 from lctw_megatron.ownership import owned
 from lctw_megatron.training import trackers
 from tests.launch.conftest import RECIPE
@@ -129,24 +130,40 @@ def test_ranks_that_a_later_stage_cannot_take_are_said_before_the_first(plan, fa
 
 
 @pytest.mark.parametrize(
-    "change, stage",
+    "change, stage, file",
     [
-        ("evaluation.recall.haystack=runs/speeches.txt", "recall-uniform"),
-        ("evaluation.data=runs/theirs", "evaluate-uniform"),
-        ("data.validation=[runs/theirs]", "train-base"),
+        ("evaluation.recall.haystack=runs/a.txt", "recall-uniform", "runs/a.txt"),
+        ("evaluation.data=runs/a", "evaluate-uniform", "runs/a.idx"),
+        ("data.validation=[runs/a]", "train-base", "runs/a.idx"),
+        ("data.scores=theirs", "train-dense", "data/books.theirs.idx"),
+        ("runs.uniform.start=runs/a", "train-uniform", f"runs/a/{MANIFEST}"),
+        ("scoring.scorer=runs/a", "score", f"runs/a/checkpoints/{step_name(2)}/{MANIFEST}"),
+        (
+            "evaluation.key_checkpoint=runs/a",
+            "evaluate-uniform",
+            f"runs/a/{step_name(2)}/{MANIFEST}",
+        ),
     ],
 )
-def test_what_a_later_stage_reads_must_be_there_before_the_first(plan, fake_tools, change, stage):
+def test_what_a_later_stage_reads_must_be_there_before_the_first(
+    plan, fake_tools, change, stage, file
+):
     asked = change, "evaluation.recall.lengths=[4096]"
     made = plan(SINGLE, *asked)
-    missing = change.split("=")[1].strip("[]")
-    with pytest.raises(InputError, match=f"{stage} reads {missing}, which is neither"):
+    with pytest.raises(InputError, match=f"{stage} reads .*, which is neither"):
         local.run_stages(made, made.stages)
     assert fake_tools() == []
-    file = missing if missing.endswith(".txt") else f"{missing}.idx"
-    Path("runs").mkdir(exist_ok=True)
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
     Path(file).write_text("")
     assert local.run_stages(made, made.select(["prepare"])) == 0
+    local.check_needs(made, made.stages)
+
+
+def test_a_run_that_has_begun_goes_on_without_its_start(plan):
+    step = Path("out/uniform/checkpoints", step_name(2))
+    step.mkdir(parents=True)
+    (step / MANIFEST).write_text("")
+    made = plan(SINGLE, "runs.uniform.start=runs/gone")
     local.check_needs(made, made.stages)
 
 

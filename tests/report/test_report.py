@@ -88,6 +88,21 @@ def test_every_figure_is_written_beside_the_runs(report):
         assert width >= 800 and height >= 100, name
 
 
+def test_a_picture_of_an_earlier_report_does_not_stay_beside_one_that_lacks_it(tmp_path):
+    run = write_recall(write_run(tmp_path / "dense", weighted=True))
+    (other := tmp_path / "report" / "mine.png").parent.mkdir()
+    other.write_bytes(b"somebody's")
+    write_report([str(run)], None, None)
+    before = {path.name for path in other.parent.iterdir()}
+    (run / "recall.json").unlink()
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    (run / "evaluation.json").write_text(json.dumps(evaluation | {"weights": None}))
+    write_report([str(run)], None, None)
+    assert before - {path.name for path in other.parent.iterdir()} == {
+        "recall_by_length.png", "recall_by_depth.png", "weight_histogram.png", "text_dense.png",
+    }  # fmt: skip
+
+
 def test_the_page_is_whole_and_needs_no_network(report):
     text = (report[0] / "report" / "report.html").read_text()
     page = Page()

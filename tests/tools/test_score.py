@@ -59,7 +59,10 @@ def test_a_wrong_argument_is_explained(ask, flags, options, message):
         ({"data": "{prefix}"}, "no/scorer: no complete checkpoint found"),
         ({"data": "{prefix}", "checkpoint": "{scorer}", "window": 500}, "for at most 128 tokens"),
         ({"data": "{prefix}", "checkpoint": "{scorer}", "stride": 65}, "stride 65 > window 64"),
-        ({"data": "{prefix}", "checkpoint": "{scorer}", "name": "a/b"}, "--name 'a/b': it becomes"),
+        (
+            {"data": "{prefix}", "checkpoint": "{scorer}", "name": "a/b"},
+            "--name is 'a/b', expected letters",
+        ),
         ({"data": "{prefix}", "checkpoint": "{scorer}", "tensor": 2}, "= 2 ranks, but 1 were"),
         ({"data": "{prefix}.short_loss", "checkpoint": "{scorer}"}, "holds float32 values, tokens"),
     ],
