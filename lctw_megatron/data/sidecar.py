@@ -9,6 +9,7 @@ with float16's bits 63 %, and a target near the threshold of `sparse` gains or l
 weight.
 """
 
+import bisect
 import hashlib
 import math
 import os
@@ -301,7 +302,9 @@ class SidecarWriter(Closing):
             at = begin + int(np.isinf(values).argmax())
             document = int(np.searchsorted(pointers, at * itemsize, side="right")) - 1
             raise ValueError(f"{self.prefix}: an infinite value in document {document}")
-        first, end = np.searchsorted(pointers, [begin * itemsize, (begin + len(values)) * itemsize])
+        # Not np.searchsorted, which would copy all of them at each call: a file has them unaligned.
+        bounds = begin * itemsize, (begin + len(values)) * itemsize
+        first, end = (bisect.bisect_left(pointers, bound) for bound in bounds)
         starts = pointers[first:end] // itemsize - begin
         starts = starts[self.dataset.lengths[first:end] > 0]
         if not np.isnan(values[starts]).all():

@@ -1,6 +1,7 @@
 import os
 import pickle
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lctw_megatron.data import Sidecar, TokenDataset
-from lctw_megatron.data.indexed_array import HEADER
+from lctw_megatron.data.indexed_array import HEADER, IndexedArrayWriter
 from lctw_megatron.data.sidecar import SidecarWriter
 from lctw_megatron.errors import InputError
 from tests.data.small_data import count_up, write_sidecar, write_tokens
@@ -118,6 +119,21 @@ def test_the_writer_refuses_impossible_values(tmp_path, dataset, position, value
     ):
         writer.add(values)
     assert not list(tmp_path.glob("*short_loss*"))
+
+
+def test_checking_a_few_values_does_not_read_all_documents(tmp_path):
+    many = 1 << 18
+    with IndexedArrayWriter(tmp_path / "corpus", np.uint16) as tokens:
+        tokens.add(np.zeros(8, np.uint16))
+        tokens._append_lengths(np.zeros(many, np.int32))
+    dataset = TokenDataset(tmp_path / "corpus")
+    writer = SidecarWriter(dataset, "short_loss", **DETAILS)
+    tracemalloc.start()
+    writer._check(np.full(4, NAN, np.float32), 4)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    writer.give_up(RuntimeError())
+    assert peak < many
 
 
 def test_a_missing_sidecar_says_how_to_make_it(dataset):

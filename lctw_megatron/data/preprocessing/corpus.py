@@ -8,7 +8,7 @@ import glob
 import os
 import stat
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,7 +88,7 @@ def find_files(
     listed in ``passed_over``: hidden, empty and other files, the metadata of a `datasets` folder,
     a further name of a file that is read already, and what earlier runs wrote for
     ``output_prefix`` or another. Raises InputError for an input that does not exist, is empty or
-    holds nothing of a known kind.
+    holds nothing of a known kind, and for a file that is there plain and compressed.
     """
     left_out = PassedOver() if passed_over is None else passed_over
     files: dict[str, CorpusFile] = {}
@@ -109,7 +109,26 @@ def find_files(
                 left_out.paths[file.path] = "empty"
             elif first.path != file.path:
                 left_out.paths[file.path] = "linked to what is read already"
+    _refuse_twice(files.values())
     return list(files.values())
+
+
+def _refuse_twice(files: Iterable[CorpusFile]) -> None:
+    """InputError for a file beside its compressed form, which zstd leaves and gzip -k: all its
+    documents would come twice, held-out ones into the training data. Either may be the one that
+    was cut short or is older, so none is chosen."""
+    plain: dict[str, str] = {}
+    twice = []
+    for file in files:
+        name = os.path.splitext(file.path)[0] if file.compression else file.path
+        first = plain.setdefault(name, file.path)
+        if first != file.path:
+            twice.append(f"{first} and {os.path.basename(file.path)}")
+    if twice:
+        raise InputError(
+            f"{few(twice)}: by their names the same text, plain and compressed, whose documents "
+            "would come twice; remove one of them, or name those that are meant, as *.jsonl does"
+        )
 
 
 def is_there(name: str) -> bool:

@@ -53,7 +53,10 @@ from lctw_megatron.progress import clock, human
 from lctw_megatron.work_folder import MARK, make_work_folder, remove, remove_work_folder
 
 _WORTH_KEEPING_SECONDS = 60.0
-"""After an error, shards that took less time are made again rather than left lying about."""
+"""After an error, shards that took less time are made again rather than left lying about, unless a
+run before this one had left some."""
+_PUBLISHING = "publishing"
+"""In PREFIX.shards from the moment on at which the result begins to appear at PREFIX."""
 
 
 def preprocess(config: PrepareConfig, window: int | None = None) -> TokenManifest:
@@ -103,6 +106,7 @@ def preprocess(config: PrepareConfig, window: int | None = None) -> TokenManifes
                 tokenizer = tokenizer.model_copy(update={"path": _model_path(prefix)})
             source = _source(config, files, wanted)
             merge_shards(shards, folders, results, settings, tokenizer, source, held_out, merged)
+        (work / _PUBLISHING).touch()
         if given is None:
             os.replace(model, _model_path(prefix))
         publish(merged, prefix)
@@ -202,10 +206,10 @@ def _finished(config: PrepareConfig, wanted: str) -> TokenManifest | None:
 
 def _refuse_foreign(config: PrepareConfig) -> None:
     """InputError if a file would be replaced or removed that was not made here: a user's own text,
-    Megatron's dataset, a validation dataset that was made by itself. What lies there beside the
-    shards of a killed run is that run's."""
+    Megatron's dataset, a validation dataset that was made by itself. What lies there of a run that
+    was killed while its result appeared is that run's."""
     prefix = config.output_prefix
-    if _work_path(prefix).exists():
+    if (_work_path(prefix) / _PUBLISHING).exists():
         return
     source, held_out = _made_here(prefix), _made_here(prefix + VALIDATION)
     # Either of both may have lost its manifest.
@@ -242,15 +246,16 @@ def _work_path(prefix: str) -> Path:
 @contextlib.contextmanager
 def _work_folder(prefix: str) -> Iterator[Path]:
     """PREFIX.shards, locked. It goes when all is done, and after an error too, unless it holds
-    finished shards of a run that lasted a while."""
+    finished shards of runs that lasted a while."""
     start = time.monotonic()
     work = _work_path(prefix)
     make_work_folder(work)
     with owned(work / "lock", prefix):
+        before = _finished_names(work)
         try:
             yield work
         except BaseException as error:
-            _clear(work, time.monotonic() - start)
+            _clear(work, before, time.monotonic() - start)
             full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
             if isinstance(error, OSError) and error.errno in full:
                 error.filename = str(work)  # not one of its files, whose names are random
@@ -262,19 +267,23 @@ def _work_folder(prefix: str) -> Iterator[Path]:
         remove_work_folder(work)
 
 
-def _clear(work: Path, seconds: float) -> None:
-    """Remove what is unfinished, and the folder if nothing in it is worth keeping."""
-    finished = {path.parent.name for path in work.glob("[!.]*/shard.json")}
-    if finished and seconds >= _WORTH_KEEPING_SECONDS:
+def _clear(work: Path, before: set[str], seconds: float) -> None:
+    """Remove what is unfinished, and the folder if no shard is left of ``before`` or took long."""
+    finished = _finished_names(work)
+    if finished & before or (finished and seconds >= _WORTH_KEEPING_SECONDS):
         _remove_others(work, finished)
     else:
         remove_work_folder(work)
 
 
+def _finished_names(work: Path) -> set[str]:
+    return {path.parent.name for path in work.glob("[!.]*/shard.json")}
+
+
 def _remove_others(work: Path, names: set[str]) -> None:
     """Remove all but ``names``: shards of other settings, half-written files of killed runs."""
     for path in work.iterdir():
-        if path.name in names or path.name in ("lock", MARK):
+        if path.name in names or path.name in ("lock", MARK, _PUBLISHING):
             continue
         remove(path)
 

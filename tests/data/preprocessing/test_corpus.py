@@ -61,6 +61,22 @@ def test_globs_and_inputs_keep_their_order_and_name_a_file_once(folder):
     ]
 
 
+def test_a_file_beside_its_compressed_form_is_not_read_twice(folder):
+    """As `gzip -k` and zstd leave it."""
+    write_corpus(folder / "a.jsonl", ["a"])
+    write_corpus(folder / "sub" / "b.jsonl.gz", ["another text, in another folder"])
+    message = r"a\.jsonl and a\.jsonl\.gz: .* would come twice; remove one of them"
+    with pytest.raises(InputError, match=message):
+        names([folder])
+    with pytest.raises(InputError, match=r"a\.jsonl and a\.jsonl\.gz: "):
+        names([folder / "a.jsonl", folder / "a.jsonl.gz"])
+    assert names([folder / "*.jsonl"]) == ["a.jsonl", "b.jsonl"]
+    write_corpus(folder / "c.jsonl.gz", ["c"])
+    write_corpus(folder / "c.jsonl.zst", ["c"])
+    with pytest.raises(InputError, match=r"c\.jsonl\.gz and c\.jsonl\.zst: "):
+        names([folder / "c*"])
+
+
 def test_what_an_earlier_run_wrote_beside_the_corpus_is_no_corpus(folder):
     prefix = folder / "out"
     for name in ("out.json", "out.short_loss.json", "out-validation.jsonl", "out-validation.json"):

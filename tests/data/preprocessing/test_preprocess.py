@@ -3,7 +3,6 @@
 Longer than 350 lines: every promise of one function, on one set of corpora.
 """
 
-import contextlib
 import errno
 import fcntl
 import json
@@ -457,75 +456,6 @@ def test_a_package_that_changes_is_noticed(config, tmp_path, in_process, monkeyp
             preprocess(config)
     preprocess(config)
     assert stored_texts(config) == ["a = 1\n\nb = 1\n"]
-
-
-@contextlib.contextmanager
-def broken_after(monkeypatch, count, error, worth_keeping=0):
-    """Tokenising raises ``error`` from shard number ``count`` on."""
-    made = []
-    tokenise = shard_pool.tokenise_shard
-
-    def some(shard, *arguments):
-        if len(made) == count:
-            raise error
-        made.append(shard)
-        return tokenise(shard, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(shard_pool, "tokenise_shard", some)
-        patch.setattr(module, "_WORTH_KEEPING_SECONDS", worth_keeping)
-        yield made
-
-
-def test_finished_shards_of_a_failed_run_are_taken_by_the_next(config, in_process, monkeypatch):
-    work = config.output_prefix + ".shards"
-    with (
-        broken_after(monkeypatch, 3, InputError("a broken line")),
-        pytest.raises(InputError, match="a broken line; the next run takes what is finished in"),
-    ):
-        preprocess(config)
-    assert sum(name not in ("lock", MARK) for name in os.listdir(work)) == 3
-    total = len(corpus.plan_shards(corpus.find_files(config.inputs, "/o")))
-    with broken_after(monkeypatch, 99, None) as made:
-        preprocess(config)
-    assert len(made) == total - 3
-    assert stored_texts(config) == TEXTS
-    assert not os.path.exists(work)
-
-
-def test_shards_of_other_settings_are_never_taken(config, hf_folder, in_process, monkeypatch):
-    with broken_after(monkeypatch, 3, InputError("stop")), pytest.raises(InputError):
-        preprocess(config)
-    work = config.output_prefix + ".shards"
-    os.makedirs(os.path.join(work, ".half-written.tmp"))
-    config = changed(config, tokenizer=str(hf_folder))
-    with broken_after(monkeypatch, 0, InputError("stop")), pytest.raises(InputError):
-        preprocess(config)
-    assert not os.path.exists(work)  # they were removed, and nothing of this run was finished
-    preprocess(config)
-    assert stored_texts(config) == TEXTS
-
-
-def test_an_early_error_leaves_nothing_at_all(config, in_process, tmp_path):
-    with open(config.inputs[0], "a") as file:
-        file.write("{\n")
-    with pytest.raises(InputError, match=r"a\.jsonl line 61: not valid JSON \(.*\); mend it, or"):
-        preprocess(config)
-    assert os.listdir(tmp_path / "out") == []
-    manifest = preprocess(changed(config, skip_bad=True))
-    assert manifest.source["skipped"] == 1
-    assert stored_texts(config) == TEXTS
-
-
-def test_a_full_disk_is_an_error_of_the_work_folder_and_leaves_nothing(
-    config, in_process, monkeypatch, tmp_path
-):
-    full = OSError(errno.ENOSPC, "No space left on device")
-    with broken_after(monkeypatch, 2, full, worth_keeping=60), pytest.raises(OSError) as error:
-        preprocess(config)
-    assert error.value.errno == errno.ENOSPC
-    assert error.value.filename == config.output_prefix + ".shards"
-    assert os.listdir(tmp_path / "out") == []
 
 
 def test_two_runs_to_one_prefix_do_not_meet(config, in_process):
