@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 from lctw_megatron.cli import positive, run_command
+from lctw_megatron.errors import InputError
 
 IMPORT = """Convert a Hugging Face folder (Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE, Phi;
 safetensors), or what Megatron-LM has saved of such a model, to a checkpoint that can be loaded
@@ -15,7 +16,7 @@ theta and the maximum positions of the trained model, or to a folder that Megatr
 Streamed like import."""
 VERIFY = """Compare a checkpoint with a Hugging Face folder: the configuration, every tensor bit for
 bit, and the logits of both models in float32 on real text. Exit status 1 if they differ, 2 if
-something cannot be read."""
+something cannot be read. Where transformers reads the text as other tokens, a line says so."""
 
 
 def main(arguments: list[str]) -> int:
@@ -62,9 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument(
         "--max-shard-size",
         metavar="SIZE",
-        default="5GB",
         help="hf: no weight file is larger, unless one tensor is; 5GB is decimal, 5GiB binary "
-        "(default: %(default)s)",
+        "(default: 5GB)",
     )
 
     verb = verbs.add_parser("verify", help="compare the two", description=VERIFY)
@@ -138,10 +138,14 @@ def _export(options: argparse.Namespace) -> int:
     if options.format == "megatron-lm":
         from lctw_megatron.conversion.megatron_lm import export_megatron_lm
 
+        if options.max_shard_size is not None:
+            raise InputError(
+                f"--max-shard-size {options.max_shard_size}: is for --format hf; leave it out"
+            )
         done = export_megatron_lm(options.checkpoint, options.output, options.dtype)
         _report("exported", done, options.output, time.monotonic() - start)
         return 0
-    limit = parse_size(options.max_shard_size)
+    limit = parse_size("5GB" if options.max_shard_size is None else options.max_shard_size)
     done = export_hf(options.checkpoint, options.output, options.dtype, limit)
     _report("exported", done, options.output, time.monotonic() - start)
     return 0
@@ -161,6 +165,8 @@ def _report(verb: str, done, output: Path, seconds: float) -> None:  # type: ign
 
 def _verify(options: argparse.Namespace) -> int:
     from lctw_megatron.conversion import sample_text, verify
+    from lctw_megatron.conversion.tokenizer_agreement import tokenizer_line
+    from lctw_megatron.data.tokenizer_files import has_tokenizer
     from lctw_megatron.model.checkpoint import find_checkpoint
 
     checkpoint = find_checkpoint(options.checkpoint)
@@ -180,6 +186,8 @@ def _verify(options: argparse.Namespace) -> int:
         logits = verify.compare_logits(options.hf, checkpoint, tokens)
         print(verify.logits_table(logits, options.tolerance))
         failed |= not logits.largest <= options.tolerance
+    if has_tokenizer(options.hf):  # the weights are equal all the same
+        print(tokenizer_line(options.hf, sample_text.sample_text(options.text, options.length)))
     print("verify: " + ("DIFFERENT" if failed else "equal"))
     return int(failed)
 

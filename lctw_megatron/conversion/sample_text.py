@@ -10,24 +10,27 @@ from lctw_megatron.data.tokenizers import load_tokenizer
 from lctw_megatron.errors import InputError
 
 
-def text_tokens(folder: Path, text: Path | None, length: int) -> Tensor:
-    """The first ``length`` tokens, int64 [1, length], of a text in the tokenizer of ``folder``.
-
-    text None: the language reference that Python's `help()` shows, about 700 kB of English.
-    """
-    if not has_tokenizer(folder):
-        raise InputError(
-            f"{folder}: has no tokenizer to turn text into tokens; give token ids with --tokens"
-        )
+def sample_text(text: Path | None, length: int) -> str:
+    """Enough of ``text`` for ``length`` tokens; None: of the language reference that Python's
+    `help()` shows, about 700 kB of English."""
     if text is None:
         from pydoc_data.topics import topics
 
         content = "\n\n".join(topics.values())
     else:
         content = text.read_text(errors="replace")
-    tokenizer = load_tokenizer(folder)
     # A token is seldom longer than a few characters; no need to encode all of a long text.
-    ids = tokenizer.encode_documents([content[: 32 * length]])[0][:length]
+    return content[: 32 * length]
+
+
+def text_tokens(folder: Path, text: Path | None, length: int) -> Tensor:
+    """The first ``length`` tokens, int64 [1, length], of a text in the tokenizer of ``folder``."""
+    if not has_tokenizer(folder):
+        raise InputError(
+            f"{folder}: has no tokenizer to turn text into tokens; give token ids with --tokens"
+        )
+    tokenizer = load_tokenizer(folder)
+    ids = tokenizer.encode_documents([sample_text(text, length)])[0][:length]
     return _checked(torch.from_numpy(ids).long(), str(text or "Python's help texts"), length)
 
 

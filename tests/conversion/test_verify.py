@@ -1,14 +1,18 @@
 """verify sees what differs, however little, and says where."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers.normalizers import Replace
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, __version__
 
 from lctw_megatron.conversion.hf_export import export_hf
 from lctw_megatron.conversion.hf_import import import_hf
+from lctw_megatron.conversion.tokenizer_agreement import tokenizer_line
 from lctw_megatron.conversion.verify import (
     compare_logits,
     compare_tensors,
@@ -121,3 +125,24 @@ def test_a_config_that_wants_tuples_of_transformers_is_compared_like_any(pair):
     path = pair[0] / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"return_dict": False}))
     assert compare_logits(*pair, random_tokens(50)).largest < 1e-5
+
+
+def test_a_tokenizer_that_transformers_reads_otherwise_is_told(hf_folder, monkeypatch):
+    """Some of its classes rebuild one from vocabulary and merges, by rules of their own."""
+    text = "Alpha beta.\n\n\n\ngamma delta\n\n   epsilon"
+    assert re.fullmatch(r"tokenizer: equal \(\d+ tokens\)", tokenizer_line(hf_folder, text))
+    other = PreTrainedTokenizerFast.from_pretrained(hf_folder)
+    other.backend_tokenizer.normalizer = Replace("gamma", "beta")
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *args, **options: other)
+    line = tokenizer_line(hf_folder, text)
+    assert f"transformers {__version__} (" in line
+    assert re.search(r"reads 'gamma delta' as \[\d.*\] from token \d on, not as \[\d", line)
+
+
+def test_a_tokenizer_that_transformers_cannot_load_is_told(hf_folder, monkeypatch):
+    def load(*args: object, **options: object) -> None:
+        raise TypeError("not\na tokenizer")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", load)
+    line = tokenizer_line(hf_folder, "Alpha")
+    assert line.endswith(f"transformers {__version__} cannot load it (not a tokenizer)")
