@@ -256,12 +256,13 @@ class Job:
     def _compare(self, path: Path, found: Settings) -> None:
         made = self.folder if path.parent == self.folder else path
         for key, expected in self.settings.items():
-            if found.get(key) != expected:
+            if (was := found.get(key)) != expected:
+                as_begun = f"go on with --{key.replace('_', '-')} {was}, " if was else ""
                 raise InputError(
-                    f"{path}: made with {key} {json.dumps(found.get(key))}, but {key} "
-                    f"{json.dumps(expected)} is asked for; choose another --name (in a recipe "
-                    f"scoring.name and data.scores), or replace it with --overwrite (in a recipe "
-                    f"remove {made} and launch again)"
+                    f"{path}: made with {key} {json.dumps(was)}, but {key} {json.dumps(expected)} "
+                    f"is asked for; {as_begun if key in _ARITHMETIC else ''}choose another --name "
+                    f"(in a recipe scoring.name and data.scores), or replace it with --overwrite "
+                    f"(in a recipe remove {made} and launch again)"
                 )
 
     def _check_name(self) -> None:

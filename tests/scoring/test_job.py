@@ -163,8 +163,11 @@ def test_a_shard_or_sidecar_of_other_settings_is_refused_with_both_named(
         lambda: job.finished_shards(1),
         lambda: job.is_done(0, 1, overwrite=False, log=print),
     ):
-        with pytest.raises(InputError, match=f"{old}, but {new} is asked for"):
+        with pytest.raises(InputError, match=f"{old}, but {new} is asked for") as caught:
             refused()
+        # Hours of work that need not be replaced.
+        option = f"go on with --{old.replace('_', '-')}".replace('"', "")
+        assert (option in str(caught.value)) == ("windowing" not in changes)
 
 
 def test_a_shard_of_another_scorer_is_refused_or_replaced(
