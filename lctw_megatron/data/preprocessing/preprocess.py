@@ -53,8 +53,7 @@ from lctw_megatron.progress import clock, human
 from lctw_megatron.work_folder import MARK, make_work_folder, remove, remove_work_folder
 
 _WORTH_KEEPING_SECONDS = 60.0
-"""After an error, shards that took less time are made again rather than left lying about, unless a
-run before this one had left some."""
+"""After an error, what took less time is made anew, unless an earlier run had left some shards."""
 _PUBLISHING = "publishing"
 """In PREFIX.shards from the moment on at which the result begins to appear at PREFIX."""
 
@@ -100,7 +99,10 @@ def preprocess(config: PrepareConfig, window: int | None = None) -> TokenManifes
             model = config.tokenizer or _trained_model(config, settings, shards, wanted, work)
             tokenizer = given or load_tokenizer(model).identity
             folders = [work / shard_key(shard, settings, tokenizer) for shard in shards]
-            _remove_others(work, {folder.name for folder in folders} | {os.path.basename(model)})
+            names = {folder.name for folder in folders}
+            if others := _finished_names(work) - names:  # it may be our option that is mistyped
+                print(f"{work}: {len(others)} shards of other settings or text stay until the end")
+            _remove_others(work, names | others | {os.path.basename(model)})
             results = tokenise_shards(shards, folders, settings, model, config.workers)
             if given is None:
                 tokenizer = tokenizer.model_copy(update={"path": _model_path(prefix)})
@@ -281,7 +283,7 @@ def _finished_names(work: Path) -> set[str]:
 
 
 def _remove_others(work: Path, names: set[str]) -> None:
-    """Remove all but ``names``: shards of other settings, half-written files of killed runs."""
+    """Remove all but ``names``: half-written files of killed runs."""
     for path in work.iterdir():
         if path.name in names or path.name in ("lock", MARK, _PUBLISHING):
             continue

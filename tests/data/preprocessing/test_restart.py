@@ -58,17 +58,20 @@ def test_finished_shards_of_a_failed_run_are_taken_by_the_next(config, in_proces
     assert not os.path.exists(work)
 
 
-def test_shards_of_other_settings_are_never_taken(config, hf_folder, in_process, monkeypatch):
+def test_shards_of_other_settings_are_not_taken_and_stay_for_who_goes_back(
+    config, hf_folder, in_process, monkeypatch, capsys
+):
     with broken_after(monkeypatch, 3, InputError("stop")), pytest.raises(InputError):
         preprocess(config)
     work = config.output_prefix + ".shards"
     os.makedirs(os.path.join(work, ".half-written.tmp"))
-    config = changed(config, tokenizer=str(hf_folder))
+    other = changed(config, tokenizer=str(hf_folder))
     with broken_after(monkeypatch, 0, InputError("stop")), pytest.raises(InputError):
-        preprocess(config)
-    assert not os.path.exists(work)  # they were removed, and nothing of this run was finished
-    preprocess(config)
-    assert stored_texts(config) == TEXTS
+        preprocess(other)
+    assert f"{work}: 3 shards of other settings or text stay" in capsys.readouterr().out
+    assert len([name for name in os.listdir(work) if name not in ("lock", MARK)]) == 3
+    preprocess(other)
+    assert stored_texts(other) == TEXTS and not os.path.exists(work)
 
 
 def test_an_early_error_of_a_later_run_leaves_what_a_long_one_has_finished(
