@@ -11,8 +11,9 @@ def test_its_folder_is_made_only_when_asked_for_and_not_before_the_run_may_begin
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in (*flight_recorder._BUFFER, *flight_recorder._FILES):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.setenv(f"LCTW_{name}", "")  # so that what is set here goes
+        for variable in (name, f"LCTW_{name}"):
+            monkeypatch.setenv(variable, "")  # so that what is set from here on goes in the end
+            monkeypatch.delenv(variable)
     flight_recorder.record_into(tmp_path)
     flight_recorder.make_place()
     assert not list(tmp_path.iterdir())  # nobody asks for records
@@ -21,4 +22,3 @@ def test_its_folder_is_made_only_when_asked_for_and_not_before_the_run_may_begin
     assert not list(tmp_path.iterdir())  # the run's data may be refused yet
     flight_recorder.make_place()
     assert (tmp_path / "flight_recorder").is_dir()
-    monkeypatch.delenv(flight_recorder._FILES[1], raising=False)
