@@ -131,7 +131,7 @@ def _import(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from lctw_megatron.conversion.hf_export import export_hf
+    from lctw_megatron.conversion.hf_export import MAX_FILE_BYTES, export_hf
     from lctw_megatron.conversion.safetensors_writer import parse_size
 
     start = time.monotonic()
@@ -145,7 +145,9 @@ def _export(options: argparse.Namespace) -> int:
         done = export_megatron_lm(options.checkpoint, options.output, options.dtype)
         _report("exported", done, options.output, time.monotonic() - start)
         return 0
-    limit = parse_size("5GB" if options.max_shard_size is None else options.max_shard_size)
+    limit = MAX_FILE_BYTES
+    if options.max_shard_size is not None:
+        limit = parse_size(options.max_shard_size)
     done = export_hf(options.checkpoint, options.output, options.dtype, limit)
     _report("exported", done, options.output, time.monotonic() - start)
     return 0

@@ -5,7 +5,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from lctw_megatron.data.tokenizers import load_tokenizer
-from lctw_megatron.errors import one_line
+from lctw_megatron.errors import InputError, one_line
 
 
 def tokenizer_line(folder: Path, text: str) -> str:
@@ -14,7 +14,10 @@ def tokenizer_line(folder: Path, text: str) -> str:
     import transformers
 
     paragraphs = [part for part in text.split("\n\n") if part]
-    ours = [ids.tolist() for ids in load_tokenizer(folder).encode_batch(paragraphs)]
+    try:
+        ours = [ids.tolist() for ids in load_tokenizer(folder).encode_batch(paragraphs)]
+    except InputError as error:  # the weights can be compared all the same
+        return f"tokenizer: not compared ({error})"
     library = f"tokenizer: transformers {transformers.__version__}"
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -257,12 +257,13 @@ class Job:
         made = self.folder if path.parent == self.folder else path
         for key, expected in self.settings.items():
             if (was := found.get(key)) != expected:
-                as_begun = f"go on with --{key.replace('_', '-')} {was}, " if was else ""
+                advice = "choose another --name (in a recipe scoring.name and data.scores)"
+                if key in _ARITHMETIC and was:  # what is there need not be made again
+                    advice = f"go on with --{key.replace('_', '-')} {was}, {advice}"
                 raise InputError(
                     f"{path}: made with {key} {json.dumps(was)}, but {key} {json.dumps(expected)} "
-                    f"is asked for; {as_begun if key in _ARITHMETIC else ''}choose another --name "
-                    f"(in a recipe scoring.name and data.scores), or replace it with --overwrite "
-                    f"(in a recipe remove {made} and launch again)"
+                    f"is asked for; {advice}, or replace it with --overwrite (in a recipe remove "
+                    f"{made} and launch again)"
                 )
 
     def _check_name(self) -> None:

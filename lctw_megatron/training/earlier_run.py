@@ -17,7 +17,8 @@ from lctw_megatron.data.metrics_file import last_metrics
 from lctw_megatron.errors import InputError
 from lctw_megatron.model.checkpoint_folder import step_name
 
-_RESULTS = ("evaluation.json", "recall.json", "harness.json")
+_HARNESS = "harness.json"
+_RESULTS = ("evaluation.json", "recall.json", _HARNESS)
 """Where tools/report.py looks for what was measured of a run."""
 
 
@@ -69,6 +70,7 @@ def _rename(path: Path, what: str) -> None:
         return
     aside = path.with_name(f"{path.stem}.{secrets.token_hex(4)}{path.suffix}")
     os.replace(path, aside)
-    if path.with_suffix("").is_dir():  # what the harness itself returned
-        os.replace(path.with_suffix(""), aside.with_suffix(""))
+    own = path.with_suffix("")
+    if path.name == _HARNESS and own.is_dir():  # what the harness itself returned
+        os.replace(own, aside.with_suffix(""))
     print(f"{path}: {what}; is now {aside}", flush=True)

@@ -146,3 +146,9 @@ def test_a_tokenizer_that_transformers_cannot_load_is_told(hf_folder, monkeypatc
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", load)
     line = tokenizer_line(hf_folder, "Alpha")
     assert line.endswith(f"transformers {__version__} cannot load it (not a tokenizer)")
+
+
+def test_a_tokenizer_that_we_cannot_read_does_not_hide_that_the_weights_are_equal(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    line = tokenizer_line(tmp_path, "Alpha")
+    assert line.startswith("tokenizer: not compared (") and "tokenizer.json" in line

@@ -86,7 +86,10 @@ def test_results_of_steps_to_come_are_set_aside(
 
 def test_what_the_harness_returned_goes_with_its_result(tmp_path: Path) -> None:
     write_result(tmp_path / "harness.json", "run/checkpoints/step_00000006")
+    write_result(tmp_path / "recall.json", "run/checkpoints/step_00000006")
     (tmp_path / "harness").mkdir()
+    (tmp_path / "recall").mkdir()  # somebody's own
     set_aside(make(tmp_path, steps=9), 4)
-    file, folder = sorted(tmp_path.iterdir(), key=Path.is_dir)
-    assert file.stem == folder.name != "harness"
+    (file,) = tmp_path.glob("harness.*.json")
+    assert file.with_suffix("").is_dir() and not (tmp_path / "harness").exists()
+    assert (tmp_path / "recall").is_dir() and not (tmp_path / "recall.json").exists()
