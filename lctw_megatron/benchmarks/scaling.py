@@ -93,12 +93,16 @@ def measured(
 
 def main(asked: str, found: str, *weightings: str) -> None:
     """One rank: time the steps of the run in ``asked`` under ``weightings``; the first writes
-    ``found``. If there is one, its `rank_gib` is the most memory that a rank had in use."""
+    ``found``. If there is one, its `rank_gib` is the most memory that a rank had in use, and its
+    `profile` what the first rank's GPU did."""
     run = load_run(Path(asked))
-    rows = step_benchmark(run, {name: WEIGHTINGS[name] for name in weightings}, repeats=3)
+    alone = len(weightings) == 1
+    rows = step_benchmark(
+        run, {name: WEIGHTINGS[name] for name in weightings}, repeats=3, profiled=alone
+    )
     held = torch.tensor(torch.cuda.max_memory_allocated(), device="cuda")
     torch.distributed.all_reduce(held, torch.distributed.ReduceOp.MAX)
-    if len(rows) == 1:
+    if alone:
         rows[weightings[0]]["rank_gib"] = held.item() / 2**30
     if torch.distributed.get_rank() == 0:
         write_json(found, rows)

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lctw_megatron.benchmarks.kernel_times import kernel_spans, where_time_goes
 from lctw_megatron.benchmarks.measure import measure_in_turn
 from lctw_megatron.config.schema import ModelConfig, RunConfig
 from lctw_megatron.data.batch import PieceData, Sample, assemble, usable_scores
@@ -81,9 +82,13 @@ def draw_weights(chunks: list[Any], model: ModelConfig) -> None:
 
 
 def step_benchmark(
-    run: RunConfig, weightings: dict[str, dict[str, Any]], repeats: int = 3
+    run: RunConfig,
+    weightings: dict[str, dict[str, Any]],
+    repeats: int = 3,
+    profiled: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """Seconds, peak memory, tokens/s and model FLOPs of a step under each weighting.
+    """Seconds, peak memory, tokens/s and model FLOPs of a step under each weighting; ``profiled``:
+    and what this rank's GPU did in one more.
 
     The first is what the others' `time_ratio` and `flops_ratio` refer to.
     """
@@ -109,4 +114,7 @@ def step_benchmark(
         first = results[next(iter(weightings))]
         results[name]["time_ratio"] = cost.seconds / first["seconds"]
         results[name]["flops_ratio"] = results[name]["model_tflops"] / first["model_tflops"]
+        if profiled:
+            spans = kernel_spans(lambda s=stepper: s.step(0, batches))  # type: ignore
+            results[name]["profile"] = where_time_goes(spans)
     return results

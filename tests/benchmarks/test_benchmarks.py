@@ -15,7 +15,7 @@ from lctw_megatron.benchmarks.checkpointing import checkpoint_benchmark
 from lctw_megatron.benchmarks.cpu import STEP, WEIGHTINGS
 from lctw_megatron.benchmarks.full_size import plan, weighted_plan
 from lctw_megatron.benchmarks.head import head_benchmark
-from lctw_megatron.benchmarks.profile import busy_time, by_kind
+from lctw_megatron.benchmarks.kernel_times import by_kind, where_time_goes
 from lctw_megatron.benchmarks.results import Results
 from lctw_megatron.benchmarks.scaling import layouts, run_of
 from lctw_megatron.benchmarks.scoring_cpu import scoring_benchmark
@@ -245,4 +245,7 @@ def test_how_far_scores_and_weights_are_moved() -> None:
 def test_a_profile_is_summed_up_by_kind_and_by_what_is_covered() -> None:
     spans = [(2.0, 5.0, "cudnn_sdpa_flash_bprop"), (0.0, 1.0, "nvjet_sm90_tst"), (4.0, 6.0, "silu")]
     assert by_kind(spans) == {"attention": 3.0, "matrix products": 1.0, "small kernels": 2.0}
-    assert busy_time([span[:2] for span in spans]) == (6.0, 5.0)
+    spans.append((5.5, 10.0, "ncclDevKernel_AllGather_RING_LL"))
+    found = where_time_goes(spans)
+    assert (found["idle share"], found["communication alone"]) == (0.1, 0.4)
+    assert found["kinds"]["communication"]["share"] == 0.45
