@@ -73,7 +73,7 @@ def time_kernels(results: dict[str, Any]) -> None:
     """
     length = LARGE["data"]["sequence_length"]
     cases = {"one document": rectangles([0, length], length, 0, 1)}
-    for size in (2, 4, 8):
+    for size in (2, 4, 8, 16):
         cases[f"CP{size}, the last rank"] = rectangles([0, length], length, size - 1, size)
     for size in (8192, 4096, 2048, 1024):
         starts = [*range(0, length + 1, size)]

@@ -25,11 +25,11 @@ RECOMPUTED = ("none", "mlp", "full")
 
 def time_full_size(results: dict[str, Any]) -> None:
     """A uniform step at 32k and at 128k tokens under each layout, in as little recomputation as
-    fits; and at 32k under one of them a step under each weighting.
+    fits; and at 32k under one of them a step of 4 sequences under each weighting.
 
-    A step has 4 sequences of 32k, an eighth of the recipe's: of one alone the gradients' reduction
+    A step has 8 sequences of 32k, a quarter of the recipe's: of one alone the gradients' reduction
     and the optimizer, once a step, would take a share that no training pays. It has one of 128k,
-    and 8 where stages of a pipeline are to be kept busy.
+    where no pipeline is measured: its stages would want many.
     """
     gpus = torch.cuda.device_count()
     if gpus < 4 or started_ranks() > 1:
@@ -89,10 +89,10 @@ def time_full_size_state(results: dict[str, Any]) -> None:
 
 def plan(gpus: int, memory: int) -> Iterator[tuple[str, RunConfig | None]]:
     """A name and what to run on ``gpus`` of ``memory`` bytes each; None if nothing fits."""
-    for length, sequences in ((32768, 4), (131072, 1)):
+    for length, sequences in ((32768, 8), (131072, 1)):
         for layout in layouts(gpus):
-            more = 8 if "PP" in layout else sequences
-            yield least_recomputed(gpus, memory, layout, length, more)
+            if sequences > 1 or "PP" not in layout:
+                yield least_recomputed(gpus, memory, layout, length, sequences)
 
 
 def weighted_plan(gpus: int, memory: int, sequences: int = 4) -> tuple[str, RunConfig | None]:

@@ -1,18 +1,17 @@
-"""A uniform step under fields of megatron-core's own configs: what overlapped communication and
-fused weight gradients gain."""
+"""A uniform step under fields of megatron-core's own configs: what overlapped communication gains,
+and weight gradients that are added to their sums by their products."""
 
 from typing import Any
 
 from lctw_megatron.benchmarks.large_model import LARGE, WEIGHTINGS
 from lctw_megatron.benchmarks.steps import step_benchmark
 from lctw_megatron.config.schema import RunConfig
-from lctw_megatron.platform.capabilities import capabilities
 from lctw_megatron.platform.world import started_ranks
 
 
 def time_overlap(results: dict[str, Any]) -> None:
     """A step of all ranks, one sequence each, under each setting beside the first. On one GPU there
-    is nothing to overlap, and only the fused weight gradients are measured, where apex has them.
+    is nothing to overlap.
 
     `torchrun --nproc-per-node 2 tools/benchmark.py gpu --only overlap`
     """
@@ -21,9 +20,8 @@ def time_overlap(results: dict[str, Any]) -> None:
     if ranks > 1:
         settings["gradients overlapped"] = {"ddp": _overlap(True, False)}
         settings["gradients and weights overlapped"] = {"ddp": _overlap(True, True)}
-    if capabilities().fused_weight_gradients:
-        fused = {"transformer": {"gradient_accumulation_fusion": True}}
-        settings["fused weight gradients"] = {"ddp": _overlap(False, False)} | fused
+    apart = {"transformer": {"gradient_accumulation_fusion": False}}
+    settings["weight gradients apart"] = {"ddp": _overlap(False, False)} | apart
     first = None
     for name, megatron in settings.items():
         training = LARGE["training"] | {"global_batch_size": ranks}

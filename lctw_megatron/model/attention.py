@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from lctw_megatron.data import zigzag
-from lctw_megatron.model import cudnn_attention
+from lctw_megatron.model import context_attention, cudnn_attention
 from lctw_megatron.platform.capabilities import capabilities
 from lctw_megatron.platform.host_copies import to_device
 
@@ -231,13 +231,15 @@ def attend(
     [b, P+1] int (on any device) gives the pieces of every whole sequence, padded with S; None means
     one piece. group: the context-parallel ranks. Returns [s, b, n, d].
     """
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     rank, size = (group.rank(), group.size()) if group is not None else (0, 1)
-    if size > 1:
+    if group is not None and size > 1:
+        if boundaries is None and not dropout and context_attention.takes(q, k, v):
+            return context_attention.attend(q, k, v, group, scale)
         k, v = _GatherSequence.apply(torch.cat([k, v], dim=-1), group).split(
             [k.shape[-1], v.shape[-1]], dim=-1
         )
     sequence_length, batch = k.shape[0], k.shape[1]
-    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     if boundaries is None:
         pieces = [[0, sequence_length]]
     else:
@@ -254,10 +256,16 @@ def attend(
     together = batch if boundaries is None else 1
     rows = zip(*(x.split(together) for x in (q, k, v)), pieces, cuts, strict=True)
     outputs = [
-        torch.cat([_attend_rectangle(*part, scale, dropout) for part in _cut(*row, dim=2)], dim=2)
+        _joined([_attend_rectangle(*part, scale, dropout) for part in _cut(*row, dim=2)], dim=2)
         for row in rows
     ]
-    return torch.cat(outputs).permute(2, 0, 1, 3)
+    return _joined(outputs, dim=0).permute(2, 0, 1, 3)
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    """A single one as it is: kernels give their output in the order of the queries in memory, and
+    what joins it, one though it be, copies it into another."""
+    return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
 
 
 def _deduplicated(row: list[int]) -> list[int]:

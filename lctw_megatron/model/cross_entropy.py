@@ -21,23 +21,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lctw_megatron.data.batch import IGNORE
+from lctw_megatron.platform.mixed_products import add_product_, product
 
 
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _mm(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b with the result in float32 also where a and b are bfloat16."""
-    if a.dtype in (torch.float32, torch.float64):
-        return torch.mm(a, b)
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a.float(), b.float())  # CPU kernels have no mixed product
-
-
 def _logits(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    logits = _mm(inputs, weight.t())
+    logits = product(inputs, weight.t())
     return logits if bias is None else logits.add_(bias)
 
 
@@ -105,7 +97,7 @@ class _RowBlockLoss(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[rows[block]] = torch.mm(gradient, weight)
             if grad_weight is not None:
-                _accumulate_(grad_weight, gradient.t(), inputs)
+                add_product_(grad_weight, gradient.t(), inputs)
             if grad_bias is not None:
                 grad_bias.add_(gradient.sum(0, dtype=grad_bias.dtype))
         if grad_weight is not None:
@@ -155,16 +147,6 @@ def _fused_gradient(
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """One kernel instead of one for each operation: logits are read once, not five times."""
     return torch.compile(function, dynamic=True)
-
-
-def _accumulate_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, with the products of bfloat16 summed in total's float32."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    elif a.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total.add_(_mm(a, b))
 
 
 def row_block_cross_entropy(

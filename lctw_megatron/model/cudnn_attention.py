@@ -9,6 +9,8 @@ gets the merged output and log-sum-exp, from which it makes its part of the whol
 Shapes: n query heads, g key/value heads, d head.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -24,10 +26,17 @@ about 2,700 (`benchmark.py gpu --only kernels`)."""
 def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether ``attend_rectangle`` should have this rectangle: a large one, whose square torch
     itself would give to cuDNN. q [rows, n, d]; k, v [keys, g, d]."""
-    if q.shape[0] < LARGE_ROWS or torch.are_deterministic_algorithms_enabled():
+    if q.shape[0] < LARGE_ROWS:
         return False
-    query, key, value = (_heads_first(x[-q.shape[0] :]) for x in (q, k, v))
-    choice = torch._fused_sdp_choice(query, key, value, None, 0.0, True, enable_gqa=True)
+    return is_preferred(*(_heads_first(x[-q.shape[0] :]) for x in (q, k, v)))
+
+
+def is_preferred(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether torch itself would give this causal square to cuDNN. q [b, n, rows, d]; k and v
+    [b, g, rows, d]."""
+    if torch.are_deterministic_algorithms_enabled():
+        return False
+    choice = torch._fused_sdp_choice(q, k, v, None, 0.0, True, enable_gqa=True)
     return choice == SDPBackend.CUDNN_ATTENTION.value
 
 
@@ -49,7 +58,7 @@ def _heads_first(x: Tensor) -> Tensor:
     return x.transpose(0, 1)[None]
 
 
-class _Block(NamedTuple):
+class Block(NamedTuple):
     """What a block's backward wants of its forward."""
 
     log_sum_exp: Tensor
@@ -58,16 +67,16 @@ class _Block(NamedTuple):
     """Of dropout and of sequences of many lengths."""
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, _Block]:
+def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Block]:
     """One cuDNN call; q [1, n, rows, d], k and v [1, g, keys, d] -> output [1, n, rows, d]."""
     out, log_sum_exp, *rest, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
         q, k, v, None, True, 0.0, causal, False, scale=scale
     )
-    return out, _Block(log_sum_exp, tuple(rest))
+    return out, Block(log_sum_exp, tuple(rest))
 
 
-def _backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, block: _Block, causal: bool,
+def backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, block: Block, causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of q, k and v, given the output and log-sum-exp over all blocks."""
@@ -86,30 +95,41 @@ class _Rectangle(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        outputs, blocks = [], []
-        for causal, key, value in _blocks(q, k, v):
-            out, block = _forward(q, key, value, causal, scale)
-            outputs.append(out)
-            blocks.append(block)
-        merged = torch.logaddexp(*(block.log_sum_exp for block in blocks))
-        full, square = (
-            out * (block.log_sum_exp - merged).exp()
-            for out, block in zip(outputs, blocks, strict=True)
+        (full, block), (out, square) = (
+            forward(q, key, value, causal, scale) for causal, key, value in _blocks(q, k, v)
         )
-        out = (full + square).to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, merged)
-        ctx.rest, ctx.scale = [block.rest for block in blocks], scale
+        merge_(out, square.log_sum_exp, full, block.log_sum_exp)
+        ctx.save_for_backward(q, k, v, out, square.log_sum_exp)
+        ctx.rest, ctx.scale = [block.rest, square.rest], scale
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
         q, k, v, out, merged = ctx.saved_tensors
         parts = [
-            _backward(grad, q, key, value, out, _Block(merged, rest), causal, ctx.scale)
+            backward(grad, q, key, value, out, Block(merged, rest), causal, ctx.scale)
             for rest, (causal, key, value) in zip(ctx.rest, _blocks(q, k, v), strict=True)
         ]
         queries, keys, values = zip(*parts, strict=True)
         return queries[0] + queries[1], torch.cat(keys, 2), torch.cat(values, 2), None
+
+
+def merge_(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
+    """``out`` and ``lse`` become output and log-sum-exp over the keys of both. Outputs
+    [b, n, rows, d], log-sum-exps float32 [b, n, rows, 1]."""
+    (_compiled(_merge_) if out.is_cuda else _merge_)(out, lse, other, other_lse)
+
+
+def _merge_(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
+    both = torch.logaddexp(lse, other_lse)
+    out.copy_(out * (lse - both).exp() + other * (other_lse - both).exp())
+    lse.copy_(both)
+
+
+@functools.cache
+def _compiled(function: Callable[..., None]) -> Callable[..., None]:
+    """One kernel instead of ten, most of them over float32 copies of the outputs."""
+    return torch.compile(function, dynamic=True)
 
 
 def _blocks(q: Tensor, k: Tensor, v: Tensor) -> list[tuple[bool, Tensor, Tensor]]:

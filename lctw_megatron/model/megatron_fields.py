@@ -23,7 +23,7 @@ _Count = Annotated[int, Field(gt=0, le=2**31 - 1)]
 
 FREE: dict[str, dict[str, Any]] = {
     "transformer": {
-        "gradient_accumulation_fusion": None,  # apex's kernel, or TransformerEngine's layers
+        "gradient_accumulation_fusion": None,
         "bias_activation_fusion": None,
         "bias_dropout_fusion": None,
         "apply_rope_fusion": None,  # TransformerEngine's kernel

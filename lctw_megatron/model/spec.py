@@ -125,7 +125,8 @@ def transformer_config(
         bias_activation_fusion=on_gpu and not phi,
         bias_dropout_fusion=on_gpu,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
+        # Nothing to gain where weights are as wide as their gradients: platform/mixed_products.py.
+        gradient_accumulation_fusion=dtype == torch.bfloat16,
         persist_layer_norm=False,
         attention_backend=_attention_backend(),
         deterministic_mode=torch.are_deterministic_algorithms_enabled(),
@@ -184,10 +185,6 @@ def _check_fields(
         "cp_comm_type": (
             not has_own_core_attention(model, dtype, packed),
             f"{engine} and data.packing chunk",
-        ),
-        "gradient_accumulation_fusion": (
-            capabilities().fused_weight_gradients,
-            "NVIDIA's apex with its CUDA extensions",
         ),
     }
     for name, (there, what) in needs.items():

@@ -36,8 +36,6 @@ class Capabilities:
     fused_adam: str | None
     """Where megatron-core takes its Adam from: transformer_engine or apex (NVIDIA's; PyPI's apex is
     a web toolkit); None: torch's AdamW."""
-    fused_weight_gradients: bool
-    """apex's kernel that adds a matrix's gradient to its float32 sum as it computes it."""
     varlen_attention: bool
     """torch's variable-length flash kernel (torch >= 2.10), for half precision on a GPU."""
     torch: str
@@ -67,7 +65,6 @@ class Capabilities:
             device,
             f"TransformerEngine {engine}",
             f"Adam {self.fused_adam or 'torch'}",
-            f"fused weight gradients {'yes' if self.fused_weight_gradients else 'no'}",
             f"variable-length attention {'yes' if self.varlen_attention else 'no'}",
         ]
 
@@ -91,7 +88,6 @@ def capabilities() -> Capabilities:
         transformer_engine=engine,
         transformer_engine_error=error,
         fused_adam=_fused_adam(engine),
-        fused_weight_gradients=_is_there("fused_weight_gradient_mlp_cuda"),
         varlen_attention=_is_there("torch.nn.attention.varlen"),
         torch=torch.__version__,
         megatron_core=version("megatron-core"),

@@ -18,6 +18,7 @@ from lctw_megatron.errors import InputError, exit_status
 from lctw_megatron.platform.capabilities import capabilities, local_gpu
 from lctw_megatron.platform.cpu import patch_megatron
 from lctw_megatron.platform.gpu import fuse_small_operations
+from lctw_megatron.platform.mixed_products import fuse_weight_gradients
 
 Result = TypeVar("Result")
 
@@ -95,6 +96,7 @@ def initialize(layout: LayoutConfig, seed: int, timeout_minutes: float = 30) -> 
     """
     patch_megatron()
     fuse_small_operations()
+    fuse_weight_gradients()
     from megatron.core import parallel_state, tensor_parallel
 
     if layout.tensor > 1 or layout.context > 1:

@@ -19,7 +19,7 @@ key heads, d of one head, f the feed-forward width and t tensor-parallel ranks:
     inputs and outputs of two norms     4 h           (/ t under sequence parallelism)
     output of the qkv projection        q + 2 k   / t (the values are a view of it)
     rotated queries and keys            q + k     / t
-    attention output                    q         / t (torch: twice, in the kernel's order and ours)
+    attention output                    q         / t
     gate, up and their product          3 f       / t
     cosines and sines, for q and for k  4 d
 
@@ -179,13 +179,11 @@ def layer_activations(run: RunConfig) -> int:
     element = 2 if run.training.precision == "bf16" else 4
     layer = layer_sizes(model)
     q, k = layer.query, layer.key_value
-    if _has_engine_attention(run) or layout.recompute == "selective":
-        # Recomputing the core attention drops what it gathers, and its output in another order.
-        attention = (q + 2 * k) + (q + k) + q
-    elif layout.context > 1:
-        attention = q + layout.context * 2 * k + 2 * q
+    gathers = layout.context > 1 and not _has_engine_attention(run)
+    if gathers and layout.recompute != "selective":  # which drops what core attention gathers
+        attention = q + layout.context * 2 * k + q
     else:
-        attention = (q + 2 * k) + (q + k) + 2 * q
+        attention = (q + 2 * k) + (q + k) + q
     phi = model.parallel_block
     if layout.recompute == "mlp":
         mlp = 0

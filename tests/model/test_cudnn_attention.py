@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lctw_megatron.model import cudnn_attention
-from lctw_megatron.model.cudnn_attention import _Block
+from lctw_megatron.model.cudnn_attention import Block
 from tests.model.test_attention import (
     Case,
     all_ranks_in_turn,
@@ -24,15 +24,15 @@ flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, _Block]:
+def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Block]:
     repeat = q.shape[1] // k.shape[1]
     key, value = (x.repeat_interleave(repeat, dim=1) for x in (k, v))
     out, log_sum_exp = flash(q, key, value, 0.0, causal, scale=scale)
-    return out, _Block(log_sum_exp[..., None], ())
+    return out, Block(log_sum_exp[..., None], ())
 
 
 def backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, block: _Block, causal: bool,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, block: Block, causal: bool,
     scale: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     repeat = q.shape[1] // k.shape[1]
@@ -55,8 +55,8 @@ def test_large_rectangles_are_merged_of_two_blocks(case: Case, context: int, row
     with (
         flash_kernel_replaced(),
         mock.patch.object(cudnn_attention, "takes", takes),
-        mock.patch.object(cudnn_attention, "_forward", forward),
-        mock.patch.object(cudnn_attention, "_backward", backward),
+        mock.patch.object(cudnn_attention, "forward", forward),
+        mock.patch.object(cudnn_attention, "backward", backward),
     ):
         check(all_ranks_in_turn(case, context), answer(case), (case, context, rows))
     assert calls

@@ -89,7 +89,6 @@ def test_fields_of_the_optimizer_act(data: str, tmp_path: Path) -> None:
     [
         ({"apply_rope_fusion": True}, "needs TransformerEngine's layers"),
         ({"cp_comm_type": "p2p"}, "needs TransformerEngine's layers"),
-        ({"gradient_accumulation_fusion": True}, "needs NVIDIA's apex"),
         ({"overlap_p2p_comm_warmup_flush": True}, "is refused by megatron-core"),
     ],
 )
