@@ -92,7 +92,10 @@ class _ContextAttention(torch.autograd.Function):
             if chunk:
                 sums[: seen.start].zero_()
             for part, other in zip(sums[seen].chunk(2, dim=-1), others, strict=True):
-                _heads_first(part).copy_(other) if chunk else _heads_first(part).add_(other)
+                if chunk:
+                    _heads_first(part).copy_(other)
+                else:
+                    _heads_first(part).add_(other)
         summed = gathered.new_empty((2 * half, *gathered.shape[1:]))
         works = [
             dist.reduce_scatter_tensor(part, whole, group=group, async_op=True)
