@@ -234,7 +234,7 @@ def attend(
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     rank, size = (group.rank(), group.size()) if group is not None else (0, 1)
     if group is not None and size > 1:
-        if boundaries is None and not dropout and context_attention.takes(q, k, v):
+        if boundaries is None and not dropout and context_attention.takes(q, k, v, size):
             return context_attention.attend(q, k, v, group, scale)
         k, v = _GatherSequence.apply(torch.cat([k, v], dim=-1), group).split(
             [k.shape[-1], v.shape[-1]], dim=-1

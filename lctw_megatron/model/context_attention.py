@@ -25,15 +25,11 @@ from torch import Tensor
 from lctw_megatron.model import cudnn_attention
 from lctw_megatron.model.cudnn_attention import Block, merge_
 
-LARGE_CHUNK = 2048
-"""Positions of a chunk from which it pays: eight ranks at 32,768 (`benchmark.py gpu --only
-kernels`)."""
 
-
-def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+def takes(q: Tensor, k: Tensor, v: Tensor, ranks: int) -> bool:
     """Whether ``attend`` should have these: large chunks, whose squares torch itself would give to
     cuDNN. q [s, b, n, d]; k, v [s, b, g, d]."""
-    large = q.shape[0] >= 2 * LARGE_CHUNK
+    large = cudnn_attention.is_large(q.shape[0] // 2, q.shape[0] * ranks)
     return large and cudnn_attention.is_preferred(_two(q), _two(k), _two(v))
 
 

@@ -19,14 +19,21 @@ from torch.nn.attention import SDPBackend
 from torch.nn.functional import scaled_dot_product_attention
 
 LARGE_ROWS = 3072
-"""Queries of a rectangle from which a call of its own pays: on an H100 the kernels were even at
-about 2,700 (`benchmark.py gpu --only kernels`)."""
+"""Queries of a square from which a call of its own pays: on an H100 the kernels were even at about
+2,700. Of 1,024 queries, a third, of 16,000 keys cuDNN took 0.85 of the time on an H200
+(`benchmark.py gpu --only kernels`)."""
+
+
+def is_large(rows: int, keys: int) -> bool:
+    """Whether a call of its own pays for a rectangle: the area of a square of LARGE_ROWS, and not
+    so narrow that it leaves units of the GPU without work."""
+    return 3 * rows >= LARGE_ROWS and rows * keys >= LARGE_ROWS**2
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether ``attend_rectangle`` should have this rectangle: a large one, whose square torch
     itself would give to cuDNN. q [rows, n, d]; k, v [keys, g, d]."""
-    if q.shape[0] < LARGE_ROWS:
+    if not is_large(q.shape[0], k.shape[0]):
         return False
     return is_preferred(*(_heads_first(x[-q.shape[0] :]) for x in (q, k, v)))
 

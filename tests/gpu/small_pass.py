@@ -2,6 +2,8 @@
 `python -m tests.gpu.small_pass PRECISION FILE`, on the GPU or, hidden from it, on the CPU."""
 
 import sys
+import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,10 @@ def small_pass(precision: str) -> dict[str, np.ndarray]:
     training = {"steps": 1, "global_batch_size": 2, "micro_batch_size": 2, "precision": precision}
     run = RunConfig.model_validate(SMALL | {"training": training})
     bench = StepBench(run)
+    for name, parameter in _named(bench):
+        if parameter.dim() > 1:  # the benchmark's are another device's random numbers
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            parameter.data.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
     batches = bench.batches()
     batch = move(batches[0], bench.device)
     with torch.no_grad():
@@ -34,12 +40,16 @@ def small_pass(precision: str) -> dict[str, np.ndarray]:
         )
     bench.stepper(SMALL["weighting"]).gradients(0, batches)
     result = {"losses": losses.float().cpu().numpy()}
+    return result | {name: x.main_grad.float().cpu().numpy() for name, x in _named(bench)}
+
+
+def _named(bench: StepBench) -> Iterator[tuple[str, Any]]:
+    """The parameters. TransformerEngine's layers call the norm before a matrix by the matrix's
+    name."""
     for name, parameter in bench.chunks[0].named_parameters():
-        # TransformerEngine's layers call the norm before a matrix by the matrix's name.
         name = name.replace("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight")
         name = name.replace("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight")
-        result[name] = parameter.main_grad.float().cpu().numpy()
-    return result
+        yield name, parameter
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lctw_megatron.data import zigzag
-from lctw_megatron.model import context_attention
+from lctw_megatron.model import context_attention, cudnn_attention
 from lctw_megatron.model.attention import attend
 from tests.gpu.runs import on_gpus
 from tests.model.test_attention import Case, reference
@@ -27,11 +27,11 @@ def attend_on_ranks(cases: list[Case]) -> list[list[Tensor]]:
     group = dist.new_group(list(range(size)))
     torch.cuda.set_device(rank)
     results = []
-    with mock.patch.object(context_attention, "LARGE_CHUNK", 64):
+    with mock.patch.object(cudnn_attention, "LARGE_ROWS", 64):
         for case in cases * 2:
             parts = [zigzag.cut(x, rank, size, dim=0) for x in case.tensors(torch.bfloat16)]
             q, k, v, grad = (x.detach().cuda().requires_grad_() for x in parts)
-            assert context_attention.takes(q, k, v)
+            assert context_attention.takes(q, k, v, size)
             out = attend(q, k, v, None, group)
             assert out.is_contiguous() or case.batch > 1  # as training/estimate.py counts it
             gradients = torch.autograd.grad(out, (q, k, v), grad)
