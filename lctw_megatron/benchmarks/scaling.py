@@ -93,8 +93,8 @@ def measured(
 
 def main(asked: str, found: str, *weightings: str) -> None:
     """One rank: time the steps of the run in ``asked`` under ``weightings``; the first writes
-    ``found``. If there is one, its `rank_gib` is the most memory that a rank had in use, and its
-    `profile` what the first rank's GPU did."""
+    ``found``. If there is one, its `rank_gib` is the most memory that a rank had in use, its
+    `profile` what the first rank's GPU did, and `ranks` beside it what all did."""
     run = load_run(Path(asked))
     alone = len(weightings) == 1
     rows = step_benchmark(
@@ -103,9 +103,22 @@ def main(asked: str, found: str, *weightings: str) -> None:
     held = torch.tensor(torch.cuda.max_memory_allocated(), device="cuda")
     torch.distributed.all_reduce(held, torch.distributed.ReduceOp.MAX)
     if alone:
-        rows[weightings[0]]["rank_gib"] = held.item() / 2**30
+        row = rows[weightings[0]]
+        row["rank_gib"] = held.item() / 2**30
+        row["ranks"] = of_all_ranks(row["profile"])
     if torch.distributed.get_rank() == 0:
         write_json(found, rows)
+
+
+def of_all_ranks(profile: dict[str, Any]) -> dict[str, list[float]]:
+    """What each rank's profile says of waiting and computing. The slowest rank waits least: where
+    another waits longer, that is what it waits for."""
+    profiles: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(profiles, profile)
+    found = {"communication alone": [each["communication alone"] for each in profiles]}
+    for kind in ("attention", "matrix products"):
+        found[f"{kind} ms"] = [each["kinds"][kind]["milliseconds"] for each in profiles]
+    return found
 
 
 if __name__ == "__main__":
