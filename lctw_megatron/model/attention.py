@@ -6,7 +6,8 @@ the keys and values of the whole sequence. Gathering, rather than passing blocks
 keeps the arithmetic that of one process (no merging of partial softmaxes), lets any document mask
 through, and under grouped-query attention moves few bytes: it is what Llama 3 was trained with
 (Grattafiori et al. 2024, section 3.3.2). The price is memory for one layer's keys and values of the
-whole sequence.
+whole sequence. Of a sequence that is one document large chunks go to model/context_attention.py,
+which computes while it gathers.
 
 Documents: every chunk of queries is cut at the piece boundaries. A run of queries inside one piece
 sees the keys from the piece's start to its own position: a causal rectangle, aligned at its lower
