@@ -1,5 +1,7 @@
 """Large chunks under context parallelism: cuDNN's kernels beside NCCL's, against float64."""
 
+from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -10,7 +12,8 @@ from torch import Tensor
 from lctw_megatron.data import zigzag
 from lctw_megatron.model import context_attention, cudnn_attention
 from lctw_megatron.model.attention import attend
-from tests.gpu.runs import on_gpus
+from tests.gpu.runs import Case as Training
+from tests.gpu.runs import on_gpus, trainings
 from tests.model.test_attention import Case, reference
 
 CASES = [
@@ -51,3 +54,31 @@ def test_chunks_equal_the_reference(ranks: int) -> None:
             one = zigzag.join(list(same), dim=0)
             # bfloat16 keeps 8 bits of numbers of order 1, and gradients add up hundreds of them.
             torch.testing.assert_close(one.double(), other, rtol=0.02, atol=0.05)
+
+
+def trainings_in_large_chunks(prefix: str, folder: str, cases: list[Training]) -> list[Any]:
+    """And how often the chunks went this way."""
+    attend = mock.Mock(side_effect=context_attention.attend)
+    with (
+        mock.patch.object(cudnn_attention, "LARGE_ROWS", 64),
+        mock.patch.object(context_attention, "attend", attend),
+    ):
+        return [trainings(prefix, folder, cases), attend.call_count]
+
+
+@pytest.mark.gpus(2)
+@pytest.mark.parametrize("weighting", ["uniform", "longce self"])
+@pytest.mark.usefixtures("nothing_is_compiled")
+def test_two_ranks_train_as_one_gpu(weighting: str, prefix: str, tmp_path: Path) -> None:
+    """As tests/gpu/test_layouts.py, whose chunks are too short for it."""
+    answers = {}
+    for ranks in (1, 2):
+        case = ("ours bf16", {"context": ranks}, "chunk", weighting)
+        found = on_gpus(
+            trainings_in_large_chunks, ranks, prefix, str(tmp_path / f"{ranks}"), [case]
+        )
+        (answers[ranks],), calls = found[0]
+        assert (calls > 0) == (ranks > 1)
+    for one, other in zip(*(answers[ranks]["metrics"] for ranks in (1, 2)), strict=True):
+        assert other["loss/weighted"] == pytest.approx(one["loss/weighted"], rel=2e-3)
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=2e-2)
