@@ -73,6 +73,7 @@ def transformer_config(
     from megatron.core.transformer import TransformerConfig
 
     on_gpu = capabilities().gpu
+    deterministic = torch.are_deterministic_algorithms_enabled()
     recompute: dict[str, Any] = {}
     acting = recomputes(model, layout, dtype, packed)
     if acting == "full":
@@ -125,11 +126,13 @@ def transformer_config(
         bias_activation_fusion=on_gpu and not phi,
         bias_dropout_fusion=on_gpu,
         masked_softmax_fusion=False,
-        # Nothing to gain where weights are as wide as their gradients: platform/mixed_products.py.
-        gradient_accumulation_fusion=dtype == torch.bfloat16,
+        # See platform/mixed_products.py. Nothing to gain where weights are as wide as their
+        # gradients. Rounded to bf16 before they are added, gradients have sums that hardly depend
+        # on the order: deterministic data parallelism equals one GPU to the last bit.
+        gradient_accumulation_fusion=dtype == torch.bfloat16 and not deterministic,
         persist_layer_norm=False,
         attention_backend=_attention_backend(),
-        deterministic_mode=torch.are_deterministic_algorithms_enabled(),
+        deterministic_mode=deterministic,
         **_experts(model, layout, dtype),
         **point_to_point(layout, on_gpu),
         **recompute,
