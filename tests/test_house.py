@@ -60,7 +60,7 @@ MAY_IMPORT = {
     "training": {"evaluation"} | _MIDDLE,
     "conversion": _MIDDLE,
     "plugin": {"weighting"} | _LOW,
-    "launch": {"training", "conversion", "weighting", "model", "scoring"} | _LOW,
+    "launch": {"training", "evaluation", "conversion", "weighting", "model", "scoring"} | _LOW,
     "report": {"training", "evaluation"} | _LOW,
     "inspection": {"report", "evaluation", "scoring", "weighting", "model"} | _LOW,
     "benchmarks": _HIGH,

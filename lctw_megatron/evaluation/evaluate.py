@@ -17,6 +17,7 @@ from lctw_megatron.data.sequence_source import SequenceSource
 from lctw_megatron.data.sequences import evenly_spaced
 from lctw_megatron.data.token_dataset import TokenDataset
 from lctw_megatron.errors import InputError
+from lctw_megatron.evaluation.held_out import check_long_enough
 from lctw_megatron.evaluation.longppl import STRIDE, WINDOW, key_tokens, summary
 from lctw_megatron.evaluation.probes import Probes, context_of, distance_of
 from lctw_megatron.evaluation.result_file import FORMAT, read_evaluation
@@ -276,12 +277,7 @@ def open_held_out(prefix: str, sequence_length: int) -> SequenceSource:
 
     Shorter last chunks of documents are left out: all their targets have little context.
     """
-    longest = int(TokenDataset(prefix).lengths.max())
-    if longest <= sequence_length:
-        raise InputError(
-            f"{prefix}: the longest document has {longest} tokens, but the probes need more than "
-            f"--sequence-length {sequence_length}; evaluate shorter sequences or longer documents"
-        )
+    check_long_enough(TokenDataset(prefix), sequence_length)
     data = DataConfig(train=[], sequence_length=sequence_length, packing="chunk", tails="drop")
     return SequenceSource(prefix, data, cache_setting=None)
 

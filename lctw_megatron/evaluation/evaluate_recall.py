@@ -20,6 +20,7 @@ from lctw_megatron.errors import InputError
 from lctw_megatron.evaluation.recall import Cell, measure
 from lctw_megatron.evaluation.recall_result import FORMAT, digest_of, read_recall, with_means
 from lctw_megatron.evaluation.recall_samples import (
+    WINDOW,
     RecallSample,
     SampleMaker,
     depths_of,
@@ -31,9 +32,6 @@ from lctw_megatron.ownership import sole_writer
 from lctw_megatron.platform.capabilities import capabilities
 from lctw_megatron.platform.world import first_rank_decides, join, on_first_rank
 from lctw_megatron.progress import Progress
-
-WINDOW = 1024
-"""Tokens of the short context, unless the run has a window of its own."""
 
 
 @dataclass(frozen=True)

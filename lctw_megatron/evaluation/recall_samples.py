@@ -20,6 +20,9 @@ from lctw_megatron.evaluation.haystack import Sentences, Stream, encoded, fill_u
 from lctw_megatron.evaluation.part_encoder import PartEncoder
 from lctw_megatron.evaluation.recall_tasks import BY_LINES, TASKS, WITHOUT_DEPTH, Story
 
+WINDOW = 1024
+"""Tokens of the short context, unless the run has a window of its own."""
+
 
 @dataclass(frozen=True)
 class RecallSample:

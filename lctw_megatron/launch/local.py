@@ -12,6 +12,7 @@ from pathlib import Path
 from lctw_megatron.config.shipped import PROJECT
 from lctw_megatron.data.indexed_array import index_path
 from lctw_megatron.errors import InputError
+from lctw_megatron.launch.ahead import check_ahead
 from lctw_megatron.launch.inputs import is_there
 from lctw_megatron.launch.stage_graph import NOT_DONE, StageGraph
 from lctw_megatron.launch.stages import Stage, StageState, runnable
@@ -60,6 +61,8 @@ def run_stages(graph: StageGraph, stages: Sequence[Stage], ranks: int | None = N
             print(f"{stage.name} ended with status {status}; start again to go on", file=sys.stderr)
             return status
         graph.set_done(stage)
+        if stage.kind == "prepare":  # now the tokenizer and the held-out text are there
+            check_needs(graph, stages)
         print(f"{title}: done in {time.monotonic() - started:.0f} s", flush=True)
     return 0
 
@@ -103,7 +106,8 @@ def check_needs(
     graph: StageGraph, stages: Sequence[Stage], ahead: frozenset[str] = frozenset()
 ) -> None:
     """Refuse stages that need others which are neither done nor among them nor in ``ahead``, or
-    that read what is not there, which the last of them would otherwise say after all training."""
+    that read what is not there or could not be made of what is (``ahead.py``), which the last of
+    them would otherwise say after all training."""
     known = {stage.name: stage for stage in graph.stages}
     names = {stage.name for stage in stages} | ahead
     outdated = graph.outdated(stage for stage in stages if stage.name not in ahead)
@@ -123,6 +127,10 @@ def check_needs(
                     f"sidecar ({index_path(path)}) nor a file or checkpoint; make it, or change "
                     "the recipe"
                 )
+    begun = [s for s in stages if s.name not in ahead and graph.why_not_done(s, outdated)]
+    prepare = known.get("prepare")
+    prepared = prepare is None or graph.why_not_done(prepare, outdated) is None
+    check_ahead(graph.recipe, graph.runs, begun, prepared)
 
 
 def local_command(graph: StageGraph, stage: Stage, ranks: int | None = None) -> list[str]:

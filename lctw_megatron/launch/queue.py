@@ -10,6 +10,7 @@ import shutil
 import subprocess
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from lctw_megatron.atomic import atomic_file, write_json
 from lctw_megatron.config.schema import ClusterConfig
@@ -73,12 +74,12 @@ def submit(graph: StageGraph, stages: Sequence[Stage], cluster: ClusterConfig) -
 
 def _submit(graph: StageGraph, jobs: Sequence[Job], stages: Sequence[Stage]) -> None:
     ids = _read_ids(graph)
-    states = _queue(list(ids.values()), jobs)
-    queued = {name: id for name, id in ids.items() if id in states}
+    tasks = _queue(list(ids.values()), jobs)
+    queued = {name: id for name, id in ids.items() if id in tasks}
     check_needs(graph, stages, frozenset(queued))
     outdated = _outdated(graph, jobs, queued)
     undone = [job for job in jobs if not _is_done(graph, job, outdated)]
-    _check_queued(undone, queued, states)
+    _check_queued(graph, undone, queued, tasks)
     for job in jobs:
         path = script_path(graph, job)
         if job.name in queued:  # and that is what its script stays
@@ -110,23 +111,43 @@ def _submit(graph: StageGraph, jobs: Sequence[Job], stages: Sequence[Stage]) -> 
 
 
 def _check_queued(
-    undone: Sequence[Job], queued: Mapping[str, str], states: Mapping[str, Mapping[str, str]]
+    graph: StageGraph,
+    undone: Sequence[Job],
+    queued: Mapping[str, str],
+    tasks: Mapping[str, Sequence["_Task"]],
 ) -> None:
-    """InputError for jobs in the queue, in these ``states``, that do not do what is missing: they
-    are ending, or what they were submitted after has failed, or is to be made anew under their
-    eyes."""
+    """InputError for jobs in the queue, as these ``tasks``, that do not do what is missing: they
+    are ending, parts of them or what they were submitted after have failed, or that is to be made
+    anew under their eyes."""
     anew = {job.name for job in undone if job.name not in queued}
     for job in undone:
         if (id := queued.get(job.name)) is None:
             continue
-        if states[id].keys() <= {"completing"}:
+        if {task.state for task in tasks[id]} == {"completing"}:
             raise InputError(f"{job.name}: job {id} is just ending; launch again in a minute")
+        if failed := _failed_parts(graph, job, tasks[id]):
+            raise InputError(
+                f"{job.name}: {_parts(failed)} of job {id} failed ({graph.folder / job.name}-*.log "
+                "say why) while others wait or run; when these have ended SLURM removes all that "
+                f"waits for the job. Launch again then, or now after scancel {id} (parts that are "
+                "done stay done)"
+            )
         if needs := [need for need in job.needs if need in anew]:
             raise InputError(
                 f"{job.name}: job {id} is in the queue, but {few(needs)}, which it needs, is to "
                 f"run again; if SLURM does not remove it in a minute, cancel it (scancel {id}), "
                 "and launch again"
             )
+
+
+def _failed_parts(graph: StageGraph, job: Job, tasks: Sequence["_Task"]) -> int:
+    """How many parts of ``job``, an array of which ``tasks`` wait or run, have ended undone. Asked
+    of the marks after squeue, as a part leaves its mark before it leaves the queue."""
+    return max(0, len(_missing_parts(graph, job, ())) - len(tasks)) if tasks else 0
+
+
+def _parts(number: int) -> str:
+    return f"{number} part{'s' if number > 1 else ''}"
 
 
 def _otherwise(path: Path, job: Job) -> str:
@@ -167,18 +188,20 @@ def stage_states(graph: StageGraph, jobs: Sequence[Job], ask: bool = True) -> li
     """Where each job stands: done is what submitting all of them would leave out. NoQueue if SLURM
     is not there or does not answer; not ``ask``: without it."""
     ids = _read_ids(graph)
-    states = _queue(list(ids.values()), jobs) if ask else {}
-    outdated = _outdated(graph, jobs, {name for name, id in ids.items() if id in states})
+    queue = _queue(list(ids.values()), jobs) if ask else {}
+    outdated = _outdated(graph, jobs, {name for name, id in ids.items() if id in queue})
     found = []
+    lost: dict[str, str] = {}  # what SLURM will remove -> the array with a failed part behind it
     for job in jobs:
         id = ids.get(job.name)
+        tasks = queue.get(id or "", [])
         done = _is_done(graph, job, outdated)
-        missing = _missing_parts(graph, job, () if id in states else outdated)
+        missing = _missing_parts(graph, job, () if tasks else outdated)
         why = graph.why_not_done(job.stage, outdated)
         if done:
             state = "done"
-        elif id in states:
-            state = f"{' and '.join(states[id])}, job {id}"
+        elif tasks:
+            state = f"{' and '.join(dict.fromkeys(task.state for task in tasks))}, job {id}"
         elif why and why != NOT_DONE:
             state = f"{why}, job {id}" if id else why
         elif id:
@@ -187,13 +210,19 @@ def stage_states(graph: StageGraph, jobs: Sequence[Job], ask: bool = True) -> li
             state = "not submitted"
         if job.parts and not done:
             state += f", {job.parts - len(missing)} of {job.parts} parts done"
-        waits = [reason for reason in states.get(id or "", {}).values() if reason]
+        if not done and (failed := _failed_parts(graph, job, tasks)):
+            state += f", {failed} failed"
+            lost[job.name] = job.name
+        waits = [task.waits_for for task in tasks if task.waits_for]
+        if behind := [lost[need] for need in job.needs if need in lost and tasks]:
+            lost[job.name] = behind[0]
+            waits = [f"SLURM will remove it, as parts of {behind[0]} failed"]
         if waits and not done:
             state += f" ({waits[0]})"
         parts = [f"-{part}" for part in range(job.parts)] if job.parts else [""]
         logs = [graph.folder / f"{job.name}{part}.log" for part in parts]
         found.append(
-            StageState(job.name, state, done, id in states and not done, tuple(logs if id else ()))
+            StageState(job.name, state, done, bool(tasks) and not done, tuple(logs if id else ()))
         )
     return found
 
@@ -229,16 +258,22 @@ def _read_ids(graph: StageGraph) -> dict[str, str]:
     return ids
 
 
-def _queue(ids: Sequence[str], jobs: Sequence[Job]) -> dict[str, dict[str, str]]:
-    """Those of ``ids``, submitted for ``jobs``, that wait or run -> their states (an array may have
-    several) -> what each waits for, if it does."""
+class _Task(NamedTuple):
+    """A job, or a part of an array, that waits or runs."""
+
+    state: str
+    waits_for: str
+
+
+def _queue(ids: Sequence[str], jobs: Sequence[Job]) -> dict[str, list[_Task]]:
+    """Those of ``ids``, submitted for ``jobs``, that wait or run, each with what of it does."""
     if not ids:
         return {}
-    found: dict[str, dict[str, str]] = {}
+    found: dict[str, list[_Task]] = {}
     _find("squeue")
     for id, state, reason in _listed(_elsewhere(ids, jobs)):
         if id in ids:
-            found.setdefault(id, {}).setdefault(state, reason)
+            found.setdefault(id, []).append(_Task(state, reason))
     return found
 
 
