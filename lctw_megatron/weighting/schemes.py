@@ -140,7 +140,8 @@ class LongCE(Scheme):
     """
 
     max_weight: float
-    """γ"""
+    """γ >= 1: under less, a target that long context helps would weigh less than in plain training,
+    and so would one without a short loss."""
     normalise: str | None = None
     """`none`, the default: as published. `sequence`: then scaled to mean 1."""
 
