@@ -239,6 +239,27 @@ def test_linked_folders_and_files_are_read_once(tmp_path):
     assert len(find_files([str(inside / "**" / "*.txt")], "/o")) == 2
 
 
+def test_a_file_of_two_hard_links_is_read_once(tmp_path):
+    first = write_corpus(tmp_path / "a.jsonl", ["a"])
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "b.jsonl").hardlink_to(first)
+    write_corpus(tmp_path / "sub" / "c.jsonl", ["a"])  # equal, and another file
+    found, passed_over = read_and_passed_over(tmp_path)
+    assert found == ["a.jsonl", "sub/c.jsonl"]
+    assert passed_over == "1 linked to what is read already (b.jsonl)"
+    assert names([tmp_path / "sub" / "b.jsonl", first]) == ["b.jsonl"]
+
+
+def test_a_file_is_found_beside_its_compressed_form_through_a_link_too(tmp_path):
+    plain = write_corpus(tmp_path / "real" / "a.jsonl", ["a"])
+    write_corpus(tmp_path / "real" / "a.jsonl.gz", ["a"])
+    (tmp_path / "folder").symlink_to(tmp_path / "real")
+    (tmp_path / "file.jsonl").symlink_to(plain)
+    for name in ("folder/a.jsonl", "file.jsonl"):
+        with pytest.raises(InputError, match=r"\.jsonl and a\.jsonl\.gz: .* would come twice"):
+            names([tmp_path / name, tmp_path / "real" / "a.jsonl.gz"])
+
+
 @pytest.mark.parametrize("target", ["gone", "a.jsonl"])
 def test_a_link_that_leads_nowhere_is_named(tmp_path, target):
     (tmp_path / "b.txt").write_text("x")
