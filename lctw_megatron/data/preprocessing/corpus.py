@@ -28,7 +28,7 @@ _NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
 _SMALLEST_SHARD = 256 << 10
 _LARGEST_SHARD = 64 << 20
 _SHARDS = 64
-"""A small corpus is cut into about this many shards, so that all workers have work."""
+"""A small corpus is cut into this many shards or up to twice, so that all workers have work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,7 +289,9 @@ def size_and_time(path: str, kind: str) -> tuple[int, int]:
 def plan_shards(files: Sequence[CorpusFile]) -> list[Shard]:
     """Slices of all files, in order, gathered into shards of about equal weight."""
     total = sum(file.size for file in files)
-    target = min(max(total // _SHARDS, _SMALLEST_SHARD), _LARGEST_SHARD)
+    # A power of two: else a line that is mended, or a new file, would cut all others anew too.
+    target = 1 << (total // _SHARDS).bit_length() >> 1
+    target = min(max(target, _SMALLEST_SHARD), _LARGEST_SHARD)
     shards: list[Shard] = []
     gathered: list[Slice] = []
     weight = 0

@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import sysconfig
 from pathlib import Path
@@ -318,9 +319,18 @@ def test_shards_cover_all_files_once_and_in_order(described):
 
 def test_one_large_jsonl_file_has_many_shards():
     shards = plan_shards([CorpusFile("/large", "jsonl", "", 100 * MB, 0)])
-    assert len(shards) == 64
+    assert 64 <= len(shards) <= 128
     shards = plan_shards([CorpusFile("/large", "jsonl", "gz", 100 * MB, 0)])
     assert len(shards) == 1  # a compressed stream cannot be entered in the middle
+
+
+def test_a_line_that_is_mended_leaves_the_shards_of_other_files_as_they_are():
+    files = [CorpusFile(f"/{n}", "jsonl", "", (30 + n) * MB + n, 0) for n in range(4)]
+    mended = dataclasses.replace(files[1], size=files[1].size + 100, mtime_ns=1)
+    before, after = plan_shards(files), plan_shards([files[0], mended, *files[2:]])
+    of_others = {shard for shard in before if all(part.file != files[1] for part in shard)}
+    assert of_others <= set(after)
+    assert len(of_others) > len(before) / 2
 
 
 def test_parquet_is_cut_at_row_groups(tmp_path):
