@@ -273,15 +273,15 @@ class WeightingConfig(Section):
     """Lambda: the final weight is lambda + (1 - lambda) * weight."""
     keep_fraction: Fraction | None = None
     """Kappa: the share of the targets of a sequence that sparse, ppmi, npmi, rho and eslm keep."""
-    max_weight: Annotated[float, Field(gt=0, le=1e30)] | None = None
-    """Gamma: longce's upper bound."""
+    max_weight: Annotated[float, Field(ge=1, le=1e30)] | None = None
+    """Gamma: longce's upper bound, at least the 1 of a target that long context leaves alone."""
     normalise: Literal["none", "sequence"] | None = None
     """longce and custom: none, the default, takes their weights as they are; sequence scales those
     of every sequence to mean 1, which the other schemes always do."""
     min_difference: float | None = None
     """Alpha: a key token of longppl has a short less long loss above this, in nats; default: 2."""
-    min_log_probability: Annotated[float, Field(le=0)] | None = None
-    """Beta: and a log-probability above this with long context; default: -2."""
+    min_log_probability: Annotated[float, Field(lt=0)] | None = None
+    """Beta: and a log-probability above this with long context; default: -2. None is above 0."""
     shift: Annotated[float, Field(gt=0, le=1e30)] | None = None
     """s: ppmi and npmi subtract log s."""
     unscored: Literal["zero", "one"] = "zero"

@@ -1,10 +1,4 @@
-"""GPTDataset with our sidecar's short losses, in the one stream that reaches the loss function.
-
-Megatron-LM's and Megatron-Bridge's get_batch hand on the keys they know and drop all others, so the
-short loss of every label travels in `loss_mask`, which both of them broadcast over tensor ranks and
-cut over context ranks like the labels: DEAD where the mask was 0, NaN where the label was not
-scored. ``forward_step.weighted_forward_step`` takes it out again.
-"""
+"""GPTDataset whose `loss_mask` carries what weights are made from: ``loss_mask.py`` says how."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,14 +12,50 @@ from torch import Tensor
 from lctw_megatron.data.sidecar import Sidecar
 from lctw_megatron.data.token_dataset import TokenDataset
 from lctw_megatron.errors import InputError
+from lctw_megatron.plugin.loss_mask import DEAD, carries, carry_contexts
 from lctw_megatron.weighting import parse_weighting
 
-DEAD = -1.0
-"""In the place of a short loss, which is at least 0: this label does not count."""
+Piece = tuple[int, int, int]
+"""(document, offset, tokens)"""
 
 
-class ShortLossGPTDataset(GPTDataset):
-    """GPTDataset, same samples in the same order, whose `loss_mask` float32 [S] holds short losses.
+class _CarryingGPTDataset(GPTDataset):
+    """GPTDataset, same samples in the same order, whose `loss_mask` carries a number a label."""
+
+    dataset: Any
+
+    def carried(self, pieces: list[Piece], labels: int) -> Tensor:
+        """float32 [labels] of a sample that is read from ``pieces``, padding at the end."""
+        raise NotImplementedError
+
+    def __getitem__(self, idx: int | None) -> dict[str, Tensor]:
+        low_level = self.dataset
+        self.dataset = pieces = _Pieces(low_level)  # what the sample is read from, and remembers
+        try:
+            sample = super().__getitem__(idx)
+        finally:
+            self.dataset = low_level
+        mask = sample["loss_mask"]
+        carried = self.carried(pieces.read, len(mask))
+        sample["loss_mask"] = carried.where(mask != 0, torch.full_like(carried, DEAD))
+        return sample
+
+
+class ContextGPTDataset(_CarryingGPTDataset):
+    """GPTDataset whose `loss_mask` float32 [S] says how many tokens of its own document in the
+    sample each label follows: what tools/train.py calls its context, also where the attention of
+    this run reaches back into other documents."""
+
+    def carried(self, pieces: list[Piece], labels: int) -> Tensor:
+        context = torch.zeros(labels)
+        # The sample's first token is no label.
+        known = torch.cat([torch.arange(tokens) for _, _, tokens in pieces])[1 : labels + 1]
+        context[: len(known)] = known
+        return carry_contexts(context)
+
+
+class ShortLossGPTDataset(_CarryingGPTDataset):
+    """GPTDataset whose `loss_mask` float32 [S] holds short losses.
 
     Only those of the training split come from the sidecar, PREFIX.<sidecar_name>; in the others
     every live label is not scored, as validation weighs nothing.
@@ -39,7 +69,6 @@ class ShortLossGPTDataset(GPTDataset):
     window: int | None = None
     stride: int | None = None
     """What the sidecar must have been scored with; None: anything."""
-    dataset: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -49,21 +78,13 @@ class ShortLossGPTDataset(GPTDataset):
             self.sidecar.check(self.window, self.stride)
             _check_fits(self.sidecar, self.config.sequence_length)
 
-    def __getitem__(self, idx: int | None) -> dict[str, Tensor]:
-        low_level = self.dataset
-        self.dataset = pieces = _Pieces(low_level)  # what the sample is read from, and remembers
-        try:
-            sample = super().__getitem__(idx)
-        finally:
-            self.dataset = low_level
-        mask = sample["loss_mask"]
-        short_loss = torch.full_like(mask, torch.nan, dtype=torch.float32)
+    def carried(self, pieces: list[Piece], labels: int) -> Tensor:
+        short_loss = torch.full((labels,), torch.nan)
         if self.sidecar is not None:
             # The loss of the sample's first token belongs to the label before the sample.
-            losses = np.concatenate([_losses(self.sidecar, *piece) for piece in pieces.read])[1:]
+            losses = np.concatenate([_losses(self.sidecar, *piece) for piece in pieces])[1:]
             short_loss[: len(losses)] = torch.from_numpy(losses)
-        sample["loss_mask"] = short_loss.where(mask != 0, torch.full_like(short_loss, DEAD))
-        return sample
+        return short_loss
 
     def __reduce__(self) -> tuple[Any, ...]:
         # As this class: a data loader's worker cannot import those of ``dataset_class``, and what
@@ -76,19 +97,20 @@ def dataset_class(weighting: Mapping[str, Any]) -> type[GPTDataset]:
     without short losses need no sidecar; for the others it is checked against the section's window
     and stride."""
     parsed = parse_weighting(weighting)
-    if not parsed.scheme.needs_short_loss:
-        return GPTDataset
+    needed = carries(parsed.scheme)
+    if needed != "short losses":
+        return ContextGPTDataset if needed == "lengths of contexts" else GPTDataset
     # Of the same name, by which Megatron finds the indices that it has built before.
     checks = {"window": parsed.config.window, "stride": parsed.config.stride}
     return type(ShortLossGPTDataset.__name__, (ShortLossGPTDataset,), checks)
 
 
 class _Pieces:
-    """Stands before a low-level dataset while one sample is read: (document, offset, tokens)."""
+    """Stands before a low-level dataset while one sample is read."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
-        self.read: list[tuple[int, int, int]] = []
+        self.read: list[Piece] = []
 
     def get(self, document: int, offset: int = 0, length: int | None = None) -> np.ndarray:
         tokens = self.dataset.get(document, offset=offset, length=length)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lctw_megatron.config.schema import WeightingConfig
 from lctw_megatron.errors import InputError
-from lctw_megatron.plugin.dataset import DEAD
+from lctw_megatron.plugin.loss_mask import TakeOut, boundaries, carries
 from lctw_megatron.weighting.compute import compute_weights_and_counts
 from lctw_megatron.weighting.parse import Weighting, parse_weighting
 
@@ -32,9 +32,8 @@ def weighted_forward_step(
     forward_step: Megatron-LM's (data_iterator, model, ...) or Megatron-Bridge's (state,
     data_iterator, model, ...): has a parameter `model` and returns (losses [b, s] per label,
     functools.partial(loss_func, loss_mask, ...)), whose loss_func(loss_mask, losses, ...) returns
-    (sum, number of tokens, report). The batches come from ``ShortLossGPTDataset``, or for schemes
-    without short losses (uniform, eslm, position) from GPTDataset; a row of loss_mask is a
-    sequence, from whose beginning `position` counts the context.
+    (sum, number of tokens, report). The batches come from the class that ``dataset.dataset_class``
+    gives for the same weighting; a row of loss_mask is a sequence.
 
     In training the report's own loss is the weighted one; added are `unweighted lm loss` and
     `unscored`, the share of labels without a short loss. In evaluation all weights are 1.
@@ -44,8 +43,7 @@ def weighted_forward_step(
     masks of another dataset and for sequences joined to one row.
     """
     parsed = parse_weighting(weighting)
-    carries = parsed.scheme.needs_short_loss
-    if parsed.config.mode == "self" and carries:
+    if parsed.config.mode == "self" and parsed.scheme.needs_short_loss:
         raise InputError(
             "weighting.mode is self, but only tools/train.py can score with the training model; "
             "leave it out and score the data with tools/score.py"
@@ -57,7 +55,7 @@ def weighted_forward_step(
             f"the forward step {name}{signature} has no parameter `model`, whose settings have to "
             "be looked at; give it one, or put functools.wraps on what is around it"
         )
-    take_out = _TakeOut(carries)
+    take_out = TakeOut(carries(parsed.scheme))
 
     @wraps(forward_step)  # Megatron-Bridge looks at the signature
     def step(*args: Any, **kwargs: Any) -> Any:
@@ -75,7 +73,7 @@ def _weighted_loss(
     weighting: Weighting | None,
     group: dist.ProcessGroup,
     loss_func: Any,
-    take_out: Callable[[Tensor], tuple[Tensor, Tensor]],
+    take_out: TakeOut,
     losses: Tensor,
     **kwargs: Any,
 ) -> Any:
@@ -95,7 +93,8 @@ def _weighted_loss(
         return inner(losses, *others, **loss_func.keywords, **kwargs)
     _check_rows(losses)
     plain = losses.detach()
-    weights, counts = compute_weights_and_counts(weighting, plain, short_loss, live, group)
+    pieces = boundaries(carried, group) if take_out.carries == "lengths of contexts" else None
+    weights, counts = compute_weights_and_counts(weighting, plain, short_loss, live, group, pieces)
     result = inner(losses * weights, *others, **loss_func.keywords, **kwargs)
     if len(result) != 3:
         raise InputError(
@@ -123,29 +122,6 @@ def _check_rows(losses: Tensor) -> None:
             f"of {losses.shape[1]}: joined, as by --dataloader-inter-document-masking, they would "
             "be weighted as one; set --micro-batch-size 1 or leave the joining out"
         )
-
-
-class _TakeOut:
-    """Which labels are live, bool, and their short losses (NaN elsewhere), out of a loss_mask;
-    ``carries``: whether it carries short losses, or is 0 and 1.
-
-    InputError if the first mask looks like the other kind: the dataset is not the one that the
-    scheme needs. Looked for once, since a GPU's host waits for the answer.
-    """
-
-    def __init__(self, carries: bool) -> None:
-        self.carries = carries
-        self.looked = False
-
-    def __call__(self, carried: Tensor) -> tuple[Tensor, Tensor]:
-        if not self.looked and bool(((carried == 0) | (carried == 1)).all()) == self.carries:
-            found, needed = "only 0 and 1, no short losses", "ShortLossGPTDataset"
-            if not self.carries:
-                found, needed = "short losses, which the scheme does not need", "GPTDataset"
-            raise InputError(f"loss_mask holds {found}; build the datasets of {needed}")
-        self.looked = True
-        live = carried != (DEAD if self.carries else 0)
-        return live, carried.where(live & self.carries, torch.nan)
 
 
 def _check_config(config: Any) -> None:

@@ -29,6 +29,7 @@ def call(path: str, long_loss: Tensor, short_loss: Tensor, live: Tensor) -> Tens
             f"weighting.function {path} returned {found}, expected a tensor of shape {shape}: one "
             "weight a target"
         )
+    result = result.to(long_loss.dtype)  # in which a large float64 is infinite
     if not (~live | ((result >= 0) & result.isfinite())).all():
         raise InputError(
             f"weighting.function {path} returned a weight that is negative, infinite or NaN; "

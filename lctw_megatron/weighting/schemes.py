@@ -140,7 +140,8 @@ class LongCE(Scheme):
     """
 
     max_weight: float
-    """γ"""
+    """γ >= 1: under less, a target that long context helps would weigh less than in plain training,
+    and so would one without a short loss."""
     normalise: str | None = None
     """`none`, the default: as published. `sequence`: then scaled to mean 1."""
 
@@ -307,8 +308,7 @@ class Custom(Scheme):
         import_function(self.function)  # a wrong path is an error now, not in the first step
 
     def scores(self, targets: Targets) -> Tensor:
-        result = call(self.function, targets.long_loss, targets.short_loss, targets.live)
-        return result.to(targets.long_loss.dtype)
+        return call(self.function, targets.long_loss, targets.short_loss, targets.live)
 
     def weights(self, scores: Tensor, targets: Targets) -> Tensor:
         return _as_asked(scores, targets, self.normalise)

@@ -6,7 +6,8 @@ import pytest
 from megatron.core.datasets.gpt_dataset import GPTDataset
 
 from lctw_megatron.errors import InputError
-from lctw_megatron.plugin.dataset import DEAD, ShortLossGPTDataset, dataset_class
+from lctw_megatron.plugin.dataset import ShortLossGPTDataset, dataset_class
+from lctw_megatron.plugin.loss_mask import DEAD
 from tests.data.small_data import count_up, write_sidecar, write_tokens
 from tests.plugin.scene import SEQUENCE, build, expected_losses, write_corpus
 

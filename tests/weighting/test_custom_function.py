@@ -21,6 +21,10 @@ def fails(long_loss: Tensor, short_loss: Tensor, mask: Tensor) -> Tensor:
     raise KeyError("no such thing")
 
 
+def beyond_float32(long_loss: Tensor, short_loss: Tensor, mask: Tensor) -> Tensor:
+    return torch.full_like(long_loss, 1e39, dtype=torch.float64)
+
+
 @pytest.mark.parametrize(
     "name, message",
     [
@@ -32,6 +36,13 @@ def fails(long_loss: Tensor, short_loss: Tensor, mask: Tensor) -> Tensor:
 def test_custom_weights_are_checked(name: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         weigh({"scheme": "custom", "function": f"{__name__}:{name}"}, LONG, SHORT)
+
+
+def test_weights_are_checked_as_the_losses_hold_them() -> None:
+    long, live = torch.tensor([LONG]), torch.ones(1, 5) > 0
+    call(f"{__name__}:beyond_float32", long.double(), long.double(), live)
+    with pytest.raises(InputError, match="negative, infinite or NaN"):
+        call(f"{__name__}:beyond_float32", long, long, live)
 
 
 def in_place(long_loss: Tensor, short_loss: Tensor, mask: Tensor) -> Tensor:

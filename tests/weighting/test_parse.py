@@ -50,7 +50,11 @@ def test_a_dict_and_the_config_give_the_same_weighting() -> None:
         ),
         ({"scheme": "longce", "max_weight": 5, "normalise": "batch"}, "'none' or 'sequence'"),
         ({"scheme": "sparse", "min_difference": 2}, r"does not take it \(only longppl\)"),
-        ({"scheme": "longppl", "min_log_probability": 2}, "is 2, expected less than or equal"),
+        ({"scheme": "longppl", "min_log_probability": 0}, "is 0, expected less than 0"),
+        (
+            {"scheme": "longce", "max_weight": 0.5},
+            "max_weight is 0.5, expected greater than or equ",
+        ),
         ({"scheme": "uniform", "max_weight": 2}, "scheme uniform does not take it .only longce"),
         ({"scheme": "sparse", "keep_fraction": 0}, "keep_fraction is 0, expected greater than 0"),
         ({"scheme": "sparse", "keep_fraction": 1.5}, "keep_fraction is 1.5, expected less than"),

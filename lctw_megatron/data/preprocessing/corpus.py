@@ -28,7 +28,7 @@ _NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
 _SMALLEST_SHARD = 256 << 10
 _LARGEST_SHARD = 64 << 20
 _SHARDS = 64
-"""A small corpus is cut into about this many shards, so that all workers have work."""
+"""A small corpus is cut into this many shards or up to twice, so that all workers have work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ def find_files(
     holds nothing of a known kind, and for a file that is there plain and compressed.
     """
     left_out = PassedOver() if passed_over is None else passed_over
-    files: dict[str, CorpusFile] = {}
+    files: dict[tuple[int, int], CorpusFile] = {}
     for name in inputs:
         packages = name == STDLIB
         if packages and os.path.exists(STDLIB):
@@ -104,7 +104,7 @@ def find_files(
             what = f"{len(found)} files, all empty" if len(found) != 1 else "an empty file"
             raise InputError(f"input {name}: {what}; there is no text to tokenise")
         for file in found:
-            first = files.setdefault(os.path.realpath(file.path), file) if file.size else None
+            first = files.setdefault(_identity(file.path), file) if file.size else None
             if first is None:
                 left_out.paths[file.path] = "empty"
             elif first.path != file.path:
@@ -120,10 +120,15 @@ def _refuse_twice(files: Iterable[CorpusFile]) -> None:
     plain: dict[str, str] = {}
     twice = []
     for file in files:
-        name = os.path.splitext(file.path)[0] if file.compression else file.path
-        first = plain.setdefault(name, file.path)
-        if first != file.path:
-            twice.append(f"{first} and {os.path.basename(file.path)}")
+        folder, name = os.path.split(file.path)
+        # Where a link leads, of the folder or of the file, it may be the other's neighbour.
+        places = {os.path.join(os.path.realpath(folder), name), os.path.realpath(file.path)}
+        for place in sorted(places):
+            text = os.path.splitext(place)[0] if file.compression else place
+            first = plain.setdefault(text, file.path)
+            if first != file.path:
+                twice.append(f"{first} and {os.path.basename(file.path)}")
+                break
     if twice:
         raise InputError(
             f"{few(twice)}: by their names the same text, plain and compressed, whose documents "
@@ -208,8 +213,9 @@ def _walk(folder: str, passed_over: PassedOver) -> Iterator[tuple[str, list[str]
         yield root, sorted(names)
 
 
-def _identity(folder: str) -> tuple[int, int]:
-    status = os.stat(folder)
+def _identity(path: str) -> tuple[int, int]:
+    """Equal for all names of one file or folder: links of both kinds, and a mount of it."""
+    status = os.stat(path)
     return status.st_dev, status.st_ino
 
 
@@ -283,7 +289,9 @@ def size_and_time(path: str, kind: str) -> tuple[int, int]:
 def plan_shards(files: Sequence[CorpusFile]) -> list[Shard]:
     """Slices of all files, in order, gathered into shards of about equal weight."""
     total = sum(file.size for file in files)
-    target = min(max(total // _SHARDS, _SMALLEST_SHARD), _LARGEST_SHARD)
+    # A power of two: else a line that is mended, or a new file, would cut all others anew too.
+    target = 1 << (total // _SHARDS).bit_length() >> 1
+    target = min(max(target, _SMALLEST_SHARD), _LARGEST_SHARD)
     shards: list[Shard] = []
     gathered: list[Slice] = []
     weight = 0

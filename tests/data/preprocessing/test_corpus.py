@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import sysconfig
 from pathlib import Path
@@ -239,6 +240,27 @@ def test_linked_folders_and_files_are_read_once(tmp_path):
     assert len(find_files([str(inside / "**" / "*.txt")], "/o")) == 2
 
 
+def test_a_file_of_two_hard_links_is_read_once(tmp_path):
+    first = write_corpus(tmp_path / "a.jsonl", ["a"])
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "b.jsonl").hardlink_to(first)
+    write_corpus(tmp_path / "sub" / "c.jsonl", ["a"])  # equal, and another file
+    found, passed_over = read_and_passed_over(tmp_path)
+    assert found == ["a.jsonl", "sub/c.jsonl"]
+    assert passed_over == "1 linked to what is read already (b.jsonl)"
+    assert names([tmp_path / "sub" / "b.jsonl", first]) == ["b.jsonl"]
+
+
+def test_a_file_is_found_beside_its_compressed_form_through_a_link_too(tmp_path):
+    plain = write_corpus(tmp_path / "real" / "a.jsonl", ["a"])
+    write_corpus(tmp_path / "real" / "a.jsonl.gz", ["a"])
+    (tmp_path / "folder").symlink_to(tmp_path / "real")
+    (tmp_path / "file.jsonl").symlink_to(plain)
+    for name in ("folder/a.jsonl", "file.jsonl"):
+        with pytest.raises(InputError, match=r"\.jsonl and a\.jsonl\.gz: .* would come twice"):
+            names([tmp_path / name, tmp_path / "real" / "a.jsonl.gz"])
+
+
 @pytest.mark.parametrize("target", ["gone", "a.jsonl"])
 def test_a_link_that_leads_nowhere_is_named(tmp_path, target):
     (tmp_path / "b.txt").write_text("x")
@@ -297,9 +319,18 @@ def test_shards_cover_all_files_once_and_in_order(described):
 
 def test_one_large_jsonl_file_has_many_shards():
     shards = plan_shards([CorpusFile("/large", "jsonl", "", 100 * MB, 0)])
-    assert len(shards) == 64
+    assert 64 <= len(shards) <= 128
     shards = plan_shards([CorpusFile("/large", "jsonl", "gz", 100 * MB, 0)])
     assert len(shards) == 1  # a compressed stream cannot be entered in the middle
+
+
+def test_a_line_that_is_mended_leaves_the_shards_of_other_files_as_they_are():
+    files = [CorpusFile(f"/{n}", "jsonl", "", (30 + n) * MB + n, 0) for n in range(4)]
+    mended = dataclasses.replace(files[1], size=files[1].size + 100, mtime_ns=1)
+    before, after = plan_shards(files), plan_shards([files[0], mended, *files[2:]])
+    of_others = {shard for shard in before if all(part.file != files[1] for part in shard)}
+    assert of_others <= set(after)
+    assert len(of_others) > len(before) / 2
 
 
 def test_parquet_is_cut_at_row_groups(tmp_path):
