@@ -30,7 +30,7 @@ def takes(q: Tensor, k: Tensor, v: Tensor, ranks: int) -> bool:
     """Whether ``attend`` should have these: large chunks, whose squares torch itself would give to
     cuDNN. q [s, b, n, d]; k, v [s, b, g, d]."""
     large = cudnn_attention.is_large(q.shape[0] // 2, q.shape[0] * ranks)
-    return large and cudnn_attention.is_preferred(_two(q), _two(k), _two(v))
+    return large and cudnn_attention.is_preferred(*(_heads_first(_halves(x)[0]) for x in (q, k, v)))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup, scale: float) -> Tensor:

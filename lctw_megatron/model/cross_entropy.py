@@ -12,8 +12,6 @@ Vocabulary-parallel over TP as Megatron-LM's (Shoeybi et al., 2019), with two al
 Shapes: n rows, h hidden, v columns of the vocabulary on this rank.
 """
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lctw_megatron.data.batch import IGNORE
+from lctw_megatron.platform.gpu import compiled
 from lctw_megatron.platform.mixed_products import add_product_, product
 
 
@@ -110,7 +109,7 @@ class _RowBlockLoss(torch.autograd.Function):
 def _logsumexp_(logits: Tensor) -> Tensor:
     """log(sum(exp(logits))) over the columns; may overwrite ``logits``."""
     if logits.is_cuda:
-        return _compiled(_fused_logsumexp)(logits)
+        return compiled(_fused_logsumexp)(logits)
     largest = logits.amax(1, keepdim=True)
     return logits.sub_(largest).exp_().sum(1).log_().add_(largest.squeeze(1))
 
@@ -123,7 +122,7 @@ def _logits_gradient_(
     May overwrite ``logits``, which a block of rows needs no longer.
     """
     if logits.is_cuda:
-        return _compiled(_fused_gradient)(logits, lse, columns, own, grad, dtype)
+        return compiled(_fused_gradient)(logits, lse, columns, own, grad, dtype)
     gradient = logits.sub_(lse.unsqueeze(1)).exp_()
     column = columns.clamp(0, logits.shape[1] - 1).unsqueeze(1)
     gradient.scatter_add_(1, column, -own.to(gradient.dtype).unsqueeze(1))
@@ -141,12 +140,6 @@ def _fused_gradient(
     hot = (column == columns.unsqueeze(1)) & own.unsqueeze(1)
     softmax = (logits - lse.unsqueeze(1)).exp()
     return ((softmax - hot.to(logits.dtype)) * grad.unsqueeze(1)).to(dtype)
-
-
-@functools.cache
-def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """One kernel instead of one for each operation: logits are read once, not five times."""
-    return torch.compile(function, dynamic=True)
 
 
 def row_block_cross_entropy(

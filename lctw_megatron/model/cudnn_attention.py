@@ -9,14 +9,14 @@ gets the merged output and log-sum-exp, from which it makes its part of the whol
 Shapes: n query heads, g key/value heads, d head.
 """
 
-import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 from torch.nn.functional import scaled_dot_product_attention
+
+from lctw_megatron.platform.gpu import compiled
 
 LARGE_ROWS = 3072
 """Queries of a square from which a call of its own pays: on an H100 the kernels were even at about
@@ -124,19 +124,13 @@ class _Rectangle(torch.autograd.Function):
 def merge_(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
     """``out`` and ``lse`` become output and log-sum-exp over the keys of both. Outputs
     [b, n, rows, d], log-sum-exps float32 [b, n, rows, 1]."""
-    (_compiled(_merge_) if out.is_cuda else _merge_)(out, lse, other, other_lse)
+    (compiled(_merge_) if out.is_cuda else _merge_)(out, lse, other, other_lse)
 
 
 def _merge_(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
     both = torch.logaddexp(lse, other_lse)
     out.copy_(out * (lse - both).exp() + other * (other_lse - both).exp())
     lse.copy_(both)
-
-
-@functools.cache
-def _compiled(function: Callable[..., None]) -> Callable[..., None]:
-    """One kernel instead of ten, most of them over float32 copies of the outputs."""
-    return torch.compile(function, dynamic=True)
 
 
 def _blocks(q: Tensor, k: Tensor, v: Tensor) -> list[tuple[bool, Tensor, Tensor]]:

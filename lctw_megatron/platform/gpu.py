@@ -5,7 +5,10 @@ megatron-core's rotary embedding runs as eight kernels over queries and keys, wh
 a 1B model is a twentieth of a step on an H200.
 """
 
+import functools
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch._dynamo
@@ -31,6 +34,12 @@ def fuse_small_operations() -> None:
     plain = rope_utils._apply_rotary_pos_emb_bshd
     if not hasattr(plain, "_torchdynamo_orig_callable"):
         rope_utils._apply_rotary_pos_emb_bshd = torch.compile(plain)
+
+
+@functools.cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, small operations on tensors of any shape, as one kernel: each is read once."""
+    return torch.compile(function, dynamic=True)
 
 
 _DETERMINISTIC = {

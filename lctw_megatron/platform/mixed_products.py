@@ -1,10 +1,10 @@
 """Matrix products of half precision summed in float32, on the CPU and on a GPU; and weight
 gradients that are added to their float32 sums by the product itself.
 
-Apart, the product is written in half precision, read, and added to the sum: on H200, under context
-parallelism, the additions were 3 % of an 8B's step. megatron-core has a place for such a product,
-`gradient_accumulation_fusion`, and takes it from a module of NVIDIA's apex. Where that is not
-installed it gets torch's.
+Apart, the product is written in half precision, read, and added to the sum: on four H200, under
+CP4, the additions were 3 % of a step of 8 of Llama-3-8B's layers. megatron-core has a place for
+such a product, `gradient_accumulation_fusion`, and takes it from a module of NVIDIA's apex. Where
+that is not installed it gets torch's.
 """
 
 from types import SimpleNamespace

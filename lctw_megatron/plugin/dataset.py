@@ -1,5 +1,6 @@
 """GPTDataset whose `loss_mask` carries what weights are made from: ``loss_mask.py`` says how."""
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,9 +25,9 @@ class _CarryingGPTDataset(GPTDataset):
 
     dataset: Any
 
+    @abstractmethod
     def carried(self, pieces: list[Piece], labels: int) -> Tensor:
         """float32 [labels] of a sample that is read from ``pieces``, padding at the end."""
-        raise NotImplementedError
 
     def __getitem__(self, idx: int | None) -> dict[str, Tensor]:
         low_level = self.dataset

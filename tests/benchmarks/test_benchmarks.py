@@ -17,7 +17,7 @@ from lctw_megatron.benchmarks.full_size import plan, weighted_plan
 from lctw_megatron.benchmarks.head import head_benchmark
 from lctw_megatron.benchmarks.kernel_times import by_kind, where_time_goes
 from lctw_megatron.benchmarks.results import Results
-from lctw_megatron.benchmarks.scaling import layouts, run_of
+from lctw_megatron.benchmarks.scaling import layouts, of_all_ranks, run_of
 from lctw_megatron.benchmarks.scoring_cpu import scoring_benchmark
 from lctw_megatron.benchmarks.sixteen_bits import weight_changes
 from lctw_megatron.benchmarks.steps import StepBench, step_benchmark
@@ -249,3 +249,19 @@ def test_a_profile_is_summed_up_by_kind_and_by_what_is_covered() -> None:
     found = where_time_goes(spans)
     assert (found["idle share"], found["communication alone"]) == (0.1, 0.4)
     assert found["kinds"]["communication"]["share"] == 0.45
+
+
+def profiles_of_ranks() -> dict[str, list[float]]:
+    rank = torch.distributed.get_rank()
+    spans = [
+        (0.0, 1000.0 * (rank + 1), "flash_fwd"),
+        (2000.0, 3000.0, "nvjet"),
+        (2000.0, 4e3, "nccl"),
+    ]
+    return of_all_ranks(where_time_goes(spans))
+
+
+def test_every_rank_s_waiting_is_told() -> None:
+    for found in run_distributed(profiles_of_ranks, 2):
+        assert found["communication alone"] == [0.25, 0.25]
+        assert found["attention ms"] == [1.0, 2.0] and found["matrix products ms"] == [1.0, 1.0]

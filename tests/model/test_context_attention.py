@@ -12,6 +12,7 @@ from lctw_megatron.data import zigzag
 from lctw_megatron.model import context_attention, cudnn_attention
 from lctw_megatron.model.attention import attend
 from lctw_megatron.model.cudnn_attention import merge_
+from lctw_megatron.platform.gpu import compiled
 from tests.distributed import run_distributed
 from tests.model.test_attention import Case, answer, check
 from tests.model.test_cudnn_attention import backward, forward
@@ -55,8 +56,8 @@ def test_gloo_ranks_equal_the_dense_mask_reference() -> None:
             check(found, answer(case), (case, context))
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_what_is_merged_is_the_softmax_over_all_keys(compiled: bool) -> None:
+@pytest.mark.parametrize("one_kernel", [False, True])
+def test_what_is_merged_is_the_softmax_over_all_keys(one_kernel: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     scores = 30 * torch.randn(2, 3, 8, 12, generator=generator, dtype=torch.float64)
     values = torch.randn(2, 3, 12, 4, generator=generator, dtype=torch.float64)
@@ -66,8 +67,8 @@ def test_what_is_merged_is_the_softmax_over_all_keys(compiled: bool) -> None:
     )  # fmt: skip
     lse, other_lse = (x.logsumexp(-1, keepdim=True) for x in scores.split([5, 7], -1))
     out, lse = (torch.stack([x, x])[1] for x in (out, lse))  # parts of something larger
-    if compiled:
-        cudnn_attention._compiled(cudnn_attention._merge_)(out, lse, other, other_lse)
+    if one_kernel:
+        compiled(cudnn_attention._merge_)(out, lse, other, other_lse)
     else:
         merge_(out, lse, other, other_lse)
     torch.testing.assert_close(out, scores.softmax(-1) @ values, rtol=0, atol=1e-12)

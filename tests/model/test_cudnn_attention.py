@@ -4,6 +4,7 @@ kernel for the CPU, which has the same words, is in cuDNN's place; tests/gpu has
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -60,3 +61,12 @@ def test_large_rectangles_are_merged_of_two_blocks(case: Case, context: int, row
     ):
         check(all_ranks_in_turn(case, context), answer(case), (case, context, rows))
     assert calls
+
+
+@pytest.mark.parametrize(
+    "rows, keys, large",
+    [(3072, 3072, True), (3071, 3071, False), (2048, 16384, True), (1024, 16384, True),
+     (1024, 8192, False), (512, 32768, False)],
+)  # fmt: skip
+def test_large_is_an_area_that_is_not_too_narrow(rows: int, keys: int, large: bool) -> None:
+    assert cudnn_attention.is_large(rows, keys) == large

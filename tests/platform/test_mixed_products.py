@@ -25,7 +25,14 @@ def test_products_are_summed_in_the_dtype_of_the_total(dtype: torch.dtype) -> No
     torch.testing.assert_close(product(a, b), total, rtol=1e-5, atol=1e-5)
 
 
-def gradients(fused: list[bool]) -> list[dict[str, torch.Tensor]]:
+MODELS: list[dict[str, Any]] = [
+    {"tie_word_embeddings": True},
+    {"architecture": "phi"},
+    {"num_moe_experts": 4, "moe_ffn_hidden_size": 48, "moe_router_topk": 2},
+]
+
+
+def gradients(model: dict[str, Any], fused: list[bool]) -> list[dict[str, torch.Tensor]]:
     """Of a step of three micro batches in bfloat16, by parameter."""
     answers = []
     for each in fused:
@@ -33,7 +40,7 @@ def gradients(fused: list[bool]) -> list[dict[str, torch.Tensor]]:
             "name": "test", "run_dir": "none", "data": {"train": [], "sequence_length": 64},
             "model": {
                 "num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4,
-                "vocab_size": 250, "tie_word_embeddings": True,
+                "vocab_size": 250, **model,
             },
             "layout": {"tensor": 2, "sequence": True},
             "megatron": {"transformer": {"gradient_accumulation_fusion": each}},
@@ -51,9 +58,10 @@ def gradients(fused: list[bool]) -> list[dict[str, torch.Tensor]]:
     return answers
 
 
-def test_weight_gradients_are_added_without_a_rounding_between() -> None:
+@pytest.mark.parametrize("model", MODELS)
+def test_weight_gradients_are_added_without_a_rounding_between(model: dict[str, Any]) -> None:
     """Apart they are rounded to 8 bits before they are added."""
-    for fused, apart in run_distributed(gradients, 2, [True, False]):
+    for fused, apart in run_distributed(gradients, 2, model, [True, False]):
         assert fused.keys() == apart.keys()
         for name, gradient in fused.items():
             assert gradient.dtype == torch.float32 and gradient.abs().max() > 0, name
