@@ -1,5 +1,6 @@
 """On GPUs: how fast. What must be right there is tested by tests/gpu."""
 
+import gc
 import inspect
 import os
 import time
@@ -30,16 +31,18 @@ from lctw_megatron.config.layout_rules import loss_block_rows
 from lctw_megatron.config.schema import LayoutConfig
 from lctw_megatron.errors import InputError
 from lctw_megatron.platform.capabilities import capabilities
-from lctw_megatron.platform.world import default_device
+from lctw_megatron.platform.world import default_device, shut_down
 
 
 def time_head(results: dict[str, Any]) -> None:
-    """The loss of 32,768 tokens over Llama 3's vocabulary and over SmolLM2's, in blocks of 1,024
-    rows and in those that a GPU has by default."""
+    """The loss of 32,768 tokens over Llama 3's vocabulary and over SmolLM2's (of half as many on a
+    card where the 64 GiB of full logits are too much), in blocks of 1,024 rows and in those that a GPU
+    has by default."""
+    tokens = 32768 if torch.cuda.get_device_properties(0).total_memory > 100 * 2**30 else 16384
     for hidden, vocabulary in ((2048, 128256), (576, 49152)):
         for rows in (1024, loss_block_rows(LayoutConfig(), vocabulary, "cuda")):
             results[f"head of {vocabulary}, blocks of {rows}"] = head_benchmark(
-                32768, hidden, vocabulary, torch.device("cuda"), torch.bfloat16, block_rows=rows
+                tokens, hidden, vocabulary, torch.device("cuda"), torch.bfloat16, block_rows=rows
             )
 
 
@@ -97,7 +100,9 @@ def gpu_benchmark(output: Path, only: list[str]) -> int:
             traceback.print_exc()
             results[name] = {"error": f"{type(error).__name__}: {error}"[:500]}
             failed = True
+        gc.collect()  # a trainer's parts refer to each other: 30 GiB that the next part may need
         torch.cuda.empty_cache()
         if first:
             print(f"[{name}: {time.perf_counter() - start:.1f} s]", flush=True)
+    shut_down()
     return int(failed)
