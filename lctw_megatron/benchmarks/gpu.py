@@ -36,8 +36,8 @@ from lctw_megatron.platform.world import default_device, shut_down
 
 def time_head(results: dict[str, Any]) -> None:
     """The loss of 32,768 tokens over Llama 3's vocabulary and over SmolLM2's (of half as many on a
-    card where the 64 GiB of full logits are too much), in blocks of 1,024 rows and in those that a GPU
-    has by default."""
+    card where the 64 GiB of full logits are too much), in blocks of 1,024 rows and in those that a
+    GPU has by default."""
     tokens = 32768 if torch.cuda.get_device_properties(0).total_memory > 100 * 2**30 else 16384
     for hidden, vocabulary in ((2048, 128256), (576, 49152)):
         for rows in (1024, loss_block_rows(LayoutConfig(), vocabulary, "cuda")):
