@@ -188,3 +188,13 @@ def test_a_folder_without_a_tokenizer_that_can_be_read_is_told(
     shutil.copyfile(hf_folder / "tokenizer.json", hf / "tokenizer.json")
     import_hf(hf, tmp_path / "with", log=said.append)
     assert len(said) == 3 and said[-1].startswith("rope: ")
+
+
+def test_files_that_mistral_common_reads_leave_as_they_came(plain: Path, tmp_path: Path) -> None:
+    hf = with_config(plain, tmp_path / "hf")
+    for name in ("tekken.json", "tokenizer.model.v3"):
+        (hf / name).write_bytes(name.encode())
+    import_hf(hf, tmp_path / "checkpoint")
+    export_hf(tmp_path / "checkpoint", tmp_path / "back")
+    for name in ("tekken.json", "tokenizer.model.v3"):
+        assert (tmp_path / "back" / name).read_bytes() == name.encode()
