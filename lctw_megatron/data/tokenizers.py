@@ -93,7 +93,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     if not has_tokenizer(place):
         raise InputError(
             f"tokenizer {place}: the folder has neither tokenizer.json nor tokenizer.model; "
-            "AutoTokenizer.from_pretrained(...).save_pretrained(...) makes the first of others"
+            "of other files AutoTokenizer.from_pretrained(...).save_pretrained(...) makes the first"
         )
     if not (place / "tokenizer.json").exists():
         refuse_pointers([model])
