@@ -221,7 +221,10 @@ def _notes(values: dict[str, Any], table: type[Llama], model: ModelConfig, path:
             "never do"
         )
     if _has_idle_window(values, table):
-        notes.append(f"{path}: its sliding window hides nothing, and is left out")
+        notes.append(
+            f"{path}: its sliding window hides nothing within max_position_embeddings, and is left "
+            "out: in longer contexts, too, tokens see all before them"
+        )
     pad, size = values.get("pad_token_id"), model.vocab_size or 0
     if isinstance(pad, int) and not -size <= pad < size:
         notes.append(

@@ -21,6 +21,7 @@ from torch import Tensor
 from lctw_megatron.closing import Closing
 from lctw_megatron.conversion.dtypes import BY_SAFETENSORS
 from lctw_megatron.conversion.finite import check_finite
+from lctw_megatron.data.git_lfs import refuse_pointers
 from lctw_megatron.data.json_object import parse_json, read_json_object
 from lctw_megatron.data.tokenizer_files import CONFIG
 from lctw_megatron.errors import InputError, few
@@ -62,6 +63,7 @@ class SafetensorsFolder(Closing):
         self._file: Any = None
         self._mapped = 0  # bytes read of it
         if (folder / SINGLE).is_file():
+            refuse_pointers([folder / SINGLE])
             self.entries = read_header(folder / SINGLE)
         elif (folder / INDEX).is_file():
             self.entries = _read_indexed(folder)
@@ -157,6 +159,7 @@ def _read_indexed(folder: Path) -> dict[str, Entry]:
         f"{folder}: missing, but named in {INDEX}",
         [name for name in names if not (folder / name).is_file()],
     )
+    refuse_pointers([folder / name for name in names])
     headers = _collect(names, lambda name: read_header(folder / name))
     inside = {tensor: name for name, header in headers.items() for tensor in header}
     wrong = [f"{t} is not in {f}" for t, f in where.items() if t not in headers[f]]

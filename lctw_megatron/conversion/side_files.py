@@ -7,6 +7,8 @@ from typing import Any
 
 from lctw_megatron.atomic import write_json
 from lctw_megatron.data.json_object import read_json_object
+from lctw_megatron.data.special_tokens import CONFIG as TOKENIZER_CONFIG
+from lctw_megatron.data.special_tokens import read_small_file
 from lctw_megatron.data.tokenizer_files import (
     CONFIG,
     GENERATION_CONFIG,
@@ -26,7 +28,7 @@ def tokenizer_identity(folder: Path) -> dict[str, Any] | None:
 
 def bring_in(folder: Path, checkpoint: Path, log: Callable[[str], None]) -> None:
     """Copy the side files of a Hugging Face folder into a checkpoint that is being written. ``log``
-    gets a line if none of them makes a tokenizer.
+    gets a line if none of them makes a tokenizer, and if one has code of its own.
 
     The generation settings lie with the tokenizer, whose token ids they name; so they go with it
     into the checkpoints of runs that start from this one.
@@ -37,6 +39,12 @@ def bring_in(folder: Path, checkpoint: Path, log: Callable[[str], None]) -> None
         log(
             f"{folder}: has neither tokenizer.json nor tokenizer.model, so nothing will compare "
             "the model's tokenizer with that of the data; put one there and import again"
+        )
+    if read_small_file(folder, TOKENIZER_CONFIG).get("auto_map"):
+        log(
+            f"{folder / TOKENIZER_CONFIG}: auto_map names code of the folder's own, which is not "
+            "run: tokens are those of tokenizer.json. Nor is it exported; remove auto_map, or copy "
+            "the code into what is exported"
         )
     copy_tokenizer_files(folder, checkpoint / TOKENIZER)
     copy_token_config(folder, checkpoint / TOKENIZER)
@@ -52,7 +60,7 @@ def take_out(checkpoint: Path, manifest: CheckpointManifest, folder: Path) -> di
     """
     source = checkpoint / TOKENIZER
     copy_tokenizer_files(source, folder)
-    _name_for_all_versions(folder / "tokenizer_config.json")
+    _name_for_all_versions(folder / TOKENIZER_CONFIG)
     path = source / GENERATION_CONFIG
     if not path.is_file() and (checkpoint / GENERATION_CONFIG).is_file():
         path = checkpoint / GENERATION_CONFIG  # an import without a tokenizer, of earlier versions

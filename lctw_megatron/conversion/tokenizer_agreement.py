@@ -20,7 +20,10 @@ def tokenizer_line(folder: Path, text: str) -> str:
         return f"tokenizer: not compared ({error})"
     library = f"tokenizer: transformers {transformers.__version__}"
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # Where a folder brings code of its own, nobody is asked whether to run it.
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
         theirs = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in paragraphs]
     except Exception as error:  # whatever its classes raise
         return f"{library} cannot load it ({one_line(error)})"

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lctw_megatron.data.git_lfs import refuse_pointers
 from lctw_megatron.errors import InputError
 
 _MOST_BYTES = 1 << 29
@@ -48,6 +49,7 @@ def read_json(path: str | Path) -> Any:
         with open(path, "rb") as file:
             return parse_json(file.read(_MOST_BYTES + 1))
     except InputError as error:
+        refuse_pointers([path])
         raise InputError(f"{path}: {error}") from None
 
 

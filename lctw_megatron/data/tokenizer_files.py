@@ -17,7 +17,7 @@ CONFIG = "config.json"
 _NAMES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
-    GENERATION_CONFIG,
+    "tekken.json", GENERATION_CONFIG,
 )  # fmt: skip
 
 
@@ -28,7 +28,8 @@ def has_tokenizer(folder: Path) -> bool:
 def tokenizer_files(folder: Path) -> list[Path]:
     """Those that ``folder`` has."""
     found = [folder / name for name in _NAMES if (folder / name).is_file()]
-    return found + sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    mistral = folder.glob("tokenizer.model.v*")  # as tekken.json, read by mistral-common
+    return found + sorted(mistral) + sorted((folder / "additional_chat_templates").glob("*.jinja"))
 
 
 def copy_tokenizer_files(folder: Path, target: Path) -> None:

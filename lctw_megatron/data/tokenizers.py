@@ -19,6 +19,8 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer as FastTokenizer
 
 from lctw_megatron.data.added_tokens import follow_small_files
+from lctw_megatron.data.first_token import first_token
+from lctw_megatron.data.git_lfs import refuse_pointers
 from lctw_megatron.data.json_object import parse_json, read_json_object
 from lctw_megatron.data.manifest import TokenizerIdentity
 from lctw_megatron.data.sentencepiece_model import (
@@ -77,6 +79,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """From a SentencePiece .model file or a Hugging Face tokenizer folder; InputError otherwise."""
     place = Path(os.path.abspath(path))
     if place.is_file() and place.suffix == ".model":
+        refuse_pointers([place])
         return SentencePieceTokenizer(place)
     if not place.is_dir():
         found = (
@@ -89,8 +92,11 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     model = place / "tokenizer.model"
     if not has_tokenizer(place):
         raise InputError(
-            f"tokenizer {place}: the folder has neither tokenizer.json nor tokenizer.model"
+            f"tokenizer {place}: the folder has neither tokenizer.json nor tokenizer.model; "
+            "of other files AutoTokenizer.from_pretrained(...).save_pretrained(...) makes the first"
         )
+    if not (place / "tokenizer.json").exists():
+        refuse_pointers([model])
     specials = read_special_tokens(place)
     described = specials.tokenizer_class or (place / CONFIG).exists()
     if not described and not (place / "tokenizer.json").exists():
@@ -233,7 +239,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._fast.no_truncation()
         self._fast.no_padding()
         bos, eos = (self._id(name, folder) for name in names)
-        first = self._adds_first()
+        first = first_token(self._fast, path)
         # A template may add a token that no file names as BOS, or another; AutoTokenizer adds it.
         bos = bos if first is None else first
         add_bos = first is not None
@@ -283,18 +289,6 @@ class HuggingFaceTokenizer(Tokenizer):
                 f"vocabulary of tokenizer.json; the two files are not of one tokenizer"
             )
         return id
-
-    def _adds_first(self) -> int | None:
-        """The token that is put before a text, if one is."""
-        try:
-            plain, whole = (self._fast.encode("a", add_special_tokens=x).ids for x in (False, True))
-        except BaseException as error:  # a panic of the library's Rust is no Exception
-            if type(error).__name__ != "PanicException":
-                raise
-            raise InputError(
-                f"{self._folder / 'tokenizer.json'}: its template does not fit its tokens ({error})"
-            ) from None
-        return whole[0] if len(whole) > len(plain) and whole[1 : 1 + len(plain)] == plain else None
 
 
 def _by_transformers(folder: Path) -> tuple[FastTokenizer, tuple[str | None, str | None]]:

@@ -11,6 +11,7 @@ import pytest
 from lctw_megatron.conversion import side_files
 from lctw_megatron.conversion.hf_export import export_hf
 from lctw_megatron.conversion.hf_import import import_hf
+from lctw_megatron.conversion.tokenizer_agreement import tokenizer_line
 from lctw_megatron.errors import InputError
 from tests.conversion.hf_models import VOCABULARY, make_model
 from tests.tools.test_convert import run
@@ -188,3 +189,30 @@ def test_a_folder_without_a_tokenizer_that_can_be_read_is_told(
     shutil.copyfile(hf_folder / "tokenizer.json", hf / "tokenizer.json")
     import_hf(hf, tmp_path / "with", log=said.append)
     assert len(said) == 3 and said[-1].startswith("rope: ")
+
+
+def test_files_that_mistral_common_reads_leave_as_they_came(plain: Path, tmp_path: Path) -> None:
+    hf = with_config(plain, tmp_path / "hf")
+    for name in ("tekken.json", "tokenizer.model.v3"):
+        (hf / name).write_bytes(name.encode())
+    import_hf(hf, tmp_path / "checkpoint")
+    export_hf(tmp_path / "checkpoint", tmp_path / "back")
+    for name in ("tekken.json", "tokenizer.model.v3"):
+        assert (tmp_path / "back" / name).read_bytes() == name.encode()
+
+
+def test_code_that_a_tokenizer_brings_is_not_run_and_nobody_is_asked(
+    plain: Path, hf_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or "y")
+    hf = with_config(plain, tmp_path / "hf", vocab_size=VOCABULARY)
+    shutil.copy(hf_folder / "tokenizer.json", hf)
+    code = {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}
+    (hf / "tokenizer_config.json").write_text(
+        json.dumps({"auto_map": code, "tokenizer_class": "OwnTokenizer"})
+    )
+    said: list[str] = []
+    import_hf(hf, tmp_path / "checkpoint", log=said.append)
+    assert any("auto_map names code of the folder's own, which is not run" in line for line in said)
+    assert "cannot load it" in tokenizer_line(hf, "some text") and not asked

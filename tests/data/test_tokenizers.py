@@ -190,6 +190,17 @@ def test_bos_follows_what_the_tokenizer_adds_by_default(hf_folder, tmp_path):
     assert (nameless.bos_id, nameless.eos_id, nameless.add_eos) == (None, 1, True)
 
 
+def test_more_than_one_token_before_a_text_is_refused(hf_folder, tmp_path):
+    """AutoTokenizer adds both of GLM-4's `[gMASK]<sop>`; a stored document has one or none."""
+
+    def put_before(description):
+        template = description["post_processor"]["single"]
+        template.insert(0, template[0])
+
+    with pytest.raises(InputError, match=r"makes <\|begin\|>, <\|begin\|>, a of the text 'a'"):
+        edit(hf_folder, tmp_path / "two", put_before)
+
+
 def test_of_both_forms_tokenizer_json_says_whether_bos_is_added(sentencepiece_model, tmp_path):
     load_tokenizer(sentencepiece_model).save_hf(tmp_path / "both")
 

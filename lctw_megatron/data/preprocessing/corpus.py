@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
+from lctw_megatron.data.git_lfs import MOST_BYTES, refuse_pointers
 from lctw_megatron.data.preprocessing.our_files import is_of_a_dataset, is_own
 from lctw_megatron.errors import InputError, few, one_line
 from lctw_megatron.work_folder import MARK
@@ -88,7 +89,8 @@ def find_files(
     listed in ``passed_over``: hidden, empty and other files, the metadata of a `datasets` folder,
     a further name of a file that is read already, and what earlier runs wrote for
     ``output_prefix`` or another. Raises InputError for an input that does not exist, is empty or
-    holds nothing of a known kind, and for a file that is there plain and compressed.
+    holds nothing of a known kind, for a file that is there plain and compressed, and for a pointer
+    of git-lfs.
     """
     left_out = PassedOver() if passed_over is None else passed_over
     files: dict[tuple[int, int], CorpusFile] = {}
@@ -110,6 +112,8 @@ def find_files(
             elif first.path != file.path:
                 left_out.paths[file.path] = "linked to what is read already"
     _refuse_twice(files.values())
+    small = (file for file in files.values() if file.size < MOST_BYTES and file.kind != "package")
+    refuse_pointers(file.path for file in small)
     return list(files.values())
 
 
