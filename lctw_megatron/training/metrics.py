@@ -121,7 +121,9 @@ class MetricsLog:
         self._started: dict[str, Any] = {} if machine is None else {"speed/machine": machine}
         run_dir.mkdir(parents=True, exist_ok=True)
         self._truncate(first_step)
-        self._file = open(self.path, "a")  # noqa: SIM115 - open as long as the run
+        # Open as long as the run, and unbuffered: a buffer loses what a full disk does not take.
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
+        self._waiting = b""
         self._trackers = trackers
         self._board: Any = None
         if tensorboard:
@@ -150,24 +152,28 @@ class MetricsLog:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Append the values of ``step``. Floats are written so that they read back bit-equal."""
-        self._file.write(json.dumps({"step": step, **values, **self._started}) + "\n")
+        self._waiting += json.dumps({"step": step, **values, **self._started}).encode() + b"\n"
         self._started = {}
         # A full disk stops the run at its next checkpoint, on all ranks and with one line. Until
-        # then the lines wait in the file's buffer.
+        # then the lines wait.
         with suppress(OSError):
-            self._file.flush()
+            self._write_waiting()
         self._on_board(lambda board: [board.add_scalar(k, v, step) for k, v in values.items()])
         for tracker in self._trackers:
             tracker.log(step, values)
 
     def sync(self) -> None:
         """Raises OSError unless all lines are on the disk."""
-        self._file.flush()
+        self._write_waiting()
         os.fsync(self._file.fileno())
 
+    def _write_waiting(self) -> None:
+        while self._waiting:
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
+
     def close(self) -> None:
-        with suppress(OSError):
-            self._file.close()
+        with suppress(OSError), self._file:
+            self._write_waiting()
         self._on_board(lambda board: board.close())
         for tracker in self._trackers:
             tracker.end()

@@ -1,7 +1,11 @@
 """metrics.jsonl holds every step once, and nothing that goes wrong with it ends one rank alone."""
 
 import errno
+import resource
+import signal
 from pathlib import Path
+
+import pytest
 
 from lctw_megatron.training.metrics import MetricsLog
 from tests.training.runs import logged
@@ -37,3 +41,22 @@ def test_a_board_that_cannot_be_written_is_given_up(tmp_path: Path) -> None:
     log.write(1, {"loss/plain": 2.0})
     log.close()
     assert board.calls == 1 and len(logged(tmp_path)) == 2
+
+
+def test_no_line_is_lost_to_a_disk_that_is_full_for_a_while(tmp_path: Path) -> None:
+    """A limit of the file's size stands for the disk: it too takes half a line, then none."""
+    before, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.RLIMIT_FSIZE
+    soft, hard = resource.getrlimit(limits)
+    log = MetricsLog(tmp_path, 0, tensorboard=False)
+    try:
+        resource.setrlimit(limits, (1000, hard))
+        for step in range(50):
+            log.write(step, {f"loss/{number}": number / 3 for number in range(40)})
+        with pytest.raises(OSError, match="File too large"):
+            log.sync()
+    finally:
+        resource.setrlimit(limits, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    log.sync()
+    log.close()
+    assert [line["step"] for line in logged(tmp_path)] == list(range(50))
