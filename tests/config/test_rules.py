@@ -85,9 +85,20 @@ def test_what_would_be_passed_over_is_refused():
     with pytest.raises(InputError, match="keep_every is 4, but without training.save_interval"):
         check_run(run_config(training__keep_every=4))
     plain, weighted = {"prefix": "a"}, {"prefix": "b", "weight": 3}
-    check_run(run_config(data__validation=[plain, plain]))
+    check_run(run_config(data__validation=[plain, {"prefix": "c"}]))
     with pytest.raises(InputError, match="data.validation gives b the weight 3, but"):
         check_run(run_config(data__validation=[plain, weighted]))
+
+
+def test_data_are_named_and_named_once():
+    with pytest.raises(InputError, match="data.train is empty; name the prefix of at least one"):
+        check_run(run_config(data__train=[]))
+    check_run(run_config(data__train=["a", "b"], data__validation=["a"]))
+    for field in ("train", "validation"):
+        with pytest.raises(InputError, match=f"data.{field} names a 2 times; "):
+            check_run(run_config(**{f"data__{field}": ["a", "b", "./a"]}))
+    with pytest.raises(InputError, match="training.trackers names wandb 2 times; name it once"):
+        check_run(run_config(training__trackers=["wandb", "mlflow", "wandb"]))
 
 
 def test_validation_needs_data():

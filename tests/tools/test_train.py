@@ -156,6 +156,20 @@ def test_what_lies_beyond_the_last_step_is_said(
     assert "more than training.steps" not in answer.out
     answer = call(tool.main, capsys, recipe, "--dry-run", "--set", "training.save_interval=41")
     assert "training.save_interval 41: more than training.steps 40\n" in answer.out
+    keep = "training.save_interval=20", "training.keep_every=60"
+    recall = "training.recall={lengths: [64], every: 41}"
+    changes = [word for change in (*keep, recall) for word in ("--set", change)]
+    answer = call(tool.main, capsys, recipe, "--dry-run", *changes)
+    assert "training.keep_every 60: more than training.steps 40\n" in answer.out
+    assert "training.recall.every 41: more than training.steps 40\n" in answer.out
+
+
+def test_a_run_without_data_is_no_plan(
+    data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = frozen_recipe(data, tmp_path / "dry")
+    answer = call(tool.main, capsys, recipe, "--dry-run", "--set", "data.train=[]")
+    assert answer.status == 2 and "data.train is empty; name the prefix" in answer.err
 
 
 def plain_recipe(data: str, folder: Path) -> Path:
