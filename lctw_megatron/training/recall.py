@@ -37,7 +37,7 @@ class TrainingRecall:
         self.config = config = run.training.recall
         self.layout = run.layout
         # What is named twice is measured once.
-        self.lengths, self.tasks = ([*dict.fromkeys(x)] for x in (config.lengths, config.tasks))
+        self.lengths, self.tasks = [*dict.fromkeys(config.lengths)], [*dict.fromkeys(config.tasks)]
         try:
             known = first_rank_decides(lambda: _load(Path(tokenizer.path), start))
             self.maker = SampleMaker(known, None, SEED, run.model.vocab_size)
