@@ -3,7 +3,8 @@
 import pytest
 
 from lctw_megatron.config.rules import check_evaluation, check_run, check_scoring
-from lctw_megatron.config.schema import EvaluationConfig, ScoringConfig
+from lctw_megatron.config.schema import EvaluationConfig, PrepareConfig, ScoringConfig
+from lctw_megatron.config.validation_errors import build
 from lctw_megatron.errors import InputError
 from tests.config.test_layout_rules import run_config
 
@@ -88,6 +89,12 @@ def test_what_would_be_passed_over_is_refused():
     check_run(run_config(data__validation=[plain, {"prefix": "c"}]))
     with pytest.raises(InputError, match="data.validation gives b the weight 3, but"):
         check_run(run_config(data__validation=[plain, weighted]))
+
+
+def test_a_list_that_is_needed_says_how_many_it_needs():
+    prepare = {"inputs": [], "output_prefix": "p"}
+    with pytest.raises(InputError, match=r"r: inputs is \[\], expected a list of 1 or more"):
+        build(PrepareConfig, prepare, "r")
 
 
 def test_data_are_named_and_named_once():

@@ -58,6 +58,16 @@ def test_held_out_text_that_is_too_short_is_refused(plan, sentencepiece_model):
     check(plan, "evaluation.data=held", "evaluation.sequence_length=1023")
 
 
+def test_held_out_text_that_prepare_does_not_hold_out_must_be_there(plan, sentencepiece_model):
+    none = "prepare.validation_documents=0", "data.validation=[]"
+    message = "evaluate-uniform reads data/books-validation, which is neither"
+    with pytest.raises(InputError, match=message):
+        check(plan, *none)
+    Path("data").mkdir()
+    write("data/books-validation", 2000, sentencepiece_model)
+    check(plan, *none)
+
+
 GIVEN = (
     "data={train: given, sequence_length: 256}",
     "evaluation.data=held",
