@@ -62,6 +62,7 @@ def main(arguments: list[str]) -> int:
 def _train(options: argparse.Namespace) -> int:
     from lctw_megatron.config.load import dump_yaml, load_recipe, resolve_run
     from lctw_megatron.errors import InputError
+    from lctw_megatron.launch.ahead import check_after_training
     from lctw_megatron.model.checkpoint import checkpoint_model
     from lctw_megatron.model.megatron_fields import check_megatron_fields
     from lctw_megatron.weighting import parse_weighting
@@ -78,6 +79,7 @@ def _train(options: argparse.Namespace) -> int:
     parse_weighting(run.weighting)
     check_megatron_fields(run)
     if options.dry_run:
+        check_after_training(recipe, run)
         from lctw_megatron.platform.rank_memory import usable_memory
         from lctw_megatron.training.estimate import describe_layout, planned_device
         from lctw_megatron.training.first_lines import unreached_lines
@@ -109,7 +111,7 @@ def _train(options: argparse.Namespace) -> int:
     from lctw_megatron.platform.world import shut_down
     from lctw_megatron.training.loop import train
 
-    status = train(run, options.allow_changes)
+    status = train(run, options.allow_changes, lambda: check_after_training(recipe, run))
     shut_down()
     return status
 

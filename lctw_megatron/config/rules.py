@@ -1,10 +1,11 @@
 """Settings that contradict each other, apart from the parallel sizes (``layout_rules.py``)."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from lctw_megatron.config.layout_rules import check_layout, check_sequence
-from lctw_megatron.config.schema import EvaluationConfig, Recipe, RunConfig, ScoringConfig
+from lctw_megatron.config.schema import Corpus, EvaluationConfig, Recipe, RunConfig, ScoringConfig
 from lctw_megatron.config.schemes import needs_short_loss
 from lctw_megatron.config.sidecar_name import NAME_RULE, is_sidecar_name
 from lctw_megatron.config.validation_errors import nearest
@@ -31,6 +32,13 @@ def check_run(run: RunConfig) -> None:
             )
     _check_windows("weighting", weighting.window, weighting.stride, sequence_length)
     training = run.training
+    if not run.data.train:
+        raise InputError("data.train is empty; name the prefix of at least one token dataset")
+    _check_named_once(
+        "data.train", _prefixes(run.data.train), "to read it more often, raise its weight"
+    )
+    _check_named_once("data.validation", _prefixes(run.data.validation), "name it once")
+    _check_named_once("training.trackers", training.trackers, "name it once")
     if training.min_lr > training.lr:
         raise InputError(f"training.min_lr {training.min_lr} is above training.lr {training.lr}")
     if training.eval_interval and not run.data.validation:
@@ -188,6 +196,16 @@ def starts_from_a_checkpoint(recipe: Recipe, name: str) -> bool:
     while (start := recipe.runs[name].get("start")) in recipe.runs:
         name = start
     return start is not None
+
+
+def _prefixes(corpora: Sequence[Corpus]) -> list[str]:
+    return [os.path.normpath(corpus.prefix) for corpus in corpora]
+
+
+def _check_named_once(field: str, names: Sequence[str], advice: str) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"{field} names {name} {names.count(name)} times; {advice}")
 
 
 def _check_windows(

@@ -71,7 +71,7 @@ class Section(BaseModel):
 class PrepareConfig(Section):
     """From a corpus to a token dataset (``tools/preprocess.py``)."""
 
-    inputs: list[str]
+    inputs: Annotated[list[str], Field(min_length=1)]
     """Files, folders or globs: jsonl, txt, parquet; plain, .gz or .zst. `stdlib` is the installed
     Python standard library, modules joined per package."""
     output_prefix: WrittenPath
@@ -243,9 +243,10 @@ class LayoutConfig(Section):
     """EP: each layer's experts are shared out, whole, to this many of the tensor x context x data
     ranks of a pipeline stage. Must divide those and the experts."""
     recompute: Literal["none", "selective", "mlp", "full"] = "none"
-    """Activations recomputed in the backward pass: none; the core attention (with context > 1 this
-    drops the gathered keys and values); the MLP, which at long context is most of the memory and
-    little of the time; or whole layers."""
+    """Activations recomputed in the backward pass: none; selective, the core attention (with
+    context > 1 or packing this drops gathered and copied keys and values; left out, and said so,
+    where there are none); the MLP, which at long context is most of the memory and little of the
+    time; or whole layers."""
     loss_block_rows: Positive | None = None
     """Rows of logits that exist at a time in the loss; default: as many as fit into 2 GiB on a GPU,
     64 MiB on a CPU (layout_rules.loss_block_rows)."""

@@ -62,6 +62,8 @@ def _one_line(
     message = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     if first["type"] == "model_type":
         message = "fields (`field: value` lines)"
+    if first["type"] == "too_short":
+        message = f"a list of {first['ctx']['min_length']} or more"
     message = message.split(", unable to parse")[0].replace("a valid ", "a ")
     return InputError(
         f"{where}: {field} is {few([repr(first['input'])])}, expected {message}{more}"

@@ -17,7 +17,7 @@ def of_datasets(recipe: Recipe, *prefixes: str) -> Inputs:
     made = set()
     if recipe.prepare:
         prefix = os.path.abspath(recipe.prepare.output_prefix)
-        made = {prefix, f"{prefix}-validation"}
+        made = {prefix, f"{prefix}-validation"} if recipe.prepare.validation_documents else {prefix}
     given = tuple(prefix for prefix in prefixes if os.path.abspath(prefix) not in made)
     return (["prepare"] if len(given) < len(prefixes) else []), given
 

@@ -127,7 +127,7 @@ def check_needs(
                     f"sidecar ({index_path(path)}) nor a file or checkpoint; make it, or change "
                     "the recipe"
                 )
-    begun = [s for s in stages if s.name not in ahead and graph.why_not_done(s, outdated)]
+    begun = {s.name for s in stages if s.name not in ahead and graph.why_not_done(s, outdated)}
     prepare = known.get("prepare")
     prepared = prepare is None or graph.why_not_done(prepare, outdated) is None
     check_ahead(graph.recipe, graph.runs, begun, prepared)

@@ -141,8 +141,8 @@ def final_runs(recipe: Recipe, runs: Iterable[RunConfig]) -> list[RunConfig]:
     used = {run_of(recipe, values.get("start")) for values in recipe.runs.values()}
     if recipe.scoring:
         used.add(run_of(recipe, recipe.scoring.scorer))
-    runs = list(runs)
-    return [run for run in runs if run.name not in used] or runs
+    names = recipe.runs.keys() - used or recipe.runs.keys()
+    return [run for run in runs if run.name in names]
 
 
 def _prepare_stage(prepare: PrepareConfig, window: int | None) -> Stage:

@@ -49,11 +49,13 @@ def has_own_core_attention(model: ModelConfig, dtype: torch.dtype, packed: bool)
     return packed or not uses_transformer_engine(model, dtype)
 
 
-def recomputes(model: ModelConfig, layout: LayoutConfig, dtype: torch.dtype, packed: bool) -> str:
-    """What of `layout.recompute` acts. `selective` frees what our core attention gathers and
-    copies; TransformerEngine's keeps nothing but inputs and output, which others keep anyway."""
-    own = has_own_core_attention(model, dtype, packed)
-    return "none" if layout.recompute == "selective" and not own else layout.recompute
+def recomputes(layout: LayoutConfig, dtype: torch.dtype, packed: bool, own: bool) -> str:
+    """What of `layout.recompute` acts. `selective` frees what core attention, if it is our ``own``,
+    gathers over context ranks, copies of documents, or repeats of keys and values (float32 on a
+    GPU). All other keeps nothing but inputs and output, which others keep anyway: there it would
+    run attention forward once more for nothing."""
+    frees = own and (packed or layout.context > 1 or dtype == torch.float32)
+    return "none" if layout.recompute == "selective" and not frees else layout.recompute
 
 
 def transformer_config(
@@ -75,7 +77,8 @@ def transformer_config(
     on_gpu = capabilities().gpu
     deterministic = torch.are_deterministic_algorithms_enabled()
     recompute: dict[str, Any] = {}
-    acting = recomputes(model, layout, dtype, packed)
+    own = has_own_core_attention(model, dtype, packed)
+    acting = recomputes(layout, dtype, packed, own)
     if acting == "full":
         recompute = {
             "recompute_granularity": "full",

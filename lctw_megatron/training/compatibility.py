@@ -52,17 +52,7 @@ def complete_run(
         }
     )
     if manifest is not None:
-        found = _filled_in(manifest.model)
-        for name, ours in _filled_in(model).items():
-            theirs = found[name]
-            if isinstance(ours, float) and np.float32(ours) == np.float32(theirs):
-                # 1e-05 went through float32 on its way into some configs; it leaves as it came.
-                model = model.model_copy(update={name: theirs})
-            elif ours != theirs and name not in _FREE_OF_THE_START:
-                raise InputError(
-                    f"model.{name} is {ours}, but {start} has {theirs}; leave the model section "
-                    "out to take the checkpoint's"
-                )
+        model = fitted_model(model, manifest.model, str(start))
         theirs = (manifest.tokenizer or {}).get("digest")
         if theirs and theirs != tokenizer.digest:
             raise InputError(
@@ -71,6 +61,23 @@ def complete_run(
             )
         dataset.check_bos(manifest.tokenizer or {}, str(start))
     return run.model_copy(update={"model": model}), start, identity
+
+
+def fitted_model(model: ModelConfig, theirs: ModelConfig, start: str) -> ModelConfig:
+    """``model``, which begins with the weights of ``start``, a model of ``theirs``, with numbers as
+    they are written there. InputError if it is another model."""
+    found = _filled_in(theirs)
+    for name, ours in _filled_in(model).items():
+        other = found[name]
+        if isinstance(ours, float) and np.float32(ours) == np.float32(other):
+            # 1e-05 went through float32 on its way into some configs; it leaves as it came.
+            model = model.model_copy(update={name: other})
+        elif ours != other and name not in _FREE_OF_THE_START:
+            raise InputError(
+                f"model.{name} is {ours}, but {start} has {other}; leave the model section "
+                "out to take the checkpoint's"
+            )
+    return model
 
 
 def _begun_with(

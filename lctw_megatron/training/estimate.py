@@ -208,6 +208,18 @@ def _has_engine_attention(run: RunConfig) -> bool:
     return layers and run.data.packing == "chunk"
 
 
+def recompute_lines(run: RunConfig) -> list[str]:
+    """A line if `layout.recompute` does nothing, for the log and the plan."""
+    dtype, packed = spec.DTYPES[run.training.precision], run.data.packing == "pack"
+    acting = spec.recomputes(run.layout, dtype, packed, not _has_engine_attention(run))
+    if acting == run.layout.recompute:
+        return []
+    return [
+        f"layout.recompute {run.layout.recompute}: left out, as attention keeps nothing here that "
+        "it would free; mlp and full free memory"
+    ]
+
+
 def _tokens(run: RunConfig) -> int:
     """Tokens of one micro batch on one rank."""
     assert run.training.micro_batch_size, "micro_batch.py chooses it"
@@ -287,6 +299,7 @@ def describe_layout(run: RunConfig, world_size: int | None = None, device: str =
         f"work: {work / 1e12:,.4g} TFLOP a step, {work / 1e12 / sizes.world_size:,.4g} on each rank"
     )
     lines += _memory_table(estimate(run, sizes.world_size, device), device)
+    lines += recompute_lines(run)
     if not run.model.vocab_size:
         lines.append("  without embedding, head and loss: the vocabulary is the tokenizer's")
     return "\n".join(lines) + "\n"

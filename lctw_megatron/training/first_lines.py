@@ -7,11 +7,11 @@ from lctw_megatron.config.rope import rope_line
 from lctw_megatron.config.schema import RunConfig, TrainingConfig
 from lctw_megatron.config.schemes import needs_short_loss
 from lctw_megatron.data.loader import TokenLoader
-from lctw_megatron.model import spec
 from lctw_megatron.model.checkpoint import read_manifest
 from lctw_megatron.platform.capabilities import capabilities
 from lctw_megatron.platform.flight_recorder import recorder_line
 from lctw_megatron.platform.world import World
+from lctw_megatron.training.estimate import recompute_lines
 from lctw_megatron.training.optimizer import learning_rate
 
 
@@ -23,12 +23,7 @@ def first_lines(
     yield capabilities().line()
     if line := recorder_line():
         yield line
-    packed, dtype = run.data.packing == "pack", spec.DTYPES[run.training.precision]
-    if spec.recomputes(run.model, run.layout, dtype, packed) != run.layout.recompute:
-        yield (
-            f"layout.recompute {run.layout.recompute}: left out, as TransformerEngine's attention "
-            "keeps nothing that it would free"
-        )
+    yield from recompute_lines(run)
     if run.model.attention == "te" and run.training.precision == "fp32":
         yield (
             "model.attention te: float32 takes our layers, as TransformerEngine multiplies it in "
@@ -54,8 +49,11 @@ def unreached_lines(training: TrainingConfig) -> Iterator[str]:
             f"the rate ends at {learning_rate(training, steps - 1):.3g} and never reaches "
             f"training.lr {training.lr:.3g}"
         )
-    for name in ("eval_interval", "save_interval"):
-        if (interval := getattr(training, name)) and interval > steps:
+    intervals = {name: getattr(training, name) for name in ("eval_interval", "save_interval")}
+    intervals["keep_every"] = training.keep_every
+    intervals["recall.every"] = training.recall and training.recall.every
+    for name, interval in intervals.items():
+        if interval and interval > steps:
             yield f"training.{name} {interval}: more than training.steps {steps}"
 
 

@@ -4,6 +4,7 @@ Read `train` first; everything else in this folder is one of its lines.
 """
 
 import time
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from lctw_megatron.platform.compile_cache import keep_compiled
 from lctw_megatron.platform.flight_recorder import make_place, record_into, write_record
 from lctw_megatron.platform.gpu import use_deterministic_kernels
 from lctw_megatron.platform.rank_memory import least_usable_memory
-from lctw_megatron.platform.world import World, first_rank_decides, initialize, on_first_rank
+from lctw_megatron.platform.world import first_rank_decides, initialize, on_first_rank
 from lctw_megatron.progress import Progress
 from lctw_megatron.training import flops
 from lctw_megatron.training.checkpoint import (
@@ -51,11 +52,13 @@ from lctw_megatron.training.tokenizer_folder import TokenizerFolder
 from lctw_megatron.training.trackers import check_trackers, open_trackers
 
 
-def train(run: RunConfig, allow_changes: bool = False) -> int:
+def train(
+    run: RunConfig, allow_changes: bool = False, check: Callable[[], None] = lambda: None
+) -> int:
     """Train ``run`` to its last step, from its newest checkpoint if there is one.
 
     All ranks call it. allow_changes: resume although settings have changed that otherwise may not.
-    Returns the exit status: 0, or REQUEUE_STATUS after a signal.
+    check: asked of the first rank, before the data. Returns 0, or REQUEUE_STATUS after a signal.
     """
     clock = StartClock()
     clock.end("import")
@@ -64,6 +67,7 @@ def train(run: RunConfig, allow_changes: bool = False) -> int:
     keep_compiled(Path(run.run_dir))
     initialize(run.layout, run.seed, run.training.distributed_timeout_minutes)
     on_first_rank(lambda: check_trackers(run.training.trackers))
+    on_first_rank(check)
     with one_run_in(Path(run.run_dir)):
         clock.end("process groups")
         trainer = Trainer(run, allow_changes, clock)
@@ -81,7 +85,7 @@ class Trainer:
         self, run: RunConfig, allow_changes: bool = False, clock: StartClock | None = None
     ) -> None:
         self.clock = clock = clock or StartClock()
-        self.world: World = initialize(
+        self.world = world = initialize(
             run.layout, run.seed, run.training.distributed_timeout_minutes
         )
         check_layout(run, self.world.size)
@@ -98,9 +102,8 @@ class Trainer:
             lambda: complete_run(asked, source.dataset, own)
         )
         self.start = start
-        memory = 0 if run.training.micro_batch_size else least_usable_memory(self.world.device)
-        device = self.world.device.type
-        size = choose_micro_batch(run, self.world.size, memory, own and own[1], device)
+        memory = 0 if run.training.micro_batch_size else least_usable_memory(world.device)
+        size = choose_micro_batch(run, world.size, memory, own and own[1], world.device.type)
         self.config = run = with_micro_batch(run, size)
         check_layout(run, self.world.size)
         self.loader.cut(size)
@@ -291,14 +294,13 @@ class Trainer:
         )
 
     def _open_log(self) -> MetricsLog:
-        begins = self.first_step < self.config.training.steps
         write_settings(self.config, self.first_step)
         return MetricsLog(
             Path(self.config.run_dir),
             self.first_step,
             self.config.training.tensorboard,
             capabilities().line(),
-            open_trackers(self.config) if begins else [],
+            open_trackers(self.config) if self.first_step < self.config.training.steps else [],
         )
 
     def _logs(self, step: int) -> bool:

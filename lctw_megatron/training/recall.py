@@ -36,11 +36,13 @@ class TrainingRecall:
         assert run.training.recall and run.model.vocab_size
         self.config = config = run.training.recall
         self.layout = run.layout
+        # What is named twice is measured once.
+        self.lengths, self.tasks = [*dict.fromkeys(config.lengths)], [*dict.fromkeys(config.tasks)]
         try:
             known = first_rank_decides(lambda: _load(Path(tokenizer.path), start))
             self.maker = SampleMaker(known, None, SEED, run.model.vocab_size)
-            for length in config.lengths:
-                for task in config.tasks:
+            for length in self.lengths:
+                for task in self.tasks:
                     self.maker.check(task, length, config.samples)
         except InputError as error:
             raise InputError(f"training.recall: {error}") from None
@@ -50,8 +52,8 @@ class TrainingRecall:
         of every task and length; a loss that is not finite is left out. A collective call."""
         model = SequenceLosses(chunks, self.layout, world, TOKENS_PER_FORWARD)
         metrics = {}
-        for length in self.config.lengths:
-            cells: dict[str, Cell] = {task: Cell() for task in self.config.tasks}
+        for length in self.lengths:
+            cells: dict[str, Cell] = {task: Cell() for task in self.tasks}
             for measured in measure(model, self._samples(length), length):
                 cells[measured.sample.task].add(measured)
             for task, cell in cells.items():
@@ -62,7 +64,7 @@ class TrainingRecall:
         return metrics
 
     def _samples(self, length: int) -> Iterator[RecallSample]:
-        for task in self.config.tasks:
+        for task in self.tasks:
             for number in range(self.config.samples):
                 depths = depths_of(task, DEPTHS)
                 yield self.maker(task, length, depths[number % len(depths)], number)

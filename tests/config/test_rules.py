@@ -3,7 +3,8 @@
 import pytest
 
 from lctw_megatron.config.rules import check_evaluation, check_run, check_scoring
-from lctw_megatron.config.schema import EvaluationConfig, ScoringConfig
+from lctw_megatron.config.schema import EvaluationConfig, PrepareConfig, ScoringConfig
+from lctw_megatron.config.validation_errors import build
 from lctw_megatron.errors import InputError
 from tests.config.test_layout_rules import run_config
 
@@ -85,9 +86,26 @@ def test_what_would_be_passed_over_is_refused():
     with pytest.raises(InputError, match="keep_every is 4, but without training.save_interval"):
         check_run(run_config(training__keep_every=4))
     plain, weighted = {"prefix": "a"}, {"prefix": "b", "weight": 3}
-    check_run(run_config(data__validation=[plain, plain]))
+    check_run(run_config(data__validation=[plain, {"prefix": "c"}]))
     with pytest.raises(InputError, match="data.validation gives b the weight 3, but"):
         check_run(run_config(data__validation=[plain, weighted]))
+
+
+def test_a_list_that_is_needed_says_how_many_it_needs():
+    prepare = {"inputs": [], "output_prefix": "p"}
+    with pytest.raises(InputError, match=r"r: inputs is \[\], expected a list of 1 or more"):
+        build(PrepareConfig, prepare, "r")
+
+
+def test_data_are_named_and_named_once():
+    with pytest.raises(InputError, match="data.train is empty; name the prefix of at least one"):
+        check_run(run_config(data__train=[]))
+    check_run(run_config(data__train=["a", "b"], data__validation=["a"]))
+    for field in ("train", "validation"):
+        with pytest.raises(InputError, match=f"data.{field} names a 2 times; "):
+            check_run(run_config(**{f"data__{field}": ["a", "b", "./a"]}))
+    with pytest.raises(InputError, match="training.trackers names wandb 2 times; name it once"):
+        check_run(run_config(training__trackers=["wandb", "mlflow", "wandb"]))
 
 
 def test_validation_needs_data():

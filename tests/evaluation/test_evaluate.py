@@ -341,7 +341,7 @@ def test_data_of_another_tokenizer_and_damaged_output_are_refused(trained, tmp_p
 
     folder, validation, _ = trained
     write_tokens(tmp_path / "other", [list(range(100))], vocab_size=150)
-    with pytest.raises(InputError, match="was trained with tokenizer"):
+    with pytest.raises(InputError, match="but the tokenizer of"):
         evaluate(folder / "run", str(tmp_path / "other"), SETTINGS)
     (tmp_path / "out.json").write_text("{")
     with pytest.raises(InputError, match="not valid JSON"):

@@ -10,6 +10,9 @@ from lctw_megatron.data.tokenizers import load_tokenizer
 from lctw_megatron.errors import InputError
 from lctw_megatron.launch import local
 from tests.launch.conftest import RECIPE
+from tests.tokenizer_files import hf_folder
+
+__all__ = ["hf_folder"]
 
 SINGLE = RECIPE.replace("layout: {tensor: 2, sequence: true}", "layout: single")
 
@@ -53,6 +56,83 @@ def test_held_out_text_that_is_too_short_is_refused(plan, sentencepiece_model):
     with pytest.raises(InputError, match=message):
         check(plan, "evaluation.data=held")
     check(plan, "evaluation.data=held", "evaluation.sequence_length=1023")
+
+
+def test_held_out_text_that_prepare_does_not_hold_out_must_be_there(plan, sentencepiece_model):
+    none = "prepare.validation_documents=0", "data.validation=[]"
+    message = "evaluate-uniform reads data/books-validation, which is neither"
+    with pytest.raises(InputError, match=message):
+        check(plan, *none)
+    Path("data").mkdir()
+    write("data/books-validation", 2000, sentencepiece_model)
+    check(plan, *none)
+
+
+GIVEN = (
+    "data={train: given, sequence_length: 256}",
+    "evaluation.data=held",
+    "scoring=null",
+    "runs.dense.weighting=uniform",
+)
+
+
+def test_held_out_text_of_another_tokenizer_is_refused(plan, sentencepiece_model, hf_folder):
+    write("given", 2000, sentencepiece_model)
+    write("held", 2000, hf_folder)
+    message = "evaluation.data of run uniform: held was tokenised with .*, but the tokenizer of run"
+    with pytest.raises(InputError, match=message):
+        check(plan, *GIVEN)
+    write("held", 2000, sentencepiece_model)
+    check(plan, *GIVEN)
+    known = load_tokenizer(sentencepiece_model).identity
+    with TokenWriter("held", known.model_copy(update={"add_bos": not known.add_bos})) as writer:
+        writer.add(np.full(2000, 5))
+    message = "evaluation.data of run uniform: held: its documents begin with"
+    with pytest.raises(InputError, match=message):
+        check(plan, *GIVEN)
+
+
+def test_held_out_text_is_asked_of_the_tokenizer_that_prepare_names(
+    plan, sentencepiece_model, hf_folder
+):
+    write("held", 2000, hf_folder)
+    names = KNOWN, f"prepare.tokenizer={sentencepiece_model}", "evaluation.data=held"
+    message = "evaluation.data of run uniform: held was tokenised with"
+    with pytest.raises(InputError, match=message):
+        check(plan, *names)
+
+
+def test_a_run_that_begins_with_another_model_or_tokenizer_is_refused(
+    plan, sentencepiece_model, hf_folder
+):
+    with pytest.raises(InputError, match="run uniform: model.num_layers is 2, but run base has 4"):
+        check(plan, "runs.uniform.model.num_layers=2")
+    write("given", 2000, sentencepiece_model)
+    write("other", 2000, hf_folder)
+    write("held", 2000, sentencepiece_model)
+    message = "run uniform: given was tokenised with .*, but the tokenizer of run base is"
+    with pytest.raises(InputError, match=message):
+        check(plan, *GIVEN, "runs.base.data.train=other")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["scoring.window=512"], "scoring.window is 512, but it is made for at most 256 tokens"),
+        (["scoring.tensor=3"], "scoring.scorer run base: model.num_attention_heads"),
+        (
+            ["runs.base.data.train=other", "runs.uniform.start=null", "runs.dense.start=null"],
+            "scoring.scorer run base: given was tokenised with .*, but the tokenizer of run base",
+        ),
+    ],
+)
+def test_a_scorer_that_would_be_trained_for_nothing_is_refused(
+    plan, sentencepiece_model, hf_folder, changes, message
+):
+    write("given", 2000, sentencepiece_model)
+    write("other", 2000, hf_folder)
+    with pytest.raises(InputError, match=message):
+        check(plan, "data.train=given", "data.validation=[]", "evaluation=null", *changes)
 
 
 KNOWN = "prepare.train_sentencepiece=null"

@@ -40,12 +40,27 @@ def test_the_activation_of_phi_is_never_fused_as_unfused_it_would_be_another():
         spec.transformer_config(model, LayoutConfig(), torch.bfloat16, False, fields)
 
 
-def test_selective_recomputation_is_left_out_where_it_frees_nothing(monkeypatch):
+@pytest.mark.parametrize(
+    ("context", "dtype", "packed", "own", "acting"),
+    [
+        (2, torch.bfloat16, False, True, "selective"),
+        (2, torch.bfloat16, False, False, "none"),  # TransformerEngine's attention
+        (1, torch.bfloat16, True, True, "selective"),
+        (1, torch.bfloat16, False, True, "none"),
+        (1, torch.float32, False, True, "selective"),
+    ],
+)
+def test_selective_recomputation_is_left_out_where_it_frees_nothing(
+    context, dtype, packed, own, acting
+):
+    layout = LayoutConfig(recompute="selective", context=context)
+    assert spec.recomputes(layout, dtype, packed, own) == acting
+    full = LayoutConfig(recompute="full", context=context)
+    assert spec.recomputes(full, dtype, packed, own) == "full"
+
+
+def test_left_out_recomputation_reaches_no_config_of_megatron_core():
     model, layout = ModelConfig.model_validate(MODEL), LayoutConfig(recompute="selective")
-    assert spec.recomputes(model, layout, torch.bfloat16, packed=False) == "selective"
-    monkeypatch.setattr(spec, "uses_transformer_engine", lambda *_: True)
-    assert spec.recomputes(model, layout, torch.bfloat16, packed=False) == "none"
-    assert spec.recomputes(model, layout, torch.bfloat16, packed=True) == "selective"
-    assert spec.transformer_config(model, layout, torch.bfloat16, False).recompute_granularity is (
-        None
-    )
+    for packed, found in ((False, None), (True, "selective")):
+        config = spec.transformer_config(model, layout, torch.bfloat16, packed)
+        assert config.recompute_granularity == found

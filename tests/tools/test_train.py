@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from lctw_megatron.data.token_dataset import TokenDataset, TokenWriter
 from tests.tools.command import TOOLS, call
 from tests.training.layouts import make_data, make_run
 from tests.training.runs import checkpoints, logged, write_recipe
@@ -156,6 +157,38 @@ def test_what_lies_beyond_the_last_step_is_said(
     assert "more than training.steps" not in answer.out
     answer = call(tool.main, capsys, recipe, "--dry-run", "--set", "training.save_interval=41")
     assert "training.save_interval 41: more than training.steps 40\n" in answer.out
+    keep = "training.save_interval=20", "training.keep_every=60"
+    recall = "training.recall={lengths: [64], every: 41}"
+    changes = [word for change in (*keep, recall) for word in ("--set", change)]
+    answer = call(tool.main, capsys, recipe, "--dry-run", *changes)
+    assert "training.keep_every 60: more than training.steps 40\n" in answer.out
+    assert "training.recall.every 41: more than training.steps 40\n" in answer.out
+
+
+def test_what_comes_after_training_is_refused_before_it(
+    data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a queue `prepare` has made the data only then."""
+    recipe, made = frozen_recipe(data, tmp_path / "late"), TokenDataset(data)
+    other = made.manifest.tokenizer.model_copy(update={"digest": "f" * 32})
+    with TokenWriter(tmp_path / "held", other) as writer:
+        writer.add(made.get(0))
+    probes = f"evaluation={{data: {tmp_path / 'held'}, sequence_length: 4}}"
+    for more in ((), ("--dry-run",)):
+        line = call(tool.main, capsys, recipe, "--set", probes, *more).error_line()
+        assert f"{tmp_path / 'held'} was tokenised with" in line
+        assert line.endswith(", or --set evaluation=null to train only")
+    assert not (recipe.parent / "main" / "checkpoints").exists()
+    last = "--set", "evaluation=null", "--dry-run"
+    assert call(tool.main, capsys, recipe, "--set", probes, *last).status == 0
+
+
+def test_a_run_without_data_is_no_plan(
+    data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = frozen_recipe(data, tmp_path / "dry")
+    answer = call(tool.main, capsys, recipe, "--dry-run", "--set", "data.train=[]")
+    assert answer.status == 2 and "data.train is empty; name the prefix" in answer.err
 
 
 def plain_recipe(data: str, folder: Path) -> Path:

@@ -126,6 +126,14 @@ def test_full_recomputation_keeps_the_inputs_and_one_layer():
     assert recomputed.activations == inputs + one_layer + final_norm
 
 
+def test_the_plan_says_what_recomputation_is_left_out():
+    line = "layout.recompute selective: left out, as attention keeps nothing here"
+    for context, said in ((1, True), (2, False)):
+        layout = {"context": context, "recompute": "selective"}
+        run = run_config("llama3_8b", layout, 32768)
+        assert (line in describe_layout(run)) == said
+
+
 def test_selective_recomputation_drops_the_gathered_keys_and_values():
     layout = {"context": 4, "recompute": "none"}
     run = run_config("llama3_8b", layout, 32768)

@@ -8,11 +8,12 @@ import pytest
 
 from lctw_megatron.config.load import load_recipe, resolve_run
 from lctw_megatron.config.schema import RunConfig
-from lctw_megatron.data.token_dataset import TokenWriter
+from lctw_megatron.data.token_dataset import TokenDataset, TokenWriter
 from lctw_megatron.data.tokenizers import load_tokenizer
 from lctw_megatron.errors import InputError
 from lctw_megatron.evaluation.evaluate_recall import RecallSettings, recall_to_file
 from lctw_megatron.evaluation.recall_result import select
+from lctw_megatron.training.recall import TrainingRecall
 from tests.distributed import run_distributed
 from tests.tokenizer_files import real_text
 from tests.training.runs import logged
@@ -87,6 +88,13 @@ def test_a_run_is_the_same_bit_for_bit_with_recall_and_without(data, tmp_path):
     }
     without = [{k: v for k, v in line.items() if "recall" not in k} for line in probed]
     assert [line for line in without if line["step"] != 1] == plain
+
+
+def test_what_is_named_twice_is_measured_once(data, tmp_path):
+    twice = {name: RECALL[name] * 2 for name in ("lengths", "tasks")}
+    run = make_run(data, tmp_path, RECALL | twice, vocab_size=512)
+    recall = TrainingRecall(run, TokenDataset(data).manifest.tokenizer, None)
+    assert (recall.lengths, recall.tasks) == (RECALL["lengths"], RECALL["tasks"])
 
 
 def test_what_is_logged_is_what_the_command_measures_afterwards(data, tmp_path):
