@@ -159,18 +159,6 @@ def exported_maximum(model: ModelConfig, longest: int) -> int:
     )
 
 
-def completed(model: ModelConfig, vocab_size: int | None, longest: int) -> ModelConfig:
-    """``model`` with what a recipe may leave to the tokenizer of its data (``vocab_size``, None if
-    nobody knows it yet) and to the ``longest`` tokens that it or its start trains on."""
-    return model.model_copy(
-        update={
-            "vocab_size": model.vocab_size or vocab_size,
-            "max_position_embeddings": model.max_position_embeddings
-            or exported_maximum(model, longest),
-        }
-    )
-
-
 def rope_line(model: ModelConfig) -> str:
     """Type, factor, original and new maximum, effective theta; for the start and end of a run."""
     scaling, maximum = model.rope_scaling, longest_context(model)

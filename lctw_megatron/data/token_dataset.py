@@ -88,17 +88,6 @@ class TokenDataset(IndexedArrayReader):
             f"{tokenizer.path}, or preprocess with the model's"
         )
 
-    def check_tokenizer(self, known: Mapping[str, Any], model: str) -> None:
-        """InputError, both sides named, if the tokenizer of ``model``, as the user calls it, is
-        another (``known``: its identity, empty if nobody knows), or the same but for BOS."""
-        ours, theirs = self.manifest.tokenizer, known.get("digest")
-        if theirs and theirs != ours.digest:
-            raise InputError(
-                f"{self.prefix} was tokenised with {ours.path} (digest {ours.digest}), but the "
-                f"tokenizer of {model} is {theirs} ({known.get('path')}); preprocess with that"
-            )
-        self.check_bos(known, model)
-
     def check_bos(self, known: Mapping[str, Any], model: str) -> None:
         """InputError if ``model``, as the user calls it, was made with this dataset's tokenizer
         (``known``: its identity there), but with BOS before a text where there is none here, or the

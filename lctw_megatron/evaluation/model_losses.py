@@ -16,6 +16,7 @@ from lctw_megatron.data.token_dataset import TokenDataset
 from lctw_megatron.data.tokenizer_files import has_tokenizer
 from lctw_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from lctw_megatron.errors import InputError
+from lctw_megatron.evaluation.held_out import check_tokens
 from lctw_megatron.evaluation.sequence_losses import Batch, SequenceLosses
 from lctw_megatron.evaluation.sequence_weights import live_targets
 from lctw_megatron.model import spec
@@ -29,11 +30,10 @@ from lctw_megatron.platform.world import initialize, join
 
 
 def check_data(checkpoint: Path, manifest: CheckpointManifest, dataset: TokenDataset) -> None:
-    """InputError, both sides named, if the model of ``checkpoint`` was trained with another
-    tokenizer, or with BOS where the data have none, or does not know a token of ``dataset``. To be
+    """InputError if the model of ``checkpoint`` does not read ``dataset`` (``check_tokens``). To be
     asked before the model is loaded."""
-    dataset.check_tokenizer(manifest.tokenizer or {}, str(checkpoint))
-    dataset.check_fits(manifest.model.vocab_size or 0, str(checkpoint))
+    known, vocab_size = manifest.tokenizer or {}, manifest.model.vocab_size or 0
+    check_tokens(dataset, known, vocab_size, str(checkpoint))
 
 
 class ModelLosses(SequenceLosses):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lctw_megatron.config.layout_rules import check_model
-from lctw_megatron.config.rope import completed, longest_context
+from lctw_megatron.config.rope import exported_maximum, longest_context
 from lctw_megatron.config.rules import run_of
 from lctw_megatron.config.schema import (
     EvaluationConfig,
@@ -24,7 +24,7 @@ from lctw_megatron.data.token_dataset import TokenDataset
 from lctw_megatron.data.tokenizer_files import has_tokenizer
 from lctw_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from lctw_megatron.errors import InputError
-from lctw_megatron.evaluation.held_out import check_long_enough
+from lctw_megatron.evaluation.held_out import check_long_enough, check_tokens
 from lctw_megatron.launch.inputs import is_there, of_datasets
 from lctw_megatron.launch.scored_datasets import scored_prefixes
 from lctw_megatron.launch.stages import final_runs
@@ -104,8 +104,7 @@ class _Model:
         """InputError unless it reads the dataset ``prefix``."""
         if self.config.vocab_size:
             dataset = TokenDataset(prefix)
-            dataset.check_tokenizer(self.tokenizer, self.name)
-            dataset.check_fits(self.config.vocab_size, self.name)
+            check_tokens(dataset, self.tokenizer, self.config.vocab_size, self.name)
 
 
 class _AtHand:
@@ -191,11 +190,17 @@ class _AtHand:
 
     def _config(self, run: RunConfig) -> ModelConfig:
         """The model of ``run`` with what its data and its start decide, as far as it is known."""
-        positions = run.data.sequence_length
+        model, positions = run.model, run.data.sequence_length
         if start := self._model(self._recipe.runs[run.name].get("start")):
             positions = max(positions, start.config.max_position_embeddings or 0)
-        identity = None if run.model.vocab_size else self._identity(run)
-        return completed(run.model, identity.vocab_size if identity else None, positions)
+        identity = None if model.vocab_size else self._identity(run)
+        return model.model_copy(
+            update={
+                "vocab_size": identity.vocab_size if identity else model.vocab_size,
+                "max_position_embeddings": model.max_position_embeddings
+                or exported_maximum(model, positions),
+            }
+        )
 
     def _identity(self, run: RunConfig) -> TokenizerIdentity | None:
         """Of the tokenizer of the run's data."""

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from lctw_megatron.config.model_sizes import expert_width, head_width
-from lctw_megatron.config.rope import completed
+from lctw_megatron.config.rope import exported_maximum
 from lctw_megatron.config.schema import ModelConfig, RunConfig, Section
 from lctw_megatron.data.token_dataset import TokenDataset
 from lctw_megatron.errors import InputError, few
@@ -38,15 +38,28 @@ def complete_run(
     Raises InputError if `start` has another model or was trained with another tokenizer, or is gone
     where the run has no checkpoint of its own that began with it.
     """
+    tokenizer = dataset.manifest.tokenizer
     positions = run.data.sequence_length
     start, manifest, identity = _begun_with(run, own) if run.start else (None, None, None)
     if manifest is not None:
         # Training on shorter sequences takes no position from a model.
         positions = max(positions, manifest.model.max_position_embeddings or 0)
-    model = completed(run.model, dataset.manifest.tokenizer.vocab_size, positions)
+    model = run.model.model_copy(
+        update={
+            "vocab_size": run.model.vocab_size or tokenizer.vocab_size,
+            "max_position_embeddings": run.model.max_position_embeddings
+            or exported_maximum(run.model, positions),
+        }
+    )
     if manifest is not None:
         model = fitted_model(model, manifest.model, str(start))
-        dataset.check_tokenizer(manifest.tokenizer or {}, str(start))
+        theirs = (manifest.tokenizer or {}).get("digest")
+        if theirs and theirs != tokenizer.digest:
+            raise InputError(
+                f"{dataset.prefix} was tokenised with tokenizer {tokenizer.digest}, but {start} "
+                f"was trained with {theirs}; preprocess with the checkpoint's"
+            )
+        dataset.check_bos(manifest.tokenizer or {}, str(start))
     return run.model_copy(update={"model": model}), start, identity
 
 
